@@ -93,12 +93,12 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import operator
 import pathlib
 import random
 import re
 import secrets
-import selectors
 import shlex
 import signal
 import socket
@@ -8815,40 +8815,43 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 
 # === 9. upstream ==================================================================================
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the time limits. A failure says where it happened and
-# whether the request had been sent, which routing has to know; never a key.
+# One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
+# and whether the request had been sent, which routing needs; it never holds a key.
 
-READ_BYTES = 2**18          # one read; 256 KiB reads of big bodies cost 42 % less than 64
-WRITE_HIGH_BYTES = 2**18    # unsent bytes before the writer of a connection waits: a burst of 1,000 events
-HAPPY_EYEBALLS_S = 0.25     # before the next address of a name is tried beside the last (RFC 8305 5)
-POOL_IDLE_S = 30.0          # shorter than the idle limits of common fronts (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin; what a burst of streams makes more is closed
-PUMPED_BYTES = 2**16       # a larger read is left to the task, which gives others a turn
-INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: gzip's 1032:1 makes at most 16 MiB of them
+READ_BYTES = 2**18          # of one read: with 256 KiB a large body costs 42 % less CPU than with 64 KiB
+WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
+POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
+POOL_SIZE = 256             # idle connections of one origin; more are closed
+PUMPED_BYTES = 2**16        # a larger read is left to the task, which lets others run in between
+INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
 
-def set_up_transport(transport: asyncio.Transport) -> None:
-    """Options of both sides' sockets. asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
-    transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-    with contextlib.suppress(OSError):      # a Unix socket has no such option
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def do_nothing() -> None:
+    """The callback where none is set."""
 
 
-class UpstreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams to a provider. While `pump` is set, it is called with what arrives (b"" at the end), and no task
-    wakes. A reset is kept as `fault`: raised by the reader it would hide what came before it."""
+class StreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
+    on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        super().__init__(reader)
+    def __init__(self, buffer_bytes: int,
+                 connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
+        self.reader = asyncio.StreamReader(buffer_bytes)        # which holds up to twice that
+        super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
         self.unread = 0                         # bytes in the reader
         self.pump: Callable[[bytes], None] | None = None
-        self.fault: Exception | None = None
+        self.on_end = self.on_closed = do_nothing
+        self.fault: Exception | None = None     # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
         assert isinstance(transport, asyncio.Transport)
-        set_up_transport(transport)
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        with contextlib.suppress(OSError):      # a Unix socket has no such option
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -8860,43 +8863,29 @@ class UpstreamProtocol(asyncio.StreamReaderProtocol):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        if self.pump is not None:
-            self.pump(b"")
+        self.on_end()
         return False        # the transport closes itself
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fault = exc
         super().connection_lost(None)
-        if self.pump is not None:
-            self.pump(b"")
+        self.on_end()
+        self.on_closed()
 
 
-class UpstreamConnection:
-    """A connection to a provider: its streams, and the HTTP reader of its answers."""
+class StreamConnection:
+    """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
+    http: RequestReader | ResponseReader
 
-    def __init__(self, reader: asyncio.StreamReader, protocol: UpstreamProtocol, transport: asyncio.Transport) -> None:
-        self.reader, self.protocol = reader, protocol
-        self.writer = asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
-        self.http = ResponseReader()
-        self.answered = False                   # a byte of the answer has come
-        self.expiry: asyncio.TimerHandle | None = None      # while it is idle
+    def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
+        self.protocol, self.reader, self.writer = protocol, protocol.reader, writer
 
-    async def receive(self) -> None:
-        """Feeds the HTTP reader with what comes next. OSError: the connection broke."""
+    async def receive(self) -> bool:
+        """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
         data = await self.reader.read(READ_BYTES)
         self.protocol.unread -= len(data)
-        if data:
-            self.answered = True
-            self.http.feed(data)
-        elif self.protocol.fault is not None:
-            raise self.protocol.fault
-        else:
-            self.http.feed_eof()
-
-    @property
-    def reusable(self) -> bool:
-        """It is open, and nothing has come that was not asked for."""
-        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
+        self.http.feed(data)
+        return data != b""
 
     def unsent_bytes(self) -> int:
         return self.writer.transport.get_write_buffer_size()
@@ -8906,8 +8895,33 @@ class UpstreamConnection:
         self.writer.transport.abort()
 
 
+class UpstreamConnection(StreamConnection):
+    """A connection to a provider."""
+    http: ResponseReader
+    answered = False                            # a byte of the answer has come
+    expiry: asyncio.TimerHandle | None = None   # while it is idle
+
+    def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
+        super().__init__(protocol, writer)
+        self.http = ResponseReader()
+
+    async def receive(self) -> bool:
+        if await super().receive():
+            self.answered = True
+            return True
+        if self.protocol.fault is not None:
+            raise self.protocol.fault
+        self.http.feed_eof()
+        return False
+
+    @property
+    def reusable(self) -> bool:
+        """It is open, and no unsolicited bytes have come."""
+        return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
+
+
 class TransportError(UpstreamError):
-    """An exchange failed below HTTP's meaning: no connection, no TLS, no whole answer."""
+    """An exchange that failed below HTTP: no connection, no TLS, or an incomplete answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
@@ -8921,14 +8935,21 @@ class TransportTimeout(TransportError, UpstreamTimeout):
     """A time limit of the provider's configuration was exceeded."""
 
 
-# --- 9.1 where to ---------------------------------------------------------------------------------
+# --- 9.1 endpoints and proxies --------------------------------------------------------------------
+
+class Proxy(NamedTuple):
+    """An HTTP proxy."""
+    host: str
+    port: int
+    fields: tuple[tuple[str, str], ...]     # headers: its user and password
+
 
 class Origin(NamedTuple):
-    """What a connection leads to, and how: connections of the same origin may be shared."""
+    """The far end of a connection and the way to it. Requests to the same origin may share connections."""
     scheme: str
     host: str
     port: int
-    proxy: str      # its URL, or ""
+    proxy: Proxy | None
     ca_file: str
 
     @property
@@ -8937,7 +8958,7 @@ class Origin(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """What all requests to one base_url have in common."""
+    """The parts common to all requests to one base_url."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
     fields: list[tuple[str, str]]       # headers
@@ -8947,59 +8968,53 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r".*\.localhost|127(\.\d+){3}", host))
 
 
-def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """curl's NO_PROXY: a name matches itself and what lies below it, a port may follow, `*` is everything."""
-    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
+    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). In NO_PROXY a name
+    matches itself and what lies below it, a port may follow, `*` is everything."""
+    for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
         if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
             name, _, wanted = entry.rpartition(":")
         name = name.strip("[]").lstrip(".")
         if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
-            return True
-    return False
-
-
-def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header)."""
+            return ""
     names = ["http_proxy"] if scheme == "http" else ["https_proxy", "HTTPS_PROXY"]
-    proxy = next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
-    no_proxy = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
-    return "" if bypasses_proxy(host, port, no_proxy) else proxy
+    return next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
 
 
-def proxy_address(proxy: str) -> tuple[str, int, list[tuple[str, str]]]:
-    """Host, port and headers (its user and password) of an http proxy; the scheme may be missing."""
+def parse_proxy(proxy: str) -> Proxy:
+    """A proxy's address, with or without a scheme. ValueError: it is not one of HTTP."""
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
     port = url.port or 1080         # curl's default
     if url.username is None:
-        return url.hostname, port, []
+        return Proxy(url.hostname, port, ())
     pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-    return url.hostname, port, [("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode())]
+    return Proxy(url.hostname, port, (("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode()),))
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
-    """Where base_url leads. `proxy` is an address, "off", or "env" for the environment's."""
+    """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    proxy = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
-    if proxy == "env":
-        proxy = environment_proxy(url.scheme, host, port, environ)
+    address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
+    if address == "env":
+        address = environment_proxy(url.scheme, host, port, environ)
+    proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
     name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
     path = url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
-    credentials = proxy_address(proxy)[2] if proxy else []
-    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: a proxy is given the absolute form
-        return Endpoint(origin, f"http://{name}{path}", fields + credentials)
+    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
+        return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
     return Endpoint(origin, path, fields)
 
 
 # --- 9.2 one exchange -----------------------------------------------------------------------------
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, in the system's words, without an address or a path."""
+    """The system's message for an error, without addresses and paths."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
@@ -9016,29 +9031,29 @@ def overloaded(message: str, status: int = 503, code: str = "overloaded") -> Gat
 
 
 NO_HEADERS = Headers([])
-OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # no provider's fault
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # not a provider's
 
 
 class Exchange:
-    """One request and its answer on one connection. Whoever holds it calls close(), whatever happened."""
+    """One request and its answer on one connection. Its holder calls close() in any case."""
+    status = 0
+    headers = NO_HEADERS
+    connection: UpstreamConnection | None = None    # None after close()
+    keep_alive = False
+    finished = False                # the body was read to its end
+    heard = True                    # the last piece held more than comments and pings: set by the caller of read()
+    idle_due = 0.0                  # when silence inside the answer becomes a timeout
+    paused_since = math.inf         # when the last piece was returned
+    inflater: ContentDecoder | None = None
+    compressed = b""                # bytes not inflated yet
 
     def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
         self.pool, self.provider, self.origin = pool, provider, origin
         self.loop = asyncio.get_running_loop()
-        self.status = 0
-        self.headers = NO_HEADERS
-        self.connection: UpstreamConnection | None = None       # None after close()
-        self.keep_alive = False
-        self.finished = False                   # the body was read to its end
-        self.heard = True                       # the last piece was more than comments and pings: set by the reader of the body
         self.total_due = self.loop.time() + provider.total_timeout_s
-        self.idle_due = 0.0                     # when the silence inside the answer has been too long
-        self.paused_since = math.inf            # when the last piece was given out
-        self.inflater: ContentDecoder | None = None
-        self.compressed = b""                   # bytes that were not inflated yet
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
-        """Closes the connection; the error that says where the exchange failed. `limit`: the setting that was exceeded."""
+        """Closes the connection and returns the error to raise. `limit`: the setting of a timeout, if it is one."""
         if self.connection is not None:
             self.connection.abort()
         where = self.origin.authority
@@ -9051,10 +9066,12 @@ class Exchange:
         return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
-        """The next part of the answer, until `due` by the setting `limit`, and total_timeout_s. Any failure, cancellation
-        too, closes the socket at once."""
+        """The next part of the answer, by the deadline `due` of the setting `limit`, or that of total_timeout_s. Any failure,
+        cancellation too, closes the socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
+        if self.loop.time() >= due:         # while bytes keep coming, no timer fires
+            raise self.failed(phase, TimeoutError(), limit)
         timeout = asyncio.timeout_at(due)
         try:
             part = connection.http.next()
@@ -9092,15 +9109,12 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
-        from now, and the time since then was the client's."""
+        from this call: the time before it was spent on the client."""
         connection, now = self.connection, self.loop.time()
         assert connection is not None
         if self.heard:
             self.idle_due = now + self.provider.idle_timeout_s
             self.total_due += max(0.0, now - self.paused_since)
-        elif now >= min(self.idle_due, self.total_due):         # a flood never waits, so no timer fires
-            limit = "idle_timeout_s" if self.idle_due < self.total_due else "total_timeout_s"
-            raise self.failed("body", TimeoutError(), limit)
         try:
             while not self.finished:
                 if self.compressed:
@@ -9121,18 +9135,26 @@ class Exchange:
 
     async def pump(self, take: Callable[[bytes], bool]) -> None:
         """Calls take(), which sets `heard`, with each piece of the body as it arrives, without waking this task: until it
-        returns False, the body ends or breaks, or its time is over. read() then says which."""
+        returns False, the body ends or breaks, or a deadline passes. read() then says which."""
         connection = self.connection
         if connection is None or self.finished or self.inflater or connection.protocol.unread:
             return
-        pump = Pump(self, connection, take)
+        pump, protocol = Pump(self, connection, take), connection.protocol
+        protocol.pump, protocol.on_end = pump.receive, pump.stop
         try:
-            await pump.run()
+            pump.take_parts()
+            while not pump.stopped.done() and (left_s := min(self.idle_due, self.total_due) - self.loop.time()) > 0:
+                await asyncio.wait([pump.stopped], timeout=left_s)
         finally:
+            protocol.pump, protocol.on_end = None, do_nothing
             self.paused_since = self.loop.time()
+        if pump.error is not None:
+            raise pump.error
+        if not pump.stopped.done():
+            self.heard = False      # so read() raises the timeout
 
     def inflate(self) -> bytes:
-        """The next slice of `compressed`, inflated; checks the whole at the end of the body."""
+        """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
         if self.inflater is None:
             return b""
         piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
@@ -9145,7 +9167,7 @@ class Exchange:
             raise self.failed("body", error) from None
 
     async def read_all(self, max_bytes: int) -> bytes:
-        """The whole body. A longer one is an error; that of an error answer is cut."""
+        """The whole body. One over max_bytes is an error; that of an error answer is truncated."""
         pieces, size = [], 0
         while data := await self.read():
             pieces.append(data)
@@ -9157,8 +9179,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, reusable: bool = True) -> None:
-        """Gives the connection back if the answer ended and it may be kept; else closes it. Reused with unexpected bytes, it
-        could hand one client's answer to another."""
+        """Returns the connection to the pool if the answer is complete and nothing followed it; else closes it. Reused with
+        unexpected bytes, it could hand one client's answer to another."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -9170,10 +9192,10 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """The whole answer has come, and the whole request has gone. A decoder may have stopped at the last event."""
+        """The whole answer was received, and the whole request sent. The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
-                await connection.receive()      # which does not wait: the bytes are there
+                await connection.receive()      # without waiting: the bytes are in the buffer
             while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
@@ -9182,29 +9204,19 @@ class Exchange:
 
 
 class Pump:
-    """What an answer's connection receives, given to take() by the event loop itself (SPEED.md "What pays", 3)."""
+    """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
 
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take, self.loop = exchange, connection, take, exchange.loop
-        self.stopped = self.loop.create_future()
-
-    async def run(self) -> None:
-        self.connection.protocol.pump = self.receive
-        self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
-        try:
-            self.take_parts()
-            await self.stopped
-        finally:
-            self.connection.protocol.pump = None
-            self.timer.cancel()
+        self.exchange, self.connection, self.take = exchange, connection, take
+        self.stopped = exchange.loop.create_future()
+        self.error: Exception | None = None     # of take()
 
     def receive(self, data: bytes) -> None:
-        if 0 < len(data) <= PUMPED_BYTES:
+        if len(data) <= PUMPED_BYTES:
             self.connection.http.feed(data)
             self.take_parts()
-            return
-        self.stop()
-        if data:
+        else:
+            self.stop()
             self.connection.protocol.data_received(data)
 
     def take_parts(self) -> None:
@@ -9217,53 +9229,40 @@ class Pump:
             self.stop()
             return
         except Exception as error:      # noqa: BLE001 - for the task to handle
-            self.stop(error)
+            self.error = error
+            self.stop()
             return
         if exchange.heard:
-            exchange.idle_due = self.loop.time() + exchange.provider.idle_timeout_s
+            exchange.idle_due = exchange.loop.time() + exchange.provider.idle_timeout_s
         if part is not NEED_DATA:
             exchange.finished = part is END
             self.stop()
 
-    def deadline(self) -> float:
-        return min(self.exchange.idle_due, self.exchange.total_due)
-
-    def check_deadline(self) -> None:
-        if self.loop.time() < self.deadline():
-            self.timer = self.loop.call_at(self.deadline(), self.check_deadline)
-        else:
-            self.exchange.heard = False
-            self.stop()
-
-    def stop(self, error: Exception | None = None) -> None:
+    def stop(self) -> None:
         self.connection.protocol.pump = None
-        if self.stopped.done():
-            return
-        if error is None:
+        if not self.stopped.done():
             self.stopped.set_result(None)
-        else:
-            self.stopped.set_exception(error)
 
 
 # --- 9.3 connections ------------------------------------------------------------------------------
 
 class ConnectionPool:
-    """All connections to providers: one a process."""
+    """All connections to providers of this process."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest last, and taken first
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # of names, under way
-        self.not_reused: set[Origin] = set()            # they sent more than they were asked for
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # in progress, by host
+        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
         self.closed = False
-        self.secrets = re.compile(r"(?!)")              # that no provider may say
+        self.secrets = re.compile(r"(?!)")              # never repeated from a provider's answer
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and returns when the head of its answer is there; else TransportError or TransportTimeout. A pooled
-        connection may be closed at that moment: broken without a byte of answer, it is replaced once, if `again` allows it."""
+        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. The provider may just be
+        closing a pooled connection: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
         endpoint = self.endpoint(provider)
         target = endpoint.prefix + path
         if provider.query_params:
@@ -9293,7 +9292,7 @@ class ConnectionPool:
         return self.endpoints[key]
 
     def acquire(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is still open, and silent since its last answer."""
+        """The newest idle connection that is open and has received nothing since its last answer."""
         connections = self.idle.get(origin, [])
         while connections:
             connection = connections.pop()
@@ -9301,7 +9300,7 @@ class ConnectionPool:
                 connection.expiry.cancel()
             if connection.reusable:
                 return connection
-            if not connection.writer.is_closing():      # else it may have been told why: a 408
+            if not connection.writer.is_closing():      # a closing one may have received a 408
                 self.disable_reuse(origin)
             connection.abort()
         return None
@@ -9310,7 +9309,7 @@ class ConnectionPool:
         """Unsolicited bytes could be read as the answer to another client's request."""
         if origin not in self.not_reused:
             self.not_reused.add(origin)
-            log.warning("%s sends more than it was asked for; its connections are not used again", origin.authority)
+            log.warning("%s sends unsolicited bytes; its connections are no longer reused", origin.authority)
         for connection in self.idle.pop(origin, []):
             connection.abort()
 
@@ -9332,8 +9331,8 @@ class ConnectionPool:
             async with timeout:
                 connection = await self.dial(origin)
                 if origin.scheme == "https":
-                    if origin.proxy:
-                        await self.open_tunnel(connection, origin)
+                    if origin.proxy is not None:
+                        await self.open_tunnel(connection, origin, origin.proxy)
                     phase = "tls"
                     await connection.writer.start_tls(self.context(origin.ca_file), server_hostname=origin.host)
             return connection
@@ -9343,40 +9342,39 @@ class ConnectionPool:
             if not isinstance(error, (OSError, ProtocolError, ValueError)):
                 raise
             limit = "connect_timeout_s" if timeout.expired() else ""
-            if isinstance(error, OSError) and error.errno in OUR_LIMITS:
+            if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
                 raise overloaded(f"The gateway has no room for another connection: {describe_error(error)}.") from None
             raise exchange.failed(phase, error, limit, sent=False) from None
 
     async def dial(self, origin: Origin) -> UpstreamConnection:
-        host, port = origin.host, origin.port
-        if origin.proxy:
-            host, port, _ = proxy_address(origin.proxy)
-        tries = [functools.partial(open_connection, address, port) for address in await self.addresses(host)]
+        peer = origin.proxy or origin
+        tries = [functools.partial(open_connection, address, peer.port) for address in await self.addresses(peer.host)]
         connection: UpstreamConnection | None
         connection, _, errors = await asyncio.staggered.staggered_race(tries, HAPPY_EYEBALLS_S)
         if connection is None:
             raise next(filter(None, reversed(errors)))
-        peer = connection.writer.get_extra_info("socket")
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs forget a silent connection after some minutes
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        opened = connection.writer.get_extra_info("socket")
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
     async def addresses(self, host: str) -> list[str]:
-        """Of a name. Its look-ups share one thread that nobody joins: a silent nameserver would hold all of asyncio's own."""
+        """The addresses of a host. Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's
+        executor."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         lookup = self.lookups.get(host)
         if lookup is None:
             self.lookups[host] = lookup = concurrent.futures.Future()
-            lookup.set_running_or_notify_cancel()       # one that waits may be cancelled, the look-up not
+            lookup.set_running_or_notify_cancel()       # waiters may be cancelled, the look-up may not
             lookup.add_done_callback(lambda _: self.lookups.pop(host))
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
-    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin) -> None:
-        """CONNECT: from the proxy's 2xx on, the connection leads to the origin (RFC 9110 9.3.6)."""
-        fields = [("host", origin.authority), *proxy_address(origin.proxy)[2]]
+    async def open_tunnel(self, connection: UpstreamConnection, origin: Origin, proxy: Proxy) -> None:
+        """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
+        fields = [("host", origin.authority), *proxy.fields]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
         while (head := connection.http.next()) is NEED_DATA:
@@ -9389,7 +9387,7 @@ class ConnectionPool:
         connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """Always verifying, with the system's authorities or those of ca_file alone."""
+        """A context that verifies, with the system's authorities or only those of ca_file."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9397,7 +9395,7 @@ class ConnectionPool:
         return self.contexts[ca_file]
 
     async def close(self) -> None:
-        """Closes what is idle; exchanges that still run are their holders' to close."""
+        """Closes the idle connections; open exchanges are closed by their holders."""
         self.closed = True
         for connections in self.idle.values():
             for connection in connections:
@@ -9407,7 +9405,7 @@ class ConnectionPool:
 
 
 def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
-    """In a thread: the addresses of a name, the families in turn (RFC 8305 4)."""
+    """In a thread: the addresses of a host, the families alternating (RFC 8305 4)."""
     families: dict[int, list[str]] = {}
     try:
         for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
@@ -9420,50 +9418,50 @@ def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
 
 async def open_connection(address: str, port: int) -> UpstreamConnection:
     """asyncio.open_connection(), with our protocol."""
-    reader = asyncio.StreamReader(READ_BYTES // 2)     # read on up to twice that
-    transport, protocol = await asyncio.get_running_loop().create_connection(lambda: UpstreamProtocol(reader), address, port)
-    return UpstreamConnection(reader, protocol, transport)
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_connection(lambda: StreamProtocol(READ_BYTES // 2), address, port)
+    return UpstreamConnection(protocol, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
 
 
 # === 10. routing ==================================================================================
 #
-# Which targets may answer, and the loop over them. Pure functions decide; the loop only waits.
+# The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
-AFTER_STOP_S = 5.0              # for the usage, which chat servers send after finish_reason
-STOPPING, NO_ROOM = "The gateway is stopping; ask again.", "No more connections are taken now. Try again in a moment."
+AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send after finish_reason
+STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-SLICE_BYTES = 1 << 16           # of a stream, translated at a time
-MAX_ANSWER_JSON_BYTES = 64 << 20    # an answer that is not streamed is held whole
+SLICE_BYTES = 1 << 16           # of a stream, translated in one step
+MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
-                  ("x-accel-buffering", "no")]          # nginx in front must not gather the stream
+                  ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
 
 
 # --- 10.1 names -----------------------------------------------------------------------------------
 
 class Candidate(NamedTuple):
-    """A target with one of its provider's keys: retries and circuits are its own."""
-    provider: ProviderConfig    # with this very key
+    """A target with one of its provider's keys. Retries and circuits are per candidate."""
+    provider: ProviderConfig    # with this one key
     model: str
-    id: str                     # the same in every process, of the configuration's words alone
-    origin: str                 # how its envelopes name it
-    window: int = 0             # tokens; 0: not known
+    id: str                     # stable: made only of the configuration
+    origin: str                 # its name in envelopes
+    window: int = 0             # tokens; 0: unknown
 
 
 # wire -> models whose sealed blocks only the account that made them can read (TRANSLATION.md 6)
 ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
 
 
-def keyed(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
-    """The provider with each of its keys, and the mark by which those are told apart."""
+def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
+    """The provider with each of its keys, and a mark that tells the keys apart."""
     return [(dataclasses.replace(provider, api_key=key), f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}")
             for key in provider.api_keys] or [(provider, "")]
 
 
-class Catalogue:
-    """The models that are known by name, and the targets of any name that may be asked for."""
+class ModelCatalog:
+    """The names of all known models, and the targets of any name."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
@@ -9472,11 +9470,11 @@ class Catalogue:
         self.by_bare_name: dict[str, list[str]] = {}
         for name in listed:
             self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
-        self.keyed = {name: keyed(provider) for name, provider in config.providers.items()}
+        self.keyed = {name: with_api_keys(provider) for name, provider in config.providers.items()}
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """What may answer for a model, in the order of the configuration."""
+        """The (provider, model) pairs of a model's targets, in the order of the configuration."""
         return [each[:2] for tier in self.tiers(model) for each in tier]
 
     def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
@@ -9488,19 +9486,19 @@ class Catalogue:
         return found
 
     def full_name(self, model: str) -> str:
-        """provider/model-name for a name without provider: of the one that lists the model, in use or not, so that no outage
-        moves a name to another vendor; else of the vendor that is known for it."""
+        """provider/model-name for a bare name: the one provider that lists the model, enabled or not, so that no outage moves
+        a name to another vendor; else the vendor that is known for it."""
         if "/" in model or model in self.config.models:
             return model
         found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
                                                  if model in known_models(vendor)]
         if len(found) == 1:
             return found[0]
-        reason = "several providers have this one" if found else f'no provider lists "{printable(model)}"'
+        reason = "several providers have this one" if found else f'no provider lists "{sanitize(model)}"'
         raise self.unknown(model, f"Model names are provider/model-name, and {reason}.", found)
 
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
-        """The targets of a model, tier after tier. BadRequest says what is wrong with the name."""
+        """The targets of a model by tier. BadRequest: the name is unknown, or its provider not configured."""
         configured = self.config.models.get(model)
         if configured is not None and configured.targets:
             return [[each for target in tier for each in self.candidates(*target, target.model)]
@@ -9509,20 +9507,15 @@ class Catalogue:
         provider = self.config.providers.get(provider_name)
         if provider is None and provider_name in BUILTIN_PROVIDERS:
             env_key = BUILTIN_PROVIDERS[provider_name].env_key
-            cure = f"Set {env_key} and restart, or add it to pomex.toml." if env_key else "Start it, then restart Pomex."
-            raise BadRequest(f"{printable(model)} cannot be used: {provider_name} is not configured. {cure}", param="model",
+            advice = f"Set {env_key} and restart, or add it to pomex.toml." if env_key else "Start it, then restart Pomex."
+            raise BadRequest(f"{sanitize(model)} cannot be used: {provider_name} is not configured. {advice}", param="model",
                              code="provider_not_configured")
-        if provider is None or not name or not self.serves(provider, name):
-            raise self.unknown(model, f'Model "{printable(model)}" not found.')
-        return [self.candidates(provider_name, name, "*")]     # a name of the caller's choice has no circuit of its own
-
-    def serves(self, provider: ProviderConfig, name: str) -> bool:
-        if provider.wire_api == "demo":
-            return name in DEMO_MODELS
-        return matches_any(name, provider.models)
+        if provider is None or not name or not matches_any(name, served_models(provider)):
+            raise self.unknown(model, f'Model "{sanitize(model)}" not found.')
+        return [self.candidates(provider_name, name, "*")]     # names chosen by callers share one circuit
 
     def facts(self, name: str) -> ModelFacts:
-        """What is known of a model: from the configuration, else from the table by its first target."""
+        """The limits of a model: from the configuration, else from the built-in table by its first target."""
         configured = self.config.models.get(name)
         if configured is not None and configured.context_window:
             return ModelFacts(configured.context_window)
@@ -9551,55 +9544,66 @@ class Catalogue:
         return near[0] if near else ""
 
 
-def printable(text: str, most: int = 100) -> str:
-    """Short ASCII without control characters, fit for an error, a header or a log line."""
-    if len(text) <= most and text.isascii() and text.isprintable():         # nearly all is: a tenth of the time
+def sanitize(text: str, limit: int = 100) -> str:
+    """One short line for an error or the log, without control characters and marks that turn the direction of writing."""
+    if len(text) <= limit and text.isprintable():
         return text
-    return re.sub(r"[^\x20-\x7e]", "?", text[:most])
+    return "".join(each if each.isprintable() else "?" for each in text[:limit])
+
+
+def header_value(text: str, limit: int = 1000) -> str:
+    """`text` in ASCII, fit for a header's value."""
+    return sanitize(text, limit).encode("ascii", "replace").decode()
+
+
+def served_models(provider: ProviderConfig) -> Collection[str]:
+    """Patterns of the model names that it serves."""
+    return DEMO_MODELS if provider.wire_api == "demo" else provider.models
 
 
 def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
     """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
     names: dict[str, None] = {}
     for name, provider in config.providers.items():
-        plain = [pattern for pattern in provider.models if not set(pattern) & set("*?[")]
-        listed = list(DEMO_MODELS) if provider.wire_api == "demo" else [*plain, *found.get(name, ())]
+        patterns = served_models(provider)
+        plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
+        listed = [*plain, *found.get(name, ())]
         if not plain:
-            listed += [known for known in known_models(name) if matches_any(known, provider.models)]
+            listed += [known for known in known_models(name) if matches_any(known, patterns)]
         names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
     return list(names)
 
 
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
-    """The models that the built-in table knows of one provider."""
+    """The models of one provider in the built-in table."""
     return {name.partition("/")[2]: ModelFacts(int(window), int(output)) for name, (window, output, *_) in sorted(model_rows())
             if name.partition("/")[0] == provider}
 
 
 class ModelFacts(NamedTuple):
-    context_window: int = 0     # 0: not known
+    context_window: int = 0     # 0: unknown
     max_output: int = 0
 
 
 # --- 10.2 retries and circuit breakers -------------------------------------------------------------
 #
-# Pure: clock and chance come in as arguments. Only what was not yet shown to the client is ever tried again.
+# Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
-MAX_ATTEMPTS = 6            # upstream calls of one request, repairs and continuations too
-BACKOFF_S = 0.2             # before the first retry, then twice as long; half of it more or less by chance
-PATIENCE_S = 3.0            # a longer Retry-After is not waited out: another target is asked, or the client waits itself
+MAX_ATTEMPTS = 6            # upstream calls of one request, including repairs and continuations
+BACKOFF_S = 0.2             # before the first retry, then doubled; with 50 % jitter
+MAX_RETRY_WAIT_S = 3.0            # with a longer Retry-After, another target is used, or the client has to wait
 
 
 class RetryPolicy(NamedTuple):
-    """What is done about one class of failure."""
-    retries: int            # where there is another target
-    retries_if_last: int    # where there is none
-    failover: str           # to "any" target, to one with a "larger" window, "": to none
-    threshold: int          # failures in a row that open the circuit; 0: it is not the target's fault
-    open_s: float           # at first, then twice as long each time
+    """The reaction to one class of failure."""
+    retries: int            # if there is another target
+    retries_if_last: int    # if there is none
+    failover: str           # to "any" target, to one with a "larger" context window, "": to none
+    threshold: int          # consecutive failures that open the circuit; 0: not the target's fault
+    open_s: float           # the first time, then doubled each time
     max_open_s: float
-    label: str              # for people
+    label: str              # for users
 
 
 RETRY_POLICIES: dict[str, RetryPolicy] = {
@@ -9609,10 +9613,10 @@ RETRY_POLICIES: dict[str, RetryPolicy] = {
     "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
     "network":         RetryPolicy(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
     "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
-    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "nothing that is an answer"),   # empty, HTML, garbage, cut
+    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "no valid answer"),             # empty, HTML, garbage, cut
     "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
     "model_not_found": RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
-    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "a tool call it could not make"),
+    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "invalid tool call"),
     "context_length":  RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
     "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
 }
@@ -9638,7 +9642,7 @@ def decide_retry(policy: RetryPolicy, shown: bool, tries: int, attempts: int, le
     spread = 0.5 + chance
     wait_s = BACKOFF_S * 2 ** (tries - 1) * spread if retry_after_s is None else retry_after_s + 0.1 * spread
     retries = policy.retries if has_other else policy.retries_if_last
-    if tries <= retries and wait_s <= min(PATIENCE_S, left_s) and not (is_open and has_other):
+    if tries <= retries and wait_s <= min(MAX_RETRY_WAIT_S, left_s) and not (is_open and has_other):
         return "retry", wait_s
     return "failover" if has_other and policy.failover else "give_up", 0.0
 
@@ -9649,15 +9653,15 @@ class Circuit:
     failures: int = 0       # in a row
     times_open: int = 0     # in a row; 0: it is closed
     until: float = 0.0      # open until then, afterwards one request may probe
-    probing: bool = False   # that request is under target
-    recovering: bool = False    # that request has got output: closed, unless it fails in the end
+    probing: bool = False   # that request is in progress
+    recovering: bool = False    # that request has output: closed, unless it still fails
 
 
 class CircuitBreakers:
-    """Of the targets, as this process sees them. The clock comes in as `now`."""
+    """One circuit for each candidate, of this process alone. `now`: the monotonic clock."""
 
     def __init__(self) -> None:
-        self.circuits: dict[str, Circuit] = {}      # by Candidate.id: no more than the configuration has
+        self.circuits: dict[str, Circuit] = {}      # by Candidate.id, so bounded by the configuration
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
@@ -9666,10 +9670,10 @@ class CircuitBreakers:
         return "open" if now < circuit.until or circuit.probing else "half-open"
 
     def record_failure(self, id: str, fault: str, retry_after_s: float | None, now: float) -> float:
-        """Counts a failure that is the target's fault; for how long its circuit opens because of it."""
+        """Counts a failure that is the target's fault. Returns for how many seconds this opens its circuit."""
         policy, circuit = RETRY_POLICIES[fault], self.circuits.setdefault(id, Circuit())
         circuit.fault, circuit.failures = fault, circuit.failures + 1
-        asked_s = retry_after_s if retry_after_s and retry_after_s > PATIENCE_S else 0.0
+        asked_s = retry_after_s if retry_after_s and retry_after_s > MAX_RETRY_WAIT_S else 0.0
         if not (asked_s or circuit.times_open or circuit.failures >= policy.threshold) or now < circuit.until:
             return 0.0
         open_s = max(asked_s, min(policy.open_s * 2.0 ** min(circuit.times_open, 16), policy.max_open_s))
@@ -9677,8 +9681,8 @@ class CircuitBreakers:
         return open_s
 
     def record_success(self, id: str, whole: bool = True) -> bool:
-        """Closes the circuit at the first output, and forgets the failures with a whole answer: a target may break every
-        stream that it begins. True where it was open."""
+        """Closes the circuit at the first output; resets the failures only at a `whole` answer, since a target may break every
+        stream that it begins. True if the circuit was open."""
         circuit = self.circuits.get(id)
         if circuit is None or not circuit.failures:
             return False
@@ -9689,24 +9693,24 @@ class CircuitBreakers:
         return was_open
 
     def probe(self, id: str, now: float) -> Circuit | None:
-        """Takes the one probe of a half-open circuit, if this request is to make it."""
+        """Claims the one probe of a half-open circuit; None if the circuit needs none now."""
         if self.state(id, now) != "half-open":
             return None
         self.circuits[id].probing = True
         return self.circuits[id]
 
     def choose(self, candidates: Sequence[Candidate], now: float) -> Candidate | None:
-        """The first whose circuit is not open; where all are, the one that will be back first."""
+        """The first whose circuit is not open; if all are open, the one that closes first."""
         ready = next((each for each in candidates if self.state(each.id, now) != "open"), None)
         return ready or min(candidates, key=lambda each: self.circuits[each.id].until, default=None)
 
     def forget(self, providers: set[str]) -> None:
-        """Of providers that are gone or changed."""
+        """Drops the circuits of providers that were removed or changed."""
         for id in [id for id in self.circuits if re.split("[#:]", id, maxsplit=1)[0] in providers]:
             del self.circuits[id]
 
     def rows(self, now: float) -> list[tuple[str, str, str, float]]:
-        """(target, state, fault, seconds left) of all that ever failed."""
+        """(target, state, fault, seconds left) of each target that ever failed."""
         return [(id, self.state(id, now), each.fault, max(0.0, each.until - now)) for id, each in self.circuits.items()]
 
     def degraded(self, now: float) -> bool:
@@ -9715,16 +9719,16 @@ class CircuitBreakers:
 
 # --- 10.3 affinity --------------------------------------------------------------------------------
 #
-# A conversation stays where its prompt is cached and its sealed reasoning can be read: the request says where, by our turn
-# state, else the newest envelope in its input. New ones are dealt out by rendezvous hashing, alike in every process, which
-# moves only the conversations of a target that is lost.
+# A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
+# else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
+# a target is lost, only its conversations move.
 
 SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id", "x-claude-code-session-id")
 ENVELOPES_READ = 8          # newest first, until one verifies
 
 
 def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
-    """The same for all its requests: its key, its session, else what stands before the first answer."""
+    """An identifier shared by all its requests: its cache key, its session, else a hash of what precedes the first answer."""
     named: str = request.get("prompt_cache_key", "") or next(filter(None, map(headers.get, SESSION_HEADERS)), "")
     if named:
         return named
@@ -9733,18 +9737,18 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
 
 
 def rendezvous_score(conversation: str, target: Candidate) -> bytes:
-    """The target of a tier with the highest score has the conversation."""
+    """The conversation goes to the target of a tier with the highest score."""
     return hashlib.blake2b(f"{target.id}\0{conversation}".encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def turn_state(envelope: Envelope, target: Candidate) -> str:
-    """Our x-codex-turn-state: names a target to us and nobody else, and cannot be made up."""
+    """Our x-codex-turn-state: names a target, readable only by us and not forgeable."""
     return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{target.id}".encode())).decode().rstrip("=")
 
 
 def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON],
                      ) -> Candidate | None:
-    """Where the conversation runs already, as far as its request shows."""
+    """The target that the conversation already has, if its request shows it."""
     for each in candidates if state.startswith("pmt1.") else ():
         if hmac.compare_digest(turn_state(envelope, each).encode(), state.encode("utf-8", "replace")):
             return each
@@ -9754,40 +9758,36 @@ def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state:
     if opened is None:
         return None
     near = [each for each in candidates if each.origin == opened[0]]
-    return next((each for each in near if each.model == opened[1]), near[0] if near else None)
+    return max(near, key=lambda each: each.model == opened[1], default=None)
 
 
 def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[str], request: ResponsesRequest,
                      headers: Headers, envelope: Envelope) -> list[Candidate]:
-    """All targets in the order in which this request prefers them, without those of providers that an administrator
-    disabled."""
-    found = [each for tier in tiers for each in tier]
-    if disabled:
-        left = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
-        if found and not any(left):
-            names = " and ".join(dict.fromkeys(each.provider.name for each in found))
-            raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the "
-                             "Providers page of the dashboard, or ask for another model.", param="model",
-                             code="provider_disabled")
-        tiers, found = left, [each for tier in left for each in tier]
+    """All targets of enabled providers, in the order in which this request should try them."""
+    enabled = [[each for each in tier if each.provider.name not in disabled] for tier in tiers]
+    found = [each for tier in enabled for each in tier]
+    if not found:
+        names = " and ".join(dict.fromkeys(each.provider.name for tier in tiers for each in tier))
+        raise BadRequest(f"An administrator disabled {names}, and no other provider has this model. Enable it on the Providers "
+                         "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
     if len(found) == 1:
         return found
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
-    found = [each for tier in tiers for each in sorted(tier, key=score, reverse=True)]
+    found = [each for tier in enabled for each in sorted(tier, key=score, reverse=True)]
     sticky = sticky_candidate(found, envelope, headers.get("x-codex-turn-state"), request.input)
     return sorted(found, key=lambda each: each is not sticky)
 
 
-# --- 10.4 what goes to the client, and when -------------------------------------------------------
+# --- 10.4 the answer to the client ----------------------------------------------------------------
 
 class FailedAttempt(NamedTuple):
-    """One try of a target, for the client and the log."""
+    """One failed try of a target, for the client and the log."""
     provider: str
     brief: str              # "529 overloaded", "connection refused"
-    where: str              # host:port, where it failed below HTTP
+    where: str              # host:port, if it failed below HTTP
     fault: str              # of RETRY_POLICIES
     error: GatewayError
-    at_ms: int              # since the request
+    at_ms: int              # since the request began
 
 
 def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
@@ -9799,14 +9799,20 @@ def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAtte
     return FailedAttempt(provider, brief, where, fault, error, at_ms)
 
 
+def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
+    """The last of each run of attempts that failed alike, and their number: "2 tries", "" for one."""
+    for _, alike in itertools.groupby(failures, key=lambda failure: failure[:3]):
+        *others, last = alike
+        yield last, f"{len(others) + 1} tries" if others else ""
+
+
 def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
-    for (provider, brief, where), same in itertools.groupby(failures, key=lambda failure: failure[:3]):
-        tries = list(same)
-        notes = ", ".join(filter(None, (where, f"{len(tries)} tries" if len(tries) > 1 else "")))
-        said = str(tries[-1].error).rstrip(".")
-        words = "" if where or tries[-1].fault == "auth" or said.endswith("without a reason") else f": {said}"
-        yield f"{provider}: {brief}" + (f" ({notes})" if notes else "") + words
+    for failure, tries in merge_attempts(failures):
+        notes = ", ".join(filter(None, (failure.where, tries)))
+        reason = str(failure.error).rstrip(".")
+        words = "" if failure.where or failure.fault == "auth" or reason.endswith("without a reason") else f": {reason}"
+        yield f"{failure.provider}: {failure.brief}" + (f" ({notes})" if notes else "") + words
 
 
 class ClientStream:
@@ -9814,30 +9820,30 @@ class ClientStream:
 
     def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
+        self.streaming: bool = answer.request.stream
         self.attempt = Attempt(answer)                  # the newest
-        self.head_sent = False
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
-        self.writing = asyncio.Lock()                   # held while the client is slow to take what it was given
+        self.writing = asyncio.Lock()                   # held while the client is slow
         self.timer: asyncio.TimerHandle | None = None
         self.beat: asyncio.Task[None] | None = None
-        if answer.request.stream:
+        if self.streaming:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
-        """Of a 200. Nothing of the upstream's passes: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
-        fields, client = STREAM_HEADERS if self.answer.request.stream else JSON_HEADERS, self.client
-        if not early:                                   # somebody has answered
+        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
+        fields, client = STREAM_HEADERS if self.streaming else JSON_HEADERS, self.client
+        if not early:                                   # a target has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
-                   ("x-pomex-dropped", printable(", ".join(dict.fromkeys(client.dropped)), 1000)),
+                   ("x-pomex-dropped", header_value(", ".join(dict.fromkeys(client.dropped)))),
                    ("x-codex-turn-state", client.turn_state)]
             fields = fields + [header for header in own if header[1]]
         return fields + self.reservation.headers()
 
     def put(self, attempt: Attempt) -> bool:
-        """Writes the output that there is, if nothing has to be waited for; False: send() it."""
+        """Writes the pending output, if that needs no waiting; False: send() it."""
         if not attempt.out:
             return True
         if not self.client.first_ms or self.writing.locked():
@@ -9846,39 +9852,32 @@ class ClientStream:
         return self.client.put(attempt.take_output())
 
     async def send(self, block: bytes, last: bool = False) -> None:
-        """Output of the model, in one write; the `last` ends the answer. It waits while the client does not take it."""
+        """Writes a block of the answer, after its head; `last` ends it. Waits while the client is slow."""
         if last:
             self.stop()
-        elif not self.client.first_ms:
-            self.client.first_ms = self.client.elapsed_ms()
         async with self.writing:
-            await self._write(block, last)
-
-    async def _write(self, block: bytes, last: bool = False) -> None:
-        client, self.active = self.client, self.loop.time()
-        if not self.head_sent:
-            if not last:
-                await self.reservation.ledger.recorded(self.answer.id)      # else its end could be lost with this process
-            self.head_sent = True
-            answered = client.attempts > 0 if last else self.attempt.output_started
-            await client.start(200, self.headers(early=not answered))
-        await (client.end if last else client.write)(block)
+            client, self.active = self.client, self.loop.time()
+            if not client.status:
+                if not last:
+                    await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
+                answered = client.attempts > 0 if last else self.attempt.output_started
+                await client.start(200, self.headers(early=not answered))
+            await (client.end if last else client.write)(block)
 
     def _tick(self) -> None:
-        """An early 200 with the opening events, or a heartbeat, after enough silence."""
+        """After enough silence sends an early 200 with the opening events, or a heartbeat."""
         silent_s = self.loop.time() - self.active
-        limit_s = self.server.heartbeat_s if self.head_sent else self.server.early_200_after_s
+        limit_s = self.server.heartbeat_s if self.client.status else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
-            if not self.writing.locked():           # else the client does not take what it has
+            if not self.writing.locked():           # else the client is not reading
                 self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # which the request itself meets, too
-            async with self.writing:
-                if self.timer is not None:      # else the answer has ended in the meantime; numbered as it is written
-                    await self._write(self.answer.heartbeat() if self.answer.started else self.answer.start())
+        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
+            if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
+                await self.send(self.answer.heartbeat() if self.answer.started else self.answer.start())
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -9889,8 +9888,8 @@ class ClientStream:
 # --- 10.5 the loop --------------------------------------------------------------------------------
 
 Result = TypeVar("Result")
-LARGE_BODY_BYTES = 1 << 18      # a larger body takes milliseconds to parse or encode: streams would wait
-SWITCH_S = 0.001                # a thread keeps the interpreter this long from the loop; Python's 5 ms add up
+LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
+SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -9906,10 +9905,9 @@ async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) 
         raise
 
 
-class DemoExchange:
-    """The demo's stream in the place of an upstream's."""
-
-    status, headers, heard = 200, Headers([("content-type", "text/event-stream")]), True
+class DemoExchange(Exchange):
+    """A stream of the demo instead of a provider's."""
+    status, headers = 200, Headers([("content-type", "text/event-stream")])
 
     def __init__(self, frames: Iterable[bytes]) -> None:
         self.frames = iter(frames)
@@ -9917,18 +9915,9 @@ class DemoExchange:
     async def read(self) -> bytes:
         return next(self.frames, b"")
 
-    async def pump(self, take: Callable[[bytes], bool]) -> None:
-        """Nothing arrives by itself."""
-
-    async def read_all(self, max_bytes: int) -> bytes:
-        return b""
-
-    async def close(self, reusable: bool = True) -> None:
-        """There is nothing to close."""
-
 
 class Router:
-    """Tries the targets of a request until one has given output, or none is left."""
+    """Tries the targets of a request until one gives output, or none is left."""
 
     def __init__(self, upstream: ConnectionPool) -> None:
         self.upstream = upstream
@@ -9941,8 +9930,7 @@ class Router:
                 for id, state, _, _ in self.health.rows(now)}
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
-        """Afterwards `down` has how it went, and the attempt that counts is finished, unless the client left. `candidates` are
-        in their order."""
+        """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
         tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
         try:
@@ -9961,59 +9949,57 @@ class Router:
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
                           down: ClientStream) -> Candidate | None:
-        """Records how the newest try went. Of the next one the target, when its time has come; None where none follows."""
+        """Records the result of the newest try. Returns the target of the next one, after its backoff; None: no more tries."""
         client = down.client
         name, error, now = target.provider.name, down.attempt.error, down.loop.time()
+        fault = fault_class(error) if error else "ok"
+        self.counters["pomex_upstream_attempts_total", name, fault] += 1
         if error is None:
-            self.counters["pomex_upstream_attempts_total", name, "ok"] += 1
             self.on_success(target)
             return None
-        failure = failed_attempt(name, error, client.elapsed_ms())
-        policy = RETRY_POLICIES[failure.fault]
-        self.counters["pomex_upstream_attempts_total", name, failure.fault] += 1
-        client.failures.append(failure)
-        log.warning("%s %s: %s", client.request_id, target.id, printable_text(str(error)))
+        policy = RETRY_POLICIES[fault]
+        client.failures.append(failed_attempt(name, error, client.elapsed_ms()))
+        log.warning("%s %s: %s", client.request_id, target.id, sanitize(str(error), 1000))
         if now < down.due:
             self.on_failure(target, error, now)
-        is_open = {each.id: self.health.state(each.id, now) == "open" for each in candidates}
+        is_open = {each.id for each in candidates if self.health.state(each.id, now) == "open"}
         others = [each for each in candidates if each.id not in tries]
         if policy.failover == "larger":
             others = [each for each in others if each.window > target.window > 0]
-        if any(is_open[id] for id in tries if id != target.id):
-            others = [each for each in others if not is_open[each.id]]
+        if is_open & tries.keys() - {target.id}:
+            others = [each for each in others if each.id not in is_open]
         other = self.health.choose(others, now)
-        shown = down.answer.request.stream and down.attempt.output_started
+        shown = down.streaming and down.attempt.output_started
         decision, wait_s = decide_retry(
             policy, shown, tries[target.id], client.attempts, down.due - now,
-            getattr(error, "retry_after_s", None), other is not None, is_open[target.id],
-            random.random())            # noqa: S311 - spreads calls, guards nothing
+            getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
+            random.random())            # noqa: S311 - jitter, no secret
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
         down.reservation.add_failed_attempt(client.tries, name, target.model, down.attempt.usage or Usage(), error.code or "")
         if decision == "failover":
-            self.counters["pomex_failovers_total", name, failure.fault] += 1
-            return other
-        return target
+            self.counters["pomex_failovers_total", name, fault] += 1
+        return other if decision == "failover" else target
 
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
-        """In its circuit; but not that a name is unknown which a client made up, or which the credentials do not cover."""
+        """Counts it in the target's circuit, unless the client chose a model that is unknown or not permitted."""
         fault = fault_class(error)
         unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
-            if isinstance(error, ProviderError):        # so it answers
+            if isinstance(error, ProviderError):        # so the target works
                 self.on_success(target)
         elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
-            log.warning("target %s is left out for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
+            log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
     def on_success(self, target: Candidate, whole: bool = True) -> None:
         if self.health.record_success(target.id, whole):
-            log.warning("target %s answers again", target.id)
+            log.warning("circuit of %s is closed again", target.id)
 
     async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
-        """One try of one target, from encoding to its end: down.attempt is finished, unless it is cancelled."""
+        """One try of one target, from encoding to its end. Afterwards down.attempt is finished, unless cancelled."""
         client = down.client
         provider, failure = target.provider, None
         probe = self.health.probe(target.id, down.loop.time())
@@ -10040,8 +10026,8 @@ class Router:
                 probe.probing = False
         try:
             if stop := down.attempt.stop:
-                said = self.upstream.secrets.sub("[redacted]", stop.explanation)
-                down.attempt.stop = dataclasses.replace(stop, explanation=said)
+                explanation = self.upstream.secrets.sub("[redacted]", stop.explanation)
+                down.attempt.stop = dataclasses.replace(stop, explanation=explanation)
             down.attempt.finish(failure and without_traceback(failure))
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
@@ -10050,22 +10036,32 @@ class Router:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
     async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second where a known refusal can be repaired, more where the provider pauses its turn."""
-        client = down.client
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
+        client, provider = down.client, target.provider
+        fields = [("content-type", "application/json"), *provider.http_headers.items()]
+        if provider.api_key:
+            fields += WIRES[provider.wire_api].auth(provider.api_key)
+        if isinstance(call.attempt, Passthrough):
+            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
             call = more
             if not client.count_attempt():
-                raise UpstreamError(f"The request has had its {MAX_ATTEMPTS} upstream calls.")
+                raise UpstreamError(f"The request has used its {MAX_ATTEMPTS} upstream calls.")
             client.asked_ms, client.answering_ms, client.upstream_id = client.elapsed_ms(), 0, ""
-            exchange, sound = await self.open(target.provider, call, down), False
+            if provider.wire_api == "demo":
+                exchange: Exchange = DemoExchange(call.frames)
+            else:
+                headers = [*fields, *call.headers]
+                exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
+            reusable = False
             client.answering_ms = client.elapsed_ms()
-            given = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
-            client.upstream_id = self.upstream.secrets.sub("[redacted]", given)
+            upstream_id = exchange.headers.get("x-request-id") or exchange.headers.get("request-id")
+            client.upstream_id = self.upstream.secrets.sub("[redacted]", upstream_id)
             try:
                 await self.read(exchange, call.attempt, target, down)
-                sound = call.attempt.error is None and call.attempt.stop is not None
+                reusable = call.attempt.error is None and call.attempt.stop is not None
                 more = call.resumed()
             except GatewayError as error:
                 final = repaired or call.attempt.output_started or client.attempts >= MAX_ATTEMPTS
@@ -10074,38 +10070,31 @@ class Router:
                     raise
                 repaired = True
             finally:
-                await exchange.close(sound)
+                await exchange.close(reusable)
 
-    async def open(self, provider: ProviderConfig, call: UpstreamCall, down: ClientStream) -> Exchange | DemoExchange:
-        if provider.wire_api == "demo":
-            return DemoExchange(call.frames)
-        headers = [("content-type", "application/json"), *call.headers, *provider.http_headers.items()]
-        if provider.api_key:
-            headers += WIRES[provider.wire_api].auth(provider.api_key)
-        if isinstance(call.attempt, Passthrough):
-            headers += [(name, value) for name, value in down.client.head.headers if RELAYED_HEADERS.fullmatch(name)]
-        return await self.upstream.exchange(provider, "POST", call.path, headers, call.body, down.client.count_attempt)
-
-    async def read(self, exchange: Exchange | DemoExchange, attempt: Passthrough | TranslatedStream, target: Candidate,
+    async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
-        """The whole answer into the attempt, and its frames to the client as soon as output has begun."""
+        """Reads the whole answer into the attempt; sends its frames to the client once output has begun."""
         kind = exchange.headers.get("content-type")
-        await self.check_answer(exchange, kind)
-        if not kind.startswith("text/event-stream") and not down.answer.request.stream:
-            attempt.whole(await exchange.read_all(MAX_ANSWER_JSON_BYTES))
-            return
-        reservation, due = down.reservation, math.inf   # `due`: then what follows the model's end is not waited for any more
+        if exchange.status >= 400:
+            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
+        if kind.startswith("text/html"):        # of a proxy or a login
+            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
+            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
+        reservation = down.reservation
+        due: float | None = None        # after the model's end: when to stop waiting for the rest
 
         def take(piece: bytes) -> bool:
             """Translates and sends; False where the task has to go on: to wait, to end, or to extend the reservation."""
             before = output_size(attempt)
             attempt.feed(piece)
             exchange.heard |= output_size(attempt) > before
-            sent = not (attempt.output_started and down.answer.request.stream) or down.put(attempt)
+            sent = not (attempt.output_started and down.streaming) or down.put(attempt)
             return sent and not (attempt.stop or attempt.error) and reservation.covers(attempt.output_chars)
 
-        data = await exchange.read()
-        if data.lstrip()[:1] in (b"{", b"["):           # asked for a stream, it answered with an object
+        is_object = not (down.streaming or kind.startswith("text/event-stream"))
+        data = b"" if is_object else await exchange.read()
+        if is_object or data.lstrip()[:1] in (b"{", b"["):      # some answer a streamed request with an object
             attempt.whole(data + await exchange.read_all(MAX_ANSWER_JSON_BYTES))
             return await self.show(attempt, target, down)
         while data:
@@ -10114,48 +10103,44 @@ class Router:
                 going = take(data[at:at + SLICE_BYTES])
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
-                    await asyncio.sleep(0)              # a flood of comments is work without a wait
+                    await asyncio.sleep(0)              # reading a flood of comments never waits
             if going:
                 await exchange.pump(take)
                 await self.show(attempt, target, down)
             if attempt.upstream_done or (attempt.error and not attempt.output_started):
                 return
             if attempt.stop or attempt.error:
-                due = min(due, down.loop.time() + AFTER_STOP_S)
+                due = due or down.loop.time() + AFTER_STOP_S
             elif not await reservation.extend(attempt.output_chars):
-                attempt.stop = Stop("max_output_tokens")        # the key's money is used up: so far, and no further
+                attempt.stop = Stop("max_output_tokens")        # the key's money is used up
                 return
-            data = await read_until(exchange, due)
+            data = b""
+            with contextlib.suppress(TimeoutError):     # the model had finished: only the rest is missing
+                async with asyncio.timeout_at(due):
+                    data = await exchange.read()
         attempt.end()
         await self.show(attempt, target, down)
 
-    async def check_answer(self, exchange: Exchange | DemoExchange, kind: str) -> None:
-        """Raises the error that an answer is: a status, or a page of some proxy or login."""
-        if exchange.status >= 400:
-            raise provider_error(exchange.status, exchange.headers, await read_error_body(exchange), time.time())
-        if kind.startswith("text/html"):
-            page = self.upstream.secrets.sub("", plain_text((await read_error_body(exchange)).decode("utf-8", "replace")))
-            raise UpstreamError(f"The provider answered with a page, not with an answer: {redacted(page)}")
-
     async def show(self, attempt: Passthrough | TranslatedStream, target: Candidate, down: ClientStream) -> None:
-        """Sends the output that there is, and waits while the client is slow."""
-        if not (attempt.output_started and down.answer.request.stream):
+        """Sends the pending output, and waits while the client is slow."""
+        if not (attempt.output_started and down.streaming):
             return
         if attempt.out:
             if not down.client.first_ms:
+                down.client.first_ms = down.client.elapsed_ms()
                 self.on_success(target, whole=False)
             await down.send(attempt.take_output())
         else:
-            await down.client.drain()
+            await down.client.connection.drain()
 
 
 def output_size(attempt: Attempt) -> int:
-    """Grows with all that counts as output: text, items, and what is held of them."""
+    """A number that grows with any output: text, items, and held parts of them."""
     return attempt.output_chars - attempt.output_limit - attempt.items_left
 
 
-async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
-    """The body of what is no answer, as far as it comes soon: that it is none is known without it."""
+async def read_error_body(exchange: Exchange) -> bytes:
+    """The body of an error answer, or the part of it that comes soon: the error is known without it."""
     body = b""
     with contextlib.suppress(TimeoutError, TransportError):
         async with asyncio.timeout(AFTER_STOP_S):
@@ -10165,7 +10150,7 @@ async def read_error_body(exchange: Exchange | DemoExchange) -> bytes:
 
 
 def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
-    """The request in the target's words. What an encoder stumbles over was sent by the client, so no target is to blame."""
+    """Encodes the request for a target. An encoder's exception is caused by the client's input, so it is no target's fault."""
     provider = target.provider
     ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
                         provider.prompt_cache, provider.overrides, down.client.attempts + 1)
@@ -10177,7 +10162,7 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 
 
 def failed_copy(attempt: Attempt) -> Attempt:
-    """A failure in the place of an attempt that cannot be ended by itself, with what came of it and what it has used."""
+    """A failed attempt instead of one whose end raised an exception, with the same output and usage."""
     failed = Attempt(attempt.answer)
     failed.out, failed.output_started = attempt.out, attempt.output_started
     failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
@@ -10185,21 +10170,6 @@ def failed_copy(attempt: Attempt) -> Attempt:
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
-
-
-async def read_until(exchange: Exchange | DemoExchange, due: float) -> bytes:
-    """The next piece. The deadline's passing counts as the end: the model had finished, only the rest was missing."""
-    if due == math.inf:
-        return await exchange.read()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(due):
-            return await exchange.read()
-    return b""
-
-
-def printable_text(text: str) -> str:
-    """An upstream's words, on one line of the log."""
-    return "".join(each if each.isprintable() else " " for each in text)       # nor with marks that turn its direction
 
 
 # --- 10.6 metrics ---------------------------------------------------------------------------------
@@ -10287,42 +10257,40 @@ ENDPOINT = "/v1/responses"
 
 
 class Gateway:
-    """All that a request needs, of one configuration."""
+    """The state that requests share, under one configuration."""
 
     def __init__(self, config: Config, ledger: Ledger, upstream: ConnectionPool, found: Mapping[str, Sequence[str]],
                  old: Gateway | None = None) -> None:
-        """What `old`, with another configuration, counted, saw and learned outlives it."""
-        self.config = config
-        self.ledger = ledger
-        self.upstream = upstream
-        self.catalogue = Catalogue(config, found)
-        self.router: Router = old.router if old else Router(upstream)
-        self.router.counters = ledger.counters
-        self.watchers: collections.Counter[int] = old.watchers if old else collections.Counter()    # live feeds by key id
-        self.login_failures: dict[str, list[float]] = old.login_failures if old else {}     # times, by client address
-        self.memo: RequestMemo = old.memo if old else RequestMemo()
-        if old:
-            self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
+        """`old` had another configuration: its circuits, counters and memories stay."""
+        self.config, self.ledger, self.upstream = config, ledger, upstream
+        self.catalogue = ModelCatalog(config, found)
         self.prices = PriceTable(config)
         upstream.secrets = secret_pattern(config.providers.values(), *config.server.admin_token)
         self.known_models = frozenset(self.catalogue.names)
-        self.draining: Callable[[], bool] = lambda: False
-        self.started_s: int = old.started_s if old else int(time.time())
         self.overviews: dict[tuple[int, ...], tuple[float, JSON]] = {}
+        if old is None:
+            self.router, self.memo, self.started_s = Router(upstream), RequestMemo(), int(time.time())
+            self.watchers: collections.Counter[int] = collections.Counter()     # live feeds by key id
+            self.login_failures: dict[str, list[float]] = {}                    # times, by client address
+            self.router.counters = ledger.counters
+        else:
+            self.router, self.memo, self.started_s = old.router, old.memo, old.started_s
+            self.watchers, self.login_failures = old.watchers, old.login_failures
+            self.router.health.forget({name for name, was in old.config.providers.items() if config.providers.get(name) != was})
 
     async def handle(self, client: Client) -> None:
-        """Answers one request. GatewayErrors go up to the server, which words them."""
+        """Answers one request. The server turns GatewayErrors into answers."""
         head = client.head
         try:
             answer = await self.route(head)(self, client)
             if answer is not None:
                 await client.answer(200, JSON_HEADERS, dumps(answer).encode())
         except GatewayError as error:
-            await refuse(self, client, error)
+            await note_refusal(self, client, error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
-                error.headers += (("x-pomex-error", printable(error.code or "")),)
-                error.plain = 0 < codex_release(agent) < NEW_CODEX          # those show the whole body as it is
+                error.headers += (("x-pomex-error", header_value(error.code or "")),)
+                error.plain = 0 < codex_release(agent) < NEW_CODEX          # which shows the raw body
                 make_codex_show(error, ("model_not_found", "invalid_prompt", "cyber_policy", "context_length_exceeded"))
             raise
 
@@ -10338,7 +10306,7 @@ class Gateway:
             raise BadRequest("Codex tried a WebSocket. Set wire_api = \"responses\" in [model_providers.pomex] (and "
                              "supports_websockets = false if present).", status=426, code="use_http_sse",
                              headers=(("upgrade", "HTTP/1.1"),))
-        raise BadRequest(f"{printable(head.method)} is not possible here; {allowed} is.", status=405,
+        raise BadRequest(f"{sanitize(head.method)} is not allowed here; {allowed} is.", status=405,
                          code="method_not_allowed", headers=(("allow", allowed),))
 
     async def key(self, client: Client) -> Key:
@@ -10354,7 +10322,7 @@ class Gateway:
 
 NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself unless its provider is named \"OpenAI\": set "
                  "name = \"Pomex API\" in [model_providers.pomex].")
-# What clients ask for in vain: (paths, code, what is wrong and what to do). The first that fits counts.
+# Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/(chat/)?completions", "wrong_wire_api",
      "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
@@ -10380,9 +10348,9 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
-    """404, with the cure for the mistakes that people make (FIRST-RUN.md 3)."""
+    """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{printable(head.headers.get('host'))}/v1", printable(head.path)
+    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
             return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
@@ -10393,19 +10361,19 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
 
 def new_response_id(now_s: float) -> str:
-    """In the order of time: inserting its row takes 4 us, 20 with a random id."""
+    """In order of time: inserting its row takes 4 us, with a random id 20."""
     return f"resp_{int(now_s * 1000):012x}{secrets.token_hex(10)}"
 
 
-MEMO_BYTES = 16 << 20           # of all bodies, decoded ones included: some thirty conversations of 120 KB
-DECODED_RATIO = 4               # the memory that a body takes with what was decoded from it, in its bytes
-REMEMBERED_BYTES = 16384        # a smaller body is decoded as fast as it is found
+MEMO_BYTES = 16 << 20           # of all bodies and what was decoded from them: some thirty conversations of 120 KB
+DECODED_RATIO = 4               # memory of a body and what was decoded from it, as a multiple of its size
+REMEMBERED_BYTES = 16384        # decoding a smaller body is as fast as looking it up
 NEAR_THE_END = 8192             # where clients write prompt_cache_key
 CACHE_KEY = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"]{1,128})"')
 
 
 class RequestMemo:
-    """The last request of each conversation, of those used last: the next one most likely repeats its input."""
+    """The last request of each recent conversation: the next one most likely repeats its input."""
 
     def __init__(self) -> None:
         self.requests: collections.OrderedDict[Any, ResponsesRequest] = collections.OrderedDict()
@@ -10424,14 +10392,14 @@ class RequestMemo:
 
 
 def conversation_hint(headers: Headers, raw: bytes) -> str:
-    """A name of the conversation that is known before the body is decoded; "" if there is none."""
+    """An identifier of the conversation, found before the body is decoded; "" if there is none."""
     found = CACHE_KEY.search(raw, max(0, len(raw) - NEAR_THE_END))
     named = next(filter(None, map(headers.get, SESSION_HEADERS)), "")
     return named or (found[1].decode("latin-1") if found else "")
 
 
 async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
-    """One request, of the key that it names or of the one given, from its body to its terminal event."""
+    """One request, from its body to its terminal event. `key`: used instead of the one in its headers."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
@@ -10446,7 +10414,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
     if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
-        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # Codex fails on any answer but one
+        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
@@ -10454,18 +10422,18 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     answer, refused = down.answer, None
     try:
         if not payable:
-            raise price_unknown(key, candidates[0], profile.errors_as_events and request.stream)
+            raise price_unknown(key, candidates[0])
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
                                                  request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as much as the money is enough for
+            body = {**request.body, "max_output_tokens": cap}       # as many as the money is enough for
             answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
         refused.headers += tuple(down.reservation.headers())
-    except BadRequest as error:         # of the router's none comes up
+    except BadRequest as error:         # not of the router: it raises none
         refused = error
-    except BaseException:               # the client left; what was generated is kept
+    except BaseException:               # the client left; the output so far is billed
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"
         await asyncio.shield(settle(gateway, down))
@@ -10477,10 +10445,10 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
 
 def client_stream(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
                   session: str) -> ClientStream:
-    """The answer to be, and what it may cost: nothing is reserved yet."""
+    """The answer, and its reservation: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": printable(user_agent, 200),
-             "session": printable(session or request.get("prompt_cache_key", ""), 128)}
+    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": header_value(user_agent, 200),
+             "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
     answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
@@ -10490,7 +10458,7 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
 
 
 async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
-    """Settles, then lets the client see the end: the terminal event, the whole answer, or an error's status."""
+    """Settles, then sends the end: the terminal event, the whole answer, or an error's status."""
     answer = down.answer
     if refused is not None:
         down.attempt.unbilled = True
@@ -10498,25 +10466,25 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     if down.attempt.status == "failed":
         down.attempt.error = client_error(gateway, down)
     error, to_codex = down.attempt.error, answer.profile.errors_as_events
-    # an empty answer has had its end: after a 5xx an SDK would ask again, and pay for the input each time
-    ended = down.head_sent or down.attempt.stop is not None or error is None
-    in_stream = answer.request.stream and (ended or (to_codex and error is not None and errors_in_stream(error)))
+    # an empty answer ends its stream: after a 5xx an SDK would retry, and pay for the input each time
+    ended = down.client.status != 0 or down.attempt.stop is not None or error is None
+    in_stream = down.streaming and (ended or (to_codex and error is not None and errors_in_stream(error)))
     if error is not None and in_stream and to_codex:
         make_codex_show(error, ("context_length_exceeded",))
     last = b""
     if error is None or in_stream:
         try:
-            last = final_bytes(down.attempt, in_stream)
-        except Exception as bug:         # noqa: BLE001 - our own; there is one row and one end all the same
+            last = down.attempt.terminal(int(time.time())) if in_stream else down.attempt.body(int(time.time())).encode()
+        except Exception as bug:         # noqa: BLE001 - our own bug; one row and one end all the same
             log.error("%s: %s", down.client.request_id, fault_location(bug))
             down.attempt = failed_copy(down.attempt)
-            last = final_bytes(down.attempt, in_stream) if in_stream else b""
+            last = down.attempt.terminal(int(time.time())) if in_stream else b""
     if down.attempt.error is not None and not in_stream:
         down.attempt.terminal_by = ""
     if refused is None:
         await settle(gateway, down)
     else:
-        note_refusal(gateway, down.client, refused, down.reservation.key)
+        await note_refusal(gateway, down.client, refused, down.reservation.key)
     if in_stream:
         await down.send(last, last=True)
     elif down.attempt.error is not None:
@@ -10525,23 +10493,17 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
         await down.client.answer(200, down.headers(), last)
 
 
-def final_bytes(attempt: Attempt, in_stream: bool) -> bytes:
-    """The terminal event, or the whole answer."""
-    now_s = int(time.time())
-    return attempt.terminal(now_s) if in_stream else attempt.body(now_s).encode()
-
-
 def check_model_access(key: Key, model: str, profile: ClientProfile) -> None:
-    """Refuses a model that the key may not use; to Codex with a 400, the status whose text it shows."""
+    """Refuses a model that the key may not use; for Codex with a 400, whose text it shows."""
     if not key.may_use(model):
         raise BadRequest(f"Key {key.name} may use {', '.join(key.models.split())}.", param="model", code="model_not_allowed",
                          status=400 if profile.errors_as_events else 403)
 
 
-def price_unknown(key: Key, target: Candidate, to_codex: bool) -> BadRequest:
-    """A model without a price cannot be kept within a limit of money."""
-    name = f"{target.provider.name}/{printable(target.model)}"
-    error = BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
+def price_unknown(key: Key, target: Candidate) -> BadRequest:
+    """A key with a limit of money cannot use a model without a price."""
+    name = f"{target.provider.name}/{sanitize(target.model)}"
+    return BadRequest(f"""Key {key.name} has a limit in US dollars, and {name} has no price.
 Put its price per million tokens into pomex.toml:
 
 [{toml_name(("prices", name))}]
@@ -10549,13 +10511,11 @@ input = 0.0
 output = 0.0
 
 Or let the key use it without one: python pomex.py keys edit {key.name} --allow-unpriced yes""", param="model",
-                       code="invalid_prompt" if to_codex else "price_unknown")
-    error.ledger_code = "price_unknown"
-    return error
+                      code="price_unknown")
 
 
 def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
-    """The last target's error, or what was tried where there was more than one try."""
+    """The last target's error; after several tries one error that lists them."""
     error = down.attempt.error or GatewayError("The request failed.")
     client, profile = down.client, down.answer.profile
     failures = client.failures
@@ -10563,7 +10523,7 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         return error
     kinds = {failure.fault for failure in failures}
     if kinds == {"model_not_found"}:
-        sentence = f'{client.provider} has no model "{printable(client.model)}".'
+        sentence = f'{client.provider} has no model "{sanitize(client.model)}".'
         return gateway.catalogue.unknown(down.answer.request.model, sentence)
     message, status, code, headers = str(error), error.status, error.code, error.headers
     waits = [wait_s for each in failures if (wait_s := getattr(each.error, "retry_after_s", None)) is not None]
@@ -10581,41 +10541,39 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
 
 
 def make_codex_show(error: GatewayError, shown: Sequence[str]) -> None:
-    """What is the request's own fault gets a code whose text Codex shows, and after which it does not ask again; `shown` are
-    those where it does so already. The ledger keeps the exact one."""
+    """Gives a client error a code whose text Codex shows, and after which it does not retry, unless its code is one of those,
+    `shown`. The ledger keeps the exact code."""
     if error.status == 400 and error.code not in shown:
         error.ledger_code = error.ledger_code or error.code or ""
         error.code = "model_not_found" if error.param == "model" and "model_not_found" in shown else "invalid_prompt"
 
 
 def errors_in_stream(error: GatewayError) -> bool:
-    """To Codex a failure that HTTP retries would multiply, or whose text would be lost, is a 200 with response.failed; what is
-    the request's own fault stays a 400, which it does not repeat."""
-    return (error.status == 429 or error.status >= 500 or error.code == "context_length_exceeded"
-            or error.ledger_code == "price_unknown")
+    """Codex gets an error that it would retry, or whose text it would not show, as a 200 with response.failed; other client
+    errors stay a 400, which it does not retry."""
+    return error.status == 429 or error.status >= 500 or error.code in ("context_length_exceeded", "price_unknown")
 
 
 async def settle(gateway: Gateway, down: ClientStream) -> None:
-    """The usage row, durable before the client can see how it ended; and the access line."""
+    """Stores the usage row, before the client can see the end; makes the note for the access line."""
     client, attempt, reservation = down.client, down.attempt, down.reservation
     usage, error = attempt.usage or Usage(), attempt.error
-    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, down.client.model)}
-    failures, detail = down.client.failures[:20], ""
-    if failures or down.client.dropped:
+    names = {DATED.sub("", name.rpartition("/")[2].lower()) for name in (usage.model, client.model)}
+    failures, detail = client.failures[:20], ""
+    if failures or client.dropped:
         detail = dumps({"tried": [f"{each.provider}: {each.brief}" for each in failures],
                         "tried_ms": [each.at_ms for each in failures],
-                        "dropped": [printable(name) for name in down.client.dropped[:20]]})
+                        "dropped": [sanitize(name) for name in client.dropped[:20]]})
     row = reservation.row(
-        down.client.provider, down.client.model, usage, attempt=down.client.tries, status=attempt.status,
-        result=result_of(attempt.status, attempt.terminal_by, down.client.attempts), terminal_by=attempt.terminal_by,
+        client.provider, client.model, usage, attempt=client.tries, status=attempt.status,
+        result=result_of(attempt.status, attempt.terminal_by, client.attempts), terminal_by=attempt.terminal_by,
         error_code=(error.ledger_code or error.code or "") if error else "",
-        error=printable_text(str(error))[:500] if error else "", upstream_id=printable(down.client.upstream_id),
-        served_model=usage.model if usage.model and len(names) > 1 else "",
-        total_ms=int((time.monotonic() - client.started) * 1000), detail=detail,
-        **{name: getattr(client, name) for name in ("asked_ms", "answering_ms", "first_ms", "attempts")})
-    for each in down.client.failures:
+        error=sanitize(str(error), 500) if error else "", upstream_id=sanitize(client.upstream_id),
+        served_model=usage.model if usage.model and len(names) > 1 else "", total_ms=client.elapsed_ms(), detail=detail,
+        asked_ms=client.asked_ms, answering_ms=client.answering_ms, first_ms=client.first_ms, attempts=client.attempts)
+    for each in client.failures:
         gateway.ledger.notes["error/" + each.provider] = dumps(
-            {"time_ms": row.started_ms, "message": printable_text(str(each.error))[:500]})
+            {"time_ms": row.started_ms, "message": sanitize(str(each.error), 500)})
     rows = [*reservation.failed_attempts, row]
     client.note = access_note(reservation.key.name, down, rows)
     count_request(gateway.ledger.counters, gateway.known_models, rows)
@@ -10625,48 +10583,44 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
 def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed, row, tried = "", rows[-1], down.client.failures[:down.client.tries - 1]
-    for (provider, brief), same in itertools.groupby(tried, key=lambda failure: failure[:2]):
-        tries, status = len(list(same)), brief.partition(" ")[0]            # ` anthropic x 529 (2 tries),`
-        failed += f" {provider} x {status if status.isdecimal() else brief}" + (f" ({tries} tries)" if tries > 1 else "") + ","
+    failed, row = "", rows[-1]
+    for failure, tries in merge_attempts(down.client.failures[:down.client.tries - 1]):      # ` anthropic x 529 (2 tries),`
+        status = failure.brief.partition(" ")[0]
+        brief = status if status.isdecimal() else failure.brief
+        failed += f" {failure.provider} x {brief}" + (f" ({tries})," if tries else ",")
     cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
     about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
     first = f"first {row.first_ms / 1000:.1f}s " if row.first_ms else ""
     end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        row.status, f"  failed: {printable_sentence(str(down.attempt.error))}")
+        row.status, f"  failed: {sanitize(str(down.attempt.error), 400)}")
     cost = "  no price" if row.input + row.output else ""
     if row.price:
         cost = f"  ${format_usd(sum(each.cost_nanos for each in rows), 4)}"
-    return (f"{key} {printable(row.model)} via{failed} {row.provider or 'nobody'}  "
+    return (f"{key} {sanitize(row.model)} via{failed} {row.provider or 'nobody'}  "
             f"{about}{short_count(row.input)} in{cached} {short_count(row.output)} out  "
             f"{first}total {row.total_ms / 1000:.1f}s{end}{cost}")
 
 
-def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None) -> None:
-    """Counts a request that no provider was asked for: it has no row."""
+async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None = None) -> None:
+    """Counts a request that was refused before any provider was asked: it has no usage row."""
     head = client.head
-    name = f"{key.name} " if key else "-  "
-    client.note = f"{name}{printable(head.method)} {printable(head.path)}  {printable_sentence(str(error))}"
-    gateway.ledger.refuse(key.id if key else 0, {
-        "time_ms": int(client.started_s * 1000), "method": printable(head.method), "path": printable(head.path),
-        "status": error.status, "code": error.ledger_code or error.code, "message": str(error)[:500],
-        "key": key.name if key else "", "key_id": key.id if key else 0,
-        "user_agent": printable(head.headers.get("user-agent")), "request_id": client.request_id})
-
-
-async def refuse(gateway: Gateway, client: Client, error: GatewayError) -> None:
-    """The same for one that was refused before it was planned."""
-    if client.head.path.startswith("/admin") or client.note:
+    if client.note or (key is None and head.path.startswith("/admin")):
         return
-    try:
-        key = await gateway.ledger.authorise(client.head.headers.get("authorization"), client.started_s)
-    except GatewayError:
-        key = None
-    note_refusal(gateway, client, error, key)
+    if key is None:
+        with contextlib.suppress(GatewayError):
+            key = await gateway.ledger.authorise(head.headers.get("authorization"), client.started_s)
+    method, path, name, number = sanitize(head.method), sanitize(head.path), key.name if key else "", key.id if key else 0
+    client.note = f"{name or '- '} {method} {path}  {sanitize(str(error), 400)}"
+    gateway.ledger.refuse(number, {
+        "time_ms": int(client.started_s * 1000), "method": method, "path": path, "status": error.status,
+        "code": error.ledger_code or error.code, "message": str(error)[:500], "key": name, "key_id": number,
+        "user_agent": header_value(head.headers.get("user-agent"), 100), "request_id": client.request_id})
 
 
 def short_count(count: int) -> str:
-    return str(count) if count < 1000 else f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
+    if count < 1000:
+        return str(count)
+    return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
 # --- 11.2 models ----------------------------------------------------------------------------------
@@ -10784,7 +10738,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here. One word a check and no more: no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
-              "accepting": not gateway.draining()}
+              "accepting": not client.connection.server.draining}
     good = all(checks.values())
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}
     words["targets"] = "degraded" if gateway.router.health.degraded(time.monotonic()) else "ok"     # there may be others
@@ -11054,11 +11008,6 @@ def row_view(row: JSON) -> JSON:
     return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
 
 
-def printable_sentence(text: str) -> str:
-    """For the log: as `printable`, in full length."""
-    return re.sub(r"[^\x20-\x7e…]", "?", text[:400])
-
-
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
     "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
                "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
@@ -11072,7 +11021,7 @@ def coding_models(providers: Iterable[str]) -> list[str]:
     return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
 
 
-def best_model(catalogue: Catalogue, key: Key | None = None) -> str:
+def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
     for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
@@ -11318,7 +11267,7 @@ def read_fields(data: bytes, arguments: Sequence[Argument]) -> JSON:
     for name in body:
         if name not in known:
             hint = did_you_mean(name, known) or (f" It has {', '.join(known)}." if known else "")
-            raise BadRequest(f"The body has no field {printable(name)!r}.{hint}", param=printable(name))
+            raise BadRequest(f"The body has no field {sanitize(name)!r}.{hint}", param=sanitize(name))
     return {argument.name: read_argument(argument, body.get(argument.name, "")) for argument in arguments
             if argument.required or argument.name in body}
 
@@ -11780,7 +11729,7 @@ async def live_events(gateway: Gateway, ask: Ask) -> None:
         await client.start(200, STREAM_HEADERS)
         await client.write(b"retry: 2000\n\n: hello\n\n")
         checked = time.monotonic()
-        while not gateway.draining():
+        while not client.connection.server.draining:
             seen, running, news = await live_news(db, seen, running, key_id)
             if time.monotonic() - checked >= SIGN_OF_LIFE_S:
                 checked = time.monotonic()
@@ -11840,60 +11789,60 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===================================================================================
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a limit to every wait. A client that
-# leaves cancels its handler at once. Half-closing counts as leaving: no HTTP client in use does it.
+# Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
+# leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # connections not yet accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading when a stream holds twice this: what comes while a handler runs
-REST_BYTES = 2**16          # an unread body up to this is read and dropped, to keep the connection
-LINGER_BYTES = 2**20        # after an early answer so much is read and dropped: closing with bytes unread
-LINGER_S = 2.0              # would reset the connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections accepted before anything else has its turn
-REFUSED_CONNECTIONS = 64    # beyond max_connections: they may ask for /health, others get a 503; the oldest goes first
+BACKLOG = 4096              # connections waiting to be accepted: a burst of clients after a restart
+PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this: for input while a handler runs
+REST_BYTES = 2**16          # an unread body up to this size is read and dropped, to keep the connection
+LINGER_BYTES = 2**20        # read and dropped after an early answer: closing with unread bytes would reset the
+LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
+ACCEPT_STEP = 8             # connections accepted in one turn of the loop
+REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
 REFUSED_WAIT_S = 1.0        # for their request
-IDLE_SAFE_S = 5.0           # a younger connection is not closed for a new one: its request may be on the way
-SHARES = {                  # what is shared -> its limit for the process, and for one address or key
+IDLE_SAFE_S = 5.0           # a connection idle for less is not closed for a new one: its request may be on the way
+SHARES = {                  # resource -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # of the open files that a process may have: for /health, the ledger and the log
-IDLE_GRACE_S = 0.25         # draining, a connection is kept behind its last answer
-FIRST_GRACE_S = 2.0         # and one without any request so far
+OWN_FILES = 128             # open files kept free for /health, the ledger and the log
+IDLE_GRACE_S = 0.25         # while draining, a connection stays open after its last answer
+FIRST_GRACE_S = 2.0         # and one that has had no request yet
 GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
 CLIENT_LEFT = 499           # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
-    """The client left, or took nothing for write_timeout_s."""
+    """The client left, or read nothing for write_timeout_s."""
 
 
 class Client:
-    """One request: its record, which every layer adds to and which the ledger and the access line are made of, and the way to
-    answer it: body() first, then answer(), or start(), write()s and end()."""
+    """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
+    to answer it: body() first, then answer(), or start(), write()s and end()."""
+    status = 0                          # of the answer; 0 before it is known
+    note = ""                           # of its handler, for the access line
+    # the record of its targets
+    provider, model = "", ""            # of the newest attempt
+    tries = 0                           # of targets: one may need several upstream calls
+    attempts = 0                        # upstream calls
+    turn_state = ""                     # names the target, for Codex
+    upstream_id = ""                    # its provider's request id
+    asked_ms, answering_ms = 0, 0       # when the newest call began, and when the head of its answer came
+    first_ms = 0                        # when the first output left
+    # the answer
+    sent_bytes = 0
+    ended = False                       # the whole answer was handed over
+    pending = b""                       # the answer's head, which goes out with the first bytes of its body
+    chunked = False
+    data: bytes | None = None           # the request's body
+    held = 0                            # bytes of it that are counted
+    holders: Sequence[str] = ()         # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.status = 0                 # of the answer; 0 before it is known
-        self.note = ""                  # for the access line, from its handler
-        # the record of its targets
-        self.provider, self.model = "", ""              # of the newest attempt
-        self.tries = 0                                  # of targets: a try may need several upstream calls
-        self.attempts = 0                               # upstream calls
+        self.keep = head.keep_alive                     # may the connection carry another request?
         self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.dropped: list[str] = []                    # what the target could not carry
-        self.turn_state = ""                            # names the target, for Codex
-        self.upstream_id = ""                           # its provider's request id
-        self.asked_ms, self.answering_ms = 0, 0         # when the newest call began, and when the head of its answer came
-        self.first_ms = 0                               # when the first output left
-        # the answer
-        self.sent_bytes = 0
-        self.ended = False              # the whole answer was handed over
-        self.keep = head.keep_alive     # may the connection carry another request?
-        self.pending = b""              # the answer's head, which goes out with the first bytes of its body
-        self.chunked = False
-        self.data: bytes | None = None
-        self.held = 0                   # bytes of the body that are counted
-        self.holders: Sequence[str] = ()        # for whom
+        self.dropped: list[str] = []                    # fields that the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -11903,14 +11852,14 @@ class Client:
         return max(1, int((time.monotonic() - self.started) * 1000))
 
     def count_attempt(self) -> bool:
-        """One more upstream call; False where the request has had all it may."""
+        """Counts an upstream call; False if the request has used all of them."""
         if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError when it is too long, too slow, or malformed. `key`: whose it is."""
+        """The whole body, decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -11927,7 +11876,7 @@ class Client:
         return self.data
 
     def hold(self, size: int) -> None:
-        """Counts the bytes of this body before they are there; a GatewayError where they are too many."""
+        """Counts the bytes of this body before they are read; GatewayError if there are too many."""
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
@@ -11937,19 +11886,24 @@ class Client:
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """The whole answer in one write."""
-        if status != 204:
-            headers = [*headers, ("content-length", str(len(body)))]
-        self.begin(status, headers)
-        self.ended, self.chunked = True, False
-        self.put(body)
-        await self.drain()
+        await self.start(status, headers, len(body))
+        await self.end(body)
 
-    async def start(self, status: int, headers: list[tuple[str, str]]) -> None:
-        """Begins an answer of unknown length. Its head goes out with the first write()."""
-        self.chunked = self.head.http11
-        if not self.chunked:
-            self.keep = False       # HTTP/1.0: the end of the connection is the end of the body
-        self.begin(status, [*headers, ("transfer-encoding", "chunked")] if self.chunked else headers)
+    async def start(self, status: int, headers: list[tuple[str, str]], size: int | None = None) -> None:
+        """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
+        connection, http11 = self.connection, self.head.http11
+        self.status, self.chunked = status, size is None and http11
+        # without chunks the end of the connection is the end of the body
+        self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
+        if self.chunked:
+            headers = [*headers, ("transfer-encoding", "chunked")]
+        elif size is not None and status != 204:
+            headers = [*headers, ("content-length", str(size))]
+        if not self.keep:
+            headers = [*headers, ("connection", "close")]
+        elif not http11:
+            headers = [*headers, ("connection", "keep-alive")]
+        self.pending = connection.server.answer_head(status, headers, self.request_id)
 
     def put(self, data: bytes) -> bool:
         """One write, which waits for nothing; ClientGone when the client left. False: drain() before the next one."""
@@ -11967,14 +11921,10 @@ class Client:
             self.sent_bytes += len(data)
         return connection.unsent_bytes() <= WRITE_HIGH_BYTES
 
-    async def drain(self) -> None:
-        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left or takes nothing."""
-        if self.connection.unsent_bytes() > WRITE_HIGH_BYTES:
-            await self.connection.drain()
-
     async def write(self, data: bytes) -> None:
-        self.put(data)
-        await self.drain()
+        """put(), then drain() where the client is slow."""
+        if not self.put(data):
+            await self.connection.drain()
 
     async def end(self, data: bytes = b"") -> None:
         """Ends a started answer, with a last piece of it in the same write."""
@@ -11982,95 +11932,51 @@ class Client:
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """The error as an answer; behind a part of another one the connection is cut."""
+        """Answers with the error; if a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
-        if not self.sent_bytes:
-            await self.answer(error.status, *error_answer(error))
-
-    def begin(self, status: int, headers: list[tuple[str, str]]) -> None:
-        connection = self.connection
-        self.status = status
-        self.keep = connection.may_keep(self.head) and self.keep
-        if not self.keep:
-            headers = [*headers, ("connection", "close")]
-        elif not self.head.http11:
-            headers = [*headers, ("connection", "keep-alive")]
-        self.pending = connection.server.answer_head(status, headers, self.request_id)
+        if self.sent_bytes:
+            return
+        kind, body = "application/json", json.dumps(error.body())
+        if error.plain:
+            kind, body = "text/plain; charset=utf-8", str(error)
+        await self.answer(error.status, [("content-type", kind), *error.headers], body.encode())
 
 
+NO_REQUEST = RequestHead("", "", "", http11=True, headers=NO_HEADERS, keep_alive=False, expect_continue=False, length=0)
 SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id_for(wanted: str) -> str:
-    """The client's own id if it is sane, or a new one (no secret: `secrets` costs ten times as much)."""
+    """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
-
-
-def error_answer(error: GatewayError) -> tuple[list[tuple[str, str]], bytes]:
-    if error.plain:
-        return [("content-type", "text/plain; charset=utf-8"), *error.headers], str(error).encode()
-    return [("content-type", "application/json"), *error.headers], json.dumps(error.body()).encode()
 
 
 # --- 12.1 one connection --------------------------------------------------------------------------
 
-class ClientProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams to a client, which call on_gone() as soon as the client leaves: a stream says so only to its reader."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(asyncio.StreamReader(PIPELINE_BYTES), server.connected)
-        self.unread = 0         # bytes in the reader
-        self.on_gone: Callable[[], None] = lambda: None
-        self.on_closed = self.on_gone
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        set_up_transport(transport)
-        super().connection_made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.unread += len(data)
-        super().data_received(data)
-
-    def eof_received(self) -> bool:
-        super().eof_received()
-        self.on_gone()
-        return False        # the transport closes itself
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(None)
-        self.on_gone()
-        self.on_closed()
-
-
-class Connection:
+class Connection(StreamConnection):
     """One client connection and the task that answers its requests, one after the other."""
+    http: RequestReader
 
-    def __init__(self, server: Server, protocol: ClientProtocol, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
-                 peer: str) -> None:
-        self.server, self.protocol, self.reader, self.writer, self.peer = server, protocol, reader, writer, peer
+    body_done = True                        # the current request was read to its end
+    client: Client | None = None            # whose handler runs
+    gone = False                            # nothing more will come, and nobody reads what is sent
+    holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
+    served = False                          # it has sent a request
+    waiting: asyncio.Timeout | None = None  # for the next request
+    task: asyncio.Task[None] | None = None
+
+    def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
+        super().__init__(protocol, writer)
+        self.server, self.peer = server, peer
         self.loop = asyncio.get_running_loop()
-        self.parser = RequestReader(server.limits)
-        self.body_done = True           # the current request was read to its end
-        self.client: Client | None = None       # whose handler runs
-        self.gone = False               # nothing more will come, and nobody reads what is sent
-        self.holders: Sequence[str] = ()        # for whom it counts; none: it may only ask for /health
-        self.served = False             # it has brought a request
-        self.waiting: asyncio.Timeout | None = None     # for the next request
-        self.task: asyncio.Task[None] | None = None
+        self.http = RequestReader(server.limits)
 
     def on_client_gone(self) -> None:
-        """Cancels the handler, unless its work for the client is done."""
+        """Cancels the handler, unless the answer is complete."""
         if not self.gone:
             self.gone = True
             if self.client is not None and not self.client.ended and self.task is not None:
                 self.task.cancel()
-
-    def unsent_bytes(self) -> int:
-        return self.writer.transport.get_write_buffer_size()
-
-    def abort(self) -> None:
-        self.writer.transport.abort()
 
     async def run(self) -> None:
         try:
@@ -12080,12 +11986,12 @@ class Connection:
                 self.served = True
                 if not await self.serve(Client(self, head)):
                     break
-                if not self.parser.idle:
-                    await asyncio.sleep(0)      # of thousands of pipelined requests none may wait for anything
+                if not self.http.idle:
+                    await asyncio.sleep(0)      # answering pipelined requests may never wait
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
-        except GatewayError as error:       # before there was a head to answer to
-            if self.holders:                # of the others there may be thousands
+        except GatewayError as error:       # before there was a request
+            if self.holders:                # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
             await self.refuse(error)
         except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
@@ -12103,45 +12009,34 @@ class Connection:
             if isinstance(error, OSError):
                 log.info("connection of %s: %s", self.peer, describe_error(error))
             self.abort()
-            self.server.release(self)       # asyncio tells the protocol nothing of it
+            self.server.release(self)       # asyncio does not call connection_lost
             raise
 
-    async def receive(self) -> bool:
-        """Feeds the parser with what comes next; False at the end."""
-        data = await self.reader.read(READ_BYTES)
-        self.protocol.unread -= len(data)
-        self.parser.feed(data)
-        return data != b""
-
     async def next_head(self) -> RequestHead | None:
-        """The next request's head; None when none will come. header_timeout_s counts from its first byte."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. While draining,
+        the wait is short, but not zero: a keep-alive or new client may already have sent its request."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
-        part = self.parser.next()
-        while part is NEED_DATA and self.parser.idle:
-            if self.server.closing or not await self.wait_for_request():
+        while (part := self.http.next()) is NEED_DATA and self.http.idle:
+            if self.server.closing:
                 return None
-            part = self.parser.next()
-        if not isinstance(part, RequestHead):
-            async with self.time_limit("request head", "header_timeout_s"):
-                while not isinstance(part, RequestHead):
-                    if not await self.receive():
-                        return None
-                    part = self.parser.next()
+            try:
+                async with asyncio.timeout(self.idle_s()) as self.waiting:
+                    came = await self.receive()
+            except TimeoutError:
+                came = self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
+            finally:
+                self.waiting = None
+            if not came:
+                return None
+        started = self.loop.time()
+        while not isinstance(part, RequestHead):
+            if not await self.receive_within(self.server.config.header_timeout_s, started, "request head"):
+                return None
+            part = self.http.next()
         self.server.idle.pop(self, None)
         self.body_done = False
         return part
-
-    async def wait_for_request(self) -> bool:
-        """Whether a byte of it came in time. While draining the time is short, but a keep-alive or new client may already have
-        sent its request."""
-        try:
-            async with asyncio.timeout(self.idle_s()) as self.waiting:
-                return await self.receive()
-        except TimeoutError:
-            return self.protocol.unread > 0 and await self.receive()        # it came in the same turn of the loop
-        finally:
-            self.waiting = None
 
     def idle_s(self) -> float:
         if self.server.draining:
@@ -12152,35 +12047,23 @@ class Connection:
         if self.waiting is not None:
             self.waiting.reschedule(self.loop.time() + self.idle_s())
 
-    @contextlib.asynccontextmanager
-    async def time_limit(self, what: str, setting: str) -> AsyncIterator[None]:
-        limit_s = getattr(self.server.config, setting)
+    async def receive_within(self, limit_s: float, started: float, what: str) -> bool:
         try:
-            async with asyncio.timeout(limit_s):
-                yield
+            async with asyncio.timeout_at(started + limit_s):
+                return await self.receive()
         except TimeoutError:
             raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
         """Has one request answered; True if the connection may carry another."""
-        self.client = client
-        self.server.open_requests += 1
-        try:
-            await self.handle(client)
-        finally:
-            self.client = None
-            client.hold(0)
-            self.server.open_requests -= 1
-            self.server.access(client, client.status or CLIENT_LEFT)
-        return not self.gone and await self.discard_body(client)
-
-    async def handle(self, client: Client) -> None:
+        server, self.client = self.server, client
+        server.open_requests += 1
         try:
             if not self.holders and client.head.path not in HEALTH_PATHS:
                 raise overloaded(NO_ROOM)
-            self.server.check_host(client.head)
-            client.peer = self.server.who_asks(self.peer, client.head.headers)
-            await self.server.handler(client)
+            server.check_host(client.head)
+            client.peer = server.client_address(self.peer, client.head.headers)
+            await server.handler(client)
             if not client.ended and not self.gone:
                 raise RuntimeError("the handler did not end its answer")
         except GatewayError as error:
@@ -12188,41 +12071,43 @@ class Connection:
         except ClientGone:
             raise
         except asyncio.CancelledError:
-            if self.gone or client.status or not self.server.closing:
+            if self.gone or client.status or not server.closing:
                 raise
             await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
         except Exception as error:       # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
+        finally:
+            self.client = None
+            client.hold(0)
+            server.open_requests -= 1
+            server.access(client, client.status or CLIENT_LEFT)
+        return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        """The whole body; ProtocolError when it is too long or too slow."""
+        """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
-        if not self.take_body(client, pieces, most_bytes):
-            if client.head.expect_continue:
-                self.writer.write(CONTINUE)
-            async with self.time_limit("request body", "body_timeout_s"):
-                while not self.take_body(client, pieces, most_bytes):
-                    if not await self.receive():
-                        raise ClientGone("the client left")
-        self.body_done = True
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def take_body(self, client: Client, pieces: list[bytes], most_bytes: int) -> bool:
-        """Adds what has come of the body; True when that was its end."""
-        length = client.head.length
+        length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
         while (length or client.held) <= most_bytes:
-            part = self.parser.next()
-            if not isinstance(part, bytes):
-                return part is END
-            pieces.append(part)
-            if length is None:
-                client.hold(client.held + len(part))
+            part = self.http.next()
+            if part is END:
+                self.body_done = True
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if isinstance(part, bytes):
+                pieces.append(part)
+                if length is None:
+                    client.hold(client.held + len(part))
+                continue
+            if expected:
+                expected = False
+                self.writer.write(CONTINUE)
+            if not await self.receive_within(self.server.config.body_timeout_s, started, "request body"):
+                raise ClientGone("the client left")
         raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
-        """Drops what is left of the request; True when the next one may begin."""
+        """Drops the rest of the request; True if another one may follow."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
@@ -12235,9 +12120,9 @@ class Connection:
         return True
 
     def skip_body(self) -> bool:
-        """Drops what has come of an unread body; True when that was its end."""
+        """Drops the received part of an unread body; True at its end."""
         while not self.body_done:
-            part = self.parser.next()
+            part = self.http.next()
             if part is NEED_DATA:
                 return False
             self.body_done = part is END
@@ -12245,10 +12130,8 @@ class Connection:
 
     async def refuse(self, error: GatewayError) -> None:
         """An error answer to bytes that made no request."""
-        headers, body = error_answer(error)
-        headers += [("content-length", str(len(body))), ("connection", "close")]
-        self.writer.write(self.server.answer_head(error.status, headers, request_id_for("")) + body)
         with contextlib.suppress(OSError, asyncio.CancelledError):
+            await Client(self, NO_REQUEST).fail(error)
             await self.linger()
 
     async def linger(self) -> None:
@@ -12261,7 +12144,7 @@ class Connection:
                 left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
-        """May the connection go on after an answer that begins now? What is unread must be small."""
+        """May the connection stay open after an answer that begins now? The unread rest must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
             return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
@@ -12269,7 +12152,9 @@ class Connection:
             return False
 
     async def drain(self) -> None:
-        """A client that makes no room in write_timeout_s counts as gone."""
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left, or made no room in write_timeout_s."""
+        if self.unsent_bytes() <= WRITE_HIGH_BYTES:
+            return
         try:
             async with asyncio.timeout(self.server.config.write_timeout_s):
                 await self.writer.drain()
@@ -12283,7 +12168,7 @@ class Connection:
             raise ClientGone("the client left or takes nothing")
 
     def close(self) -> None:
-        """Closes behind the last bytes; if they are not taken in time, without them."""
+        """Closes after the last bytes; if they are not read in time, without them."""
         self.client = None
         if not self.writer.is_closing() and self.unsent_bytes():
             self.loop.call_later(self.server.config.write_timeout_s, self.abort)
@@ -12292,8 +12177,8 @@ class Connection:
 
 # --- 12.2 the server ------------------------------------------------------------------------------
 
-def connections_that_fit() -> int:
-    """Into the files that this process may open: a stream takes two."""
+def connections_allowed_by_files() -> int:
+    """The limit set by the open files of the process: a stream takes two."""
     if sys.platform == "win32":
         return sys.maxsize
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -12314,6 +12199,11 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
+@functools.lru_cache(1)
+def http_date(now_s: int) -> str:
+    return email.utils.formatdate(now_s, usegmt=True)
+
+
 async def listen(config: ServerConfig) -> list[socket.socket]:
     """A listening socket for each address of the host, all with one port."""
     host, port = config.host, config.port
@@ -12327,7 +12217,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
             port = sockets[0].getsockname()[1]
         except OSError as error:
             failure = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # as for ::1 without IPv6
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
                 while sockets:
                     sockets.pop().close()
                 break
@@ -12338,28 +12228,27 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
+    address = ("", 0)
+    sockets: Sequence[socket.socket] = ()   # that listen
+    open_requests = 0
+    draining = False                        # takes no new connections, and closes idle ones
+    closing = False                         # draining, and handlers are no longer waited for
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.address: tuple[str, int] = ("", 0)
-        self.sockets: Sequence[socket.socket] = []      # listened on
         self.listeners: list[asyncio.Server] = []       # one for each of them
-        self.connections: set[Connection] = set()       # all whose socket is open, those that set up TLS too
-        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # of SHARES, by holder; "": the process
-        self.idle: dict[Connection, float] = {}         # without a request, the longest first, and since when
-        self.refused: dict[Connection, float] = {}      # for which there was no room, the oldest first
-        self.open_requests = 0
-        self.draining = False                           # takes no new connections, keeps none open
-        self.closing = False                            # draining, and nobody is waited for any more
+        self.connections: set[Connection] = set()       # all with an open socket, also during TLS setup
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # by resource and holder; "": the process
+        self.idle: dict[Connection, float] = {}         # without a request: since when, the longest first
+        self.refused: dict[Connection, float] = {}      # beyond the limits: since when, the oldest first
         self.empty = asyncio.Event()                    # draining, and the last connection is gone
-        self.date_s, self.date = 0, ""                  # the Date header, made once a second
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """The settings of the next connection and request. Host, port and tls_cert stay."""
-        fit = connections_that_fit()
+        """Applies settings to the next connections and requests. Host, port and tls_cert stay."""
+        fit = connections_allowed_by_files()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
@@ -12369,44 +12258,45 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on sockets that listen already or on those of host and port; so many at a time."""
+        """Begins to accept, on the given sockets or on new ones for host and port; `at_once`: in one turn of the loop."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
-            self.listeners.append(await loop.create_server(lambda: ClientProtocol(self), sock=listening, backlog=at_once))
+            self.listeners.append(await loop.create_server(self.new_protocol, sock=listening, backlog=at_once))
             listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
 
-    def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Admits a new connection, or keeps it among the few that may only ask for /health."""
+    def new_protocol(self) -> StreamProtocol:
+        return StreamProtocol(PIPELINE_BYTES, self.connected)
+
+    def connected(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
+        """Admits a new connection; beyond the limits only for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
-        protocol = transport.get_protocol()
         assert isinstance(transport, asyncio.Transport)
-        assert isinstance(protocol, ClientProtocol)
         if not address:             # it has gone again
             transport.abort()
             return
-        connection = Connection(self, protocol, reader, writer, str(address[0]))
+        connection = Connection(self, protocol, writer, str(address[0]))
         if self.used["connections", ""] >= self.config.max_connections:
-            self.give_up(self.idle, IDLE_SAFE_S)
+            self.evict(self.idle, IDLE_SAFE_S)
         holders, waiting = self.holders(connection.peer), self.refused
         if not (self.closing or self.acquire("connections", holders, 1)):
             connection.holders, waiting = holders, self.idle
         elif len(waiting) >= self.max_refused:
-            self.give_up(waiting, 0.0)
+            self.evict(waiting, 0.0)
         waiting[connection] = connection.loop.time()
         self.connections.add(connection)
-        protocol.on_gone, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
+        protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
             transport.pause_reading()       # until the handshake reads
         connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
-        """For whom its connections and bodies count: the process, and its address, if that is its own."""
+        """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
-        """Counts that for each holder; else the setting that forbids it. Less is always given back."""
+        """Adds `more`, which may be negative, for each holder; or returns the name of the limit that forbids it."""
         for holder in holders:
             limit = SHARES[share][holder != ""]
             if more > 0 and self.used[share, holder] + more > getattr(self.config, limit):
@@ -12417,8 +12307,8 @@ class Server:
                 del self.used[share, holder]
         return ""
 
-    def give_up(self, waiting: Mapping[Connection, float], least_s: float) -> None:
-        """Closes the connection that has waited longest, if for least_s."""
+    def evict(self, waiting: Mapping[Connection, float], least_s: float) -> None:
+        """Closes the connection that has waited longest, if at least for least_s."""
         connection = next(iter(waiting), None)
         if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
             self.release(connection)
@@ -12434,11 +12324,11 @@ class Server:
             self.empty.set()
 
     def trusts(self, peer: str) -> bool:
-        """Is it one of the proxies in front?"""
+        """Is it a trusted proxy?"""
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
-    def who_asks(self, peer: str, headers: Headers) -> str:
-        """Behind trusted proxies, the last in X-Forwarded-For that is none of them."""
+    def client_address(self, peer: str, headers: Headers) -> str:
+        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is not one of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -12448,10 +12338,10 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses names that are not ours: a page elsewhere could point its own here (DNS rebinding). The dashboard has no name
-        but ours, even where requests may come by any."""
+        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). For the dashboard also
+        where any name is allowed."""
         name = head.headers.get("host").lower()
-        if ":" in name and name[-1] != "]":         # a port, and not only the end of an IPv6 address
+        if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
         if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
             return
@@ -12462,14 +12352,11 @@ class Server:
                             "public_hosts in [server] of pomex.toml.", 421)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
-        now_s = int(time.time())
-        if now_s != self.date_s:
-            self.date_s, self.date = now_s, email.utils.formatdate(now_s, usegmt=True)
-        own = [("date", self.date), ("server", "pomex"), ("x-request-id", request_id)]
+        own = [("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)]
         return response_head(status, own + headers)
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Takes no new connections; cancels the handlers that run after timeout_s (None: no limit)."""
+        """Takes no new connections; cancels the handlers that still run after timeout_s (None: never)."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
@@ -12485,14 +12372,14 @@ class Server:
         await asyncio.sleep(0)      # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Connections in their queues are still accepted: the system would reset them."""
+        """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
-        sockets, self.sockets = self.sockets, []
+        sockets, self.sockets = self.sockets, ()
         with contextlib.suppress(NotImplementedError):          # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
-            await asyncio.sleep(0)      # those that asyncio has accepted are announced
+            await asyncio.sleep(0)      # asyncio reports those it has accepted
         for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
@@ -12500,25 +12387,25 @@ class Server:
             listener.close()
         for accepted in made:
             with contextlib.suppress(OSError):
-                await loop.connect_accepted_socket(lambda: ClientProtocol(self), accepted)
+                await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
-        """Are all connections gone within that time?"""
+        """True if all connections are closed within that time."""
         if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.empty.wait(), timeout_s)
         return not self.connections
 
 
-# --- 12.3 who started the process -----------------------------------------------------------------
+# --- 12.3 systemd ---------------------------------------------------------------------------------
 #
-# systemd hands over listening sockets (sd_listen_fds(3)) and wants to hear how the process does (sd_notify(3)).
+# It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
 
 FIRST_HANDED_FD = 3
 
 
-def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets of systemd. The variables go: no child is to see them."""
+def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The sockets of systemd. Removes the variables, so that no child sees them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -12533,14 +12420,14 @@ def handed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     return sockets
 
 
-def listening_as(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
-    """With the address that is listened on: of several, one that is not only this machine's."""
+def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
+    """The settings with the address of the sockets: of several, one that other machines can reach."""
     addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
     return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
 
 
 def notify(*states: str) -> None:
-    """Tells systemd, where it asked to be told."""
+    """Notifies systemd, if it asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -12554,13 +12441,13 @@ def notify_reloading() -> None:
 
 
 def watchdog_s(environ: Mapping[str, str]) -> float:
-    """How often systemd wants to hear of us, halved (sd_watchdog_enabled(3)); 0: never."""
+    """Half the interval of systemd's watchdog (sd_watchdog_enabled(3)); 0: it is off."""
     usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(os.getpid()))
     return int(usec) / 2e6 if re.fullmatch("[0-9]{1,15}", usec) and pid == str(os.getpid()) else 0.0
 
 
 async def feed_watchdog() -> None:
-    """A task of the loop: when that stands still, systemd restarts the gateway."""
+    """A task of the loop: if the loop hangs, systemd restarts the gateway."""
     while interval_s := watchdog_s(os.environ):
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
@@ -12568,66 +12455,56 @@ async def feed_watchdog() -> None:
 
 # --- 12.4 a running gateway -----------------------------------------------------------------------
 
-# What is taken up at start only: a running server keeps its port, and its ledger.
-FIXED = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
+# Settings that only a restart changes: a running server keeps its port, and its ledger.
+RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def merge_reloadable(old: Config, new: Config) -> Config:
-    """The new configuration, but what is fixed as it was."""
-    fixed = {name: getattr(old.server, name) for name in FIXED}
+    """The new configuration, but RESTART_ONLY settings as they were."""
+    fixed = {name: getattr(old.server, name) for name in RESTART_ONLY}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
 ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
 
 
-class AccessLog:
-    """One line a request, logged in blocks: status, then what its handler noted, or method and path."""
+class GatewayServer(Server):
+    """A server of one gateway: it logs each request, and its configuration can be changed while it runs."""
 
-    def __init__(self) -> None:
-        self.lines: list[tuple[float, str]] = []        # time and text
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__(gateway.handle, gateway.config.server, self.log_request)
+        self.gateway = gateway
+        self.lines: list[tuple[float, str]] = []        # of the access log: time and text, logged in blocks
 
-    def add(self, client: Client, status: int) -> None:
+    async def drain(self, timeout_s: float | None) -> None:
+        await super().drain(timeout_s)
+        self.flush_access_log()
+
+    def log_request(self, client: Client, status: int) -> None:
+        """One line a request: its status, then the note of its handler, or method and path."""
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
             return                  # an open dashboard asks every few seconds
         if not self.lines:
-            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
-        self.lines.append((time.time(), f"{status} {client.note or f'-  {printable(head.method)} {printable(head.path)}'}"))
+            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush_access_log)
+        self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
 
-    def flush(self) -> None:
+    def flush_access_log(self) -> None:
         lines, self.lines = self.lines, []
         if lines:
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
-
-class GatewayServer(Server):
-    """Its configuration can be changed while it runs."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.access_log = AccessLog()
-        super().__init__(gateway.handle, gateway.config.server, self.access_log.add)
-        self.adopt(gateway)
-
-    async def drain(self, timeout_s: float | None) -> None:
-        await super().drain(timeout_s)
-        self.access_log.flush()
-
-    def adopt(self, gateway: Gateway) -> None:
-        self.gateway, self.handler = gateway, gateway.handle
-        gateway.draining = lambda: self.draining
-
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """From the next request on. Those that run keep their Gateway, and with it the old settings, to their end.
-        ConfigError: all is as it was."""
+        """For new requests. Those in progress keep their Gateway, and with it the old settings, to their end. ConfigError:
+        nothing was changed."""
         old = self.gateway
-        if self.context is not None:        # a renewed certificate is taken up, a broken one refused
+        if self.context is not None:        # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
-        old.upstream.contexts.clear()       # certificates to trust may be new, too
+        old.upstream.contexts.clear()       # ca_file may be new, too
         self.use(fresh.config.server)
-        self.adopt(fresh)
+        self.gateway, self.handler = fresh, fresh.handle
 
 
 def open_ledger(config: Config) -> contextlib.closing[Ledger]:
@@ -12935,7 +12812,7 @@ def provider_lines(config: Config, found: Mapping[str, Sequence[str]], detected:
 
 def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Every model that is known by name, with its providers in the order they are tried."""
-    catalogue, models = Catalogue(config, found), {}
+    catalogue, models = ModelCatalog(config, found), {}
     for name in catalogue.names:
         with contextlib.suppress(BadRequest):       # described, but of a provider that is not configured
             models[name] = list(dict.fromkeys(provider.name for provider, _ in catalogue.targets(name)))
@@ -12945,7 +12822,7 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 # --- 13.4 serve -----------------------------------------------------------------------------------
 
 class LineFormatter(logging.Formatter):
-    """A line for each of a record's `lines` (of AccessLog), or for its message."""
+    """A line for each of a record's `lines` (of the access log), or for its message."""
     of_several = False      # processes: each line says which
 
     def format(self, record: logging.LogRecord) -> str:
@@ -13008,7 +12885,7 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(Catalogue(config, found)))),
+            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"')
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
@@ -13016,7 +12893,7 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
                         + ("." if config.server.tls_cert else "; put TLS in front, or set tls_cert and tls_key."))
         if not config.server.public_hosts:
             warnings.append("The dashboard opens only under the names in [server] public_hosts, and on this machine.")
-    if (fit := connections_that_fit()) < config.server.max_connections:
+    if (fit := connections_allowed_by_files()) < config.server.max_connections:
         warnings.append(f"{fit} connections at once, not max_connections = {config.server.max_connections}: this process may "
                         "open no more files (ulimit -n).")
     several = f", {config.server.workers} workers" if config.server.workers > 1 else ""
@@ -13039,16 +12916,16 @@ def run_serve(args: Args) -> int:
     config = read_config(args)
     allow_files()
     set_up_logging(config.server.log_format, config.server.workers)
-    handed = handed_sockets(os.environ)
-    config = dataclasses.replace(config, server=listening_as(config.server, handed))
-    if config.server.workers > 1 and sys.platform == "win32":
-        raise ConfigError("[server] workers: several processes need another system than Windows.")
+    handed = systemd_sockets(os.environ)
+    config = dataclasses.replace(config, server=with_address(config.server, handed))
+    if config.server.workers > 1 and not hasattr(signal, "sigtimedwait"):
+        raise ConfigError("[server] workers: more than one process needs Linux.")
 
     async def reread() -> tuple[Config, Mapping[str, Sequence[str]]]:
         fresh = read_config(args)
         if config.path and not fresh.path:
             raise ConfigError("it is gone.")
-        return await with_detected(dataclasses.replace(fresh, server=listening_as(fresh.server, handed)), args.no_detect)
+        return await with_detected(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
 
     is_new = not os.path.exists(config.database.path)
     detected = not config.path and not args.no_detect
@@ -13068,7 +12945,7 @@ def run_serve(args: Args) -> int:
         announcing = functools.partial(announce, config, found, detected, is_new=is_new, url=url)
         return asyncio.run(serve(config, found, sockets, reread, announcing))
     parent = Workers(config, found, sockets, reread)
-    parent.install_signal_handlers()
+    parent.block_signals()
     with open_ledger(config) as ledger:     # no database may be open when a process forks
         asyncio.run(announce(config, found, detected, ledger, is_new, url))
     settle_memory()
@@ -13187,7 +13064,7 @@ def run_check(args: Args) -> int:
 
 
 def unpriced(config: Config) -> list[str]:
-    catalogue, book = Catalogue(config, {}), PriceTable(config)
+    catalogue, book = ModelCatalog(config, {}), PriceTable(config)
     targets = {(provider.name, model): name for name in listed_models(config, {})
                for provider, model in catalogue.targets(name)}
     return [f"{provider}/{model} has no price: refused to keys with a budget, billed 0 to others"
@@ -13217,7 +13094,7 @@ PRICE_COLUMNS = ("input", "output", "cache_read", "cache_write", "cache_write_1h
 
 def run_models(args: Args) -> None:
     config, found = asyncio.run(with_detected(read_config(args)))
-    catalogue, book = Catalogue(config, found), PriceTable(config)
+    catalogue, book = ModelCatalog(config, found), PriceTable(config)
     rows: list[JSON] = []
     table: list[dict[str, str]] = []
     for name, providers in listed_models(config, found).items():
@@ -13635,7 +13512,7 @@ def run_codex(args: Args) -> int:
     if args.undo:
         return undo_codex(path)
     config, found = asyncio.run(with_detected(read_config(args)))
-    catalogue = Catalogue(config, found)
+    catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
     try:
         catalogue.tiers(model)
@@ -13736,7 +13613,7 @@ class Doctor:
             out, _ = await asyncio.wait_for(process.communicate(), 20)
         except (OSError, TimeoutError):
             return Check("codex", "missing", "no codex in PATH", "npm install -g @openai/codex")
-        return Check("codex", "ok", f"{printable(out.decode('utf-8', 'replace').strip())} in PATH")
+        return Check("codex", "ok", f"{sanitize(out.decode('utf-8', 'replace').strip())} in PATH")
 
     def check_file(self) -> Check:
         path = codex_home() / "config.toml"
@@ -13934,7 +13811,7 @@ async def ask_model(config: Config, model: str | None, question: str) -> int:
     if not key:
         say(f'POMEX_API_KEY is not set. With a new key: export POMEX_API_KEY="$({command("keys create NAME")})"')
         return 1
-    model = model or best_model(Catalogue(*await with_detected(config)))
+    model = model or best_model(ModelCatalog(*await with_detected(config)))
     kind, last = "", JSON()
     async for kind, last in stream_events(own_url(config), key, {"model": model, "input": question}, config.server.tls_cert):
         if kind == "response.output_text.delta":
@@ -13950,13 +13827,13 @@ def describe_request(row: JSON) -> str:
     """`11-30 14:52:07 completed laptop openai/gpt-5.5 via openai  48.2k in (41.9k cached) 1.1k out  total 9.4s  $0.0412`"""
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_ms"] / 1000))
     if row["result"] == "refused":
-        return printable_sentence(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}")
+        return sanitize(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}", 400)
     cached = f" ({short_count(row['cached'])} cached)" if row["cached"] else ""
     cost = f"${format_usd(row['cost_nanos'], 4)}" if row["price"] else "no price"
-    return printable_sentence(
+    return sanitize(
         f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  "
         f"{short_count(row['input'])} in{cached}"
-        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}").rstrip()
+        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}", 400).rstrip()
 
 
 @of_ledger
@@ -13999,7 +13876,7 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
     """`Reloaded pomex.toml: providers.openai, server.port; only a restart changes server.port.`"""
     changed = changed_settings(old, new)
     kept = f"; {plural(streams, 'open stream')} {'keeps' if streams == 1 else 'keep'} the old settings" if streams else ""
-    waiting = [name for name in changed if name.removeprefix("server.") in FIXED or name.startswith("database.")]
+    waiting = [name for name in changed if name.removeprefix("server.") in RESTART_ONLY or name.startswith("database.")]
     restart = f"; only a restart changes {', '.join(waiting)}" if waiting else ""
     return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
 
@@ -14057,101 +13934,96 @@ async def run_reload(ledger: Ledger, args: Args) -> int:
 # --- 13.9 several processes -----------------------------------------------------------------------
 #
 # The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
-# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports its
-# open requests once a second; a silent one hangs and is killed. A reload and a stop are signals that the parent passes on.
+# worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports once
+# a second, in memory shared with the parent; a silent one hangs and is killed. The parent waits for signals: of a reload and
+# a stop, which it passes on, and of a worker's end.
 
 TICK_S = 1.0
+START_TICK_S = 0.05         # until all workers are ready
 HUNG_S = 30.0               # a checkpoint of the database on a bad disk may stop a loop for seconds
-STABLE_AFTER_S = 60.0       # a worker that lived so long did not die of how it was started
+STABLE_AFTER_S = 60.0       # a worker that lived this long did not die of its start
 ACCEPT_AT_ONCE = 4          # connections that a worker takes before another one has its turn
 
 
 async def worker_main(config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket], reread: Reread,
-                      pipe: int) -> int:
+                      board: memoryview[float], parent: int) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(log_loop_error)
     with open_ledger(config) as ledger:
         async with running(config, ledger, found, sockets, ACCEPT_AT_ONCE) as server:
             signals = install_signal_handlers()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            reporting = loop.create_task(report(server, pipe, os.getppid()))
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            reporting = loop.create_task(report(server, board, parent))
             while await signals.get() == HANG_UP:
-                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and says what is wrong
+                with contextlib.suppress(ConfigError, OSError):     # the parent has read it too, and reports the error
                     server.reload(*await reread())
             await drain_until_signal(server, signals)
             reporting.cancel()
     return 0
 
 
-async def report(server: GatewayServer, pipe: int, parent: int) -> None:
-    """Says how many requests are open; without its parent a worker stops."""
+async def report(server: GatewayServer, board: memoryview[float], parent: int) -> None:
+    """Reports the time and the number of open requests; without its parent a worker stops."""
     while os.getppid() == parent:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(pipe, b"%d " % server.open_requests)
+        board[0], board[1] = time.monotonic(), server.open_requests
         await asyncio.sleep(TICK_S)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@dataclass(slots=True, eq=False)
-class Worker:
+class Worker(NamedTuple):
     pid: int
-    pipe: int                   # brings its reports
     started: float              # by the monotonic clock, as are all times here
-    heard: float
-    streams: int = 0
-    ready: bool = False
+    board: memoryview[float]    # shared with it: the time of its last report (0: none yet), and its open requests
 
 
 class Workers:
-    """The parent: keeps so many workers alive."""
+    """The parent: keeps the configured number of workers alive."""
+    stopping = False
+    code = 0
+    ready = False           # all have been at once
+    not_before = 0.0        # no worker is started earlier: they die too fast
+    deaths = 0              # in a row
+    checked = math.inf      # when the workers were last checked
+    awake_since = 0.0       # when this process last stood still itself
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]], sockets: Sequence[socket.socket],
                  reread: Reread) -> None:
         self.config, self.found, self.sockets, self.reread = config, found, sockets, reread
         self.workers: list[Worker] = []
-        self.stopping = False
-        self.code = 0
-        self.ready = False          # all have been at once
-        self.not_before = 0.0       # no worker is started earlier: they die too fast
-        self.deaths = 0             # in a row
-        self.looked = math.inf      # when the workers were looked at last
-        self.selector = selectors.DefaultSelector()
-        self.signals, self.wakeup = socket.socketpair()
+        self.pid, self.signals = os.getpid(), {*STOP_SIGNALS, signal.SIGCHLD}
 
-    def install_signal_handlers(self) -> None:
-        self.signals.setblocking(False)
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda got, frame: None)
-        self.selector.register(self.signals, selectors.EVENT_READ)
+    def block_signals(self) -> None:
+        """So that they wait for run(), in workers for their handlers."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
     def run(self) -> int:
-        fed, interval_s = 0.0, watchdog_s(os.environ)
+        feed_s = watchdog_s(os.environ)
         while self.workers or not self.stopping:
             now = time.monotonic()
             self.kill_hung(now)
             self.start_missing(now)
-            if interval_s and now >= fed:
-                fed = now + interval_s
+            if not self.ready and self.workers and all(worker.board[0] for worker in self.workers):
+                self.ready = True
+                notify("READY=1")
+            if feed_s:
                 notify("WATCHDOG=1")
-            for key, _ in self.selector.select(min(TICK_S, interval_s or TICK_S)):
-                if key.data is not None:
-                    self.receive(key.data)
-                    continue
-                for got in self.signals.recv(64):
-                    self.reload() if got == HANG_UP else self.stop()
+            tick_s = TICK_S if self.ready else START_TICK_S
+            got = signal.sigtimedwait(self.signals, min(tick_s, feed_s or tick_s))
+            if got is not None and got.si_signo == HANG_UP:
+                self.reload()
+            elif got is not None and got.si_signo in STOP_SIGNALS:
+                self.stop()
+            self.reap(time.monotonic())
         say("Stopped.")
         return self.code
 
     def kill_hung(self, now: float) -> None:
-        if now - self.looked > 5 * TICK_S:      # this process stood still itself (a paused container, Ctrl-Z): none was heard
-            for worker in self.workers:
-                worker.heard = now
-        self.looked = now
+        if now - self.checked > 5 * TICK_S:     # a paused container, or Ctrl-Z: no worker could report either
+            self.awake_since = now
+        self.checked = now
         for worker in self.workers:
-            if now - worker.heard > HUNG_S:
-                log.error("worker %d has said nothing for %d s and is killed", worker.pid, HUNG_S)
+            if now - max(worker.started, worker.board[0], self.awake_since) > HUNG_S:
+                log.error("worker %d has not reported for %d s and is killed", worker.pid, HUNG_S)
                 os.kill(worker.pid, signal.SIGKILL)
 
     def start_missing(self, now: float) -> None:
@@ -14159,41 +14031,24 @@ class Workers:
             while len(self.workers) < self.config.server.workers and not self.stopping and now >= self.not_before:
                 self.start(now)
         except OSError as error:        # too many processes or files: the others go on
-            log.error("no worker can be started: %s; tried again in a second", describe_error(error))
+            log.error("no worker can be started: %s; retried in a second", describe_error(error))
             self.not_before = now + TICK_S
 
     def start(self, now: float) -> None:
         sys.stderr.flush()
-        ours, theirs = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)      # in the worker until it heeds them
-        try:
-            pid = os.fork()
-            if not pid:
-                self.become_worker(ours, theirs)
-        except OSError:
-            os.close(ours)
-            raise
-        finally:
-            os.close(theirs)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        worker = Worker(pid, ours, now, now)
-        self.workers.append(worker)
-        self.selector.register(ours, selectors.EVENT_READ, worker)
+        board = memoryview(mmap.mmap(-1, 16)).cast("d")
+        pid = os.fork()
+        if not pid:
+            self.become_worker(board)
+        self.workers.append(Worker(pid, now, board))
 
-    def become_worker(self, ours: int, theirs: int) -> NoReturn:
-        """In the new process: closes all that is the parent's, or the others could not see it end."""
+    def become_worker(self, board: memoryview[float]) -> NoReturn:
+        """In the new process."""
         code = 1
         try:
             os.setsid()             # Ctrl-C goes to the parent alone
-            signal.set_wakeup_fd(-1)
             os.environ.pop("NOTIFY_SOCKET", "")
-            self.selector.close()
-            self.signals.close()
-            self.wakeup.close()
-            for fd in (ours, *(worker.pipe for worker in self.workers)):
-                os.close(fd)
-            os.set_blocking(theirs, False)
-            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, theirs))
+            code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, board, self.pid))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)
         except BaseException:
@@ -14201,32 +14056,25 @@ class Workers:
         finally:
             os._exit(code)
 
-    def receive(self, worker: Worker) -> None:
-        said = os.read(worker.pipe, 4096).split()
-        if not said:
-            self.reap(worker)
-            return
-        worker.heard, worker.streams, worker.ready = time.monotonic(), int(said[-1]), True
-        if not self.ready and all(each.ready for each in self.workers):
-            self.ready = True
-            notify("READY=1")
+    def reap(self, now: float) -> None:
+        """Takes note of the workers that have ended. They are replaced; ever later, if they die at their start."""
+        for worker in self.workers.copy():
+            pid, status = os.waitpid(worker.pid, os.WNOHANG)
+            if not pid:
+                continue
+            self.workers.remove(worker)
+            if self.stopping:
+                continue
+            self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
+            self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
+            log.error("worker %d ended with %d and is replaced; its %s were cut", pid, os.waitstatus_to_exitcode(status),
+                      plural(int(worker.board[1]), "open request"))
+            if not self.ready and not worker.board[0]:
+                self.code = UNAVAILABLE         # none can start: the exit code says so
+                self.stop()
 
-    def reap(self, worker: Worker) -> None:
-        """A worker has ended, and is replaced; ever later, if they die at their start."""
-        self.selector.unregister(worker.pipe)
-        os.close(worker.pipe)
-        self.workers.remove(worker)
-        status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
-        if self.stopping:
-            return
-        now = time.monotonic()
-        self.deaths = 0 if now - worker.started > STABLE_AFTER_S else self.deaths + 1
-        self.not_before = now + (min(30.0, 0.1 * 2 ** min(self.deaths, 10)) if self.deaths > 1 else 0.0)
-        log.error("worker %d ended with %d and is replaced; its %s were cut", worker.pid, status,
-                  plural(worker.streams, "open request"))
-        if not self.ready and not worker.ready:
-            self.code = UNAVAILABLE         # it never was any good: who starts us is to know
-            self.stop()
+    def open_requests(self) -> int:
+        return int(sum(worker.board[1] for worker in self.workers))
 
     def send(self, number: signal.Signals) -> None:
         for worker in self.workers:
@@ -14238,9 +14086,8 @@ class Workers:
             self.code = INTERRUPTED
         else:
             notify("STOPPING=1")
-            streams = sum(worker.streams for worker in self.workers)
-            say(stopping_sentence(streams, self.config.server.drain_timeout_s))
-        for listening in self.sockets:      # first: who came to ours, when the workers have closed theirs, would be cut
+            say(stopping_sentence(self.open_requests(), self.config.server.drain_timeout_s))
+        for listening in self.sockets:      # before the workers close theirs: a connection to ours alone would be cut
             listening.close()
         self.stopping = True
         self.send(signal.SIGTERM)
@@ -14255,7 +14102,7 @@ class Workers:
             config, found = asyncio.run(self.reread())
             if old.server.tls_cert:
                 tls_context(old.server)
-            reloaded, said = True, reload_sentence(old, config, sum(worker.streams for worker in self.workers))
+            reloaded, said = True, reload_sentence(old, config, self.open_requests())
         except (ConfigError, OSError) as error:
             config, said = old, refused_sentence(old, error)
         say(said)

@@ -248,7 +248,7 @@ async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(
     try:
         _, _, answer = await gateway.ask("POST", path, {"model": "demo/echo"}, {**JSON_TYPE, "authorization": "Bearer sk-rh-a",
                                                                                "user-agent": "codex/1 <b>", **headers})
-        gateway.server.access_log.flush()
+        gateway.server.flush_access_log()
     finally:
         pomex.log.removeHandler(handler)
     item, = await gateway.refused()
@@ -545,7 +545,7 @@ wire_api = "chat"
 [models."team/both"]
 targets = ["one:m", "two:m"]
 """
-    tiers = pomex.Catalogue(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
+    tiers = pomex.ModelCatalog(pomex.load_config(text, "pomex.toml", {}), {}).tiers("team/both")
     def left(*names):
         asked = pomex.parse_request(b'{"model": "team/both", "input": "hi"}')
         order = pomex.order_candidates(tiers, names, asked, pomex.Headers([]), pomex.Envelope(b"secret", "1"))

@@ -102,7 +102,7 @@ def play(folder, scenario):
 
     class Log(logging.Handler):
         def emit(self, record):
-            lines.append(logging.Formatter("%(message)s").format(record))
+            lines.extend(text for _, text in getattr(record, "lines", [(0, logging.Formatter("%(message)s").format(record))]))
     handler = Log()
 
     async def main():

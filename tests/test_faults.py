@@ -68,7 +68,8 @@ class Log(logging.Handler):
         self.lines = []
 
     def emit(self, record):
-        self.lines.append(logging.Formatter("%(message)s").format(record))
+        message = logging.Formatter("%(message)s").format(record)
+        self.lines.extend(text for _, text in getattr(record, "lines", [(0, message)]))     # access lines come in blocks
 
 
 async def ask(server, key, model, streamed):

@@ -309,7 +309,7 @@ targets = ["talk:other"]
 """
     class Running:
         config = pomex.load_config(text, "pomex.toml", {})
-        catalogue = pomex.Catalogue(config, {})
+        catalogue = pomex.ModelCatalog(config, {})
 
     def summary(name):
         entry = pomex.codex_entry(Running, name, 0, 171)
@@ -386,7 +386,7 @@ NAMES = {       # bare name -> the full one, or a part of the refusal
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bare_name_is_that_of_the_one_provider_that_lists_it(name):
-    catalogue = pomex.Catalogue(pomex.load_config(PROVIDERS, "pomex.toml", {}), {"local": ["tiny"]})
+    catalogue = pomex.ModelCatalog(pomex.load_config(PROVIDERS, "pomex.toml", {}), {"local": ["tiny"]})
     try:
         assert catalogue.full_name(name) == NAMES[name]
     except pomex.BadRequest as error:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import selectors
 import shutil
 import signal
 import socket
@@ -326,7 +325,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(monkeypatch, environ, pid, 
 @pytest.mark.parametrize("environ", [{}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid())},
                                      {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "+1"}])
 def test_sockets_that_were_handed_to_another_are_not_taken(environ):
-    assert pomex.handed_sockets(environ) == [] and not environ
+    assert pomex.systemd_sockets(environ) == [] and not environ
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -560,13 +559,12 @@ def test_a_worker_that_hangs_is_killed(monkeypatch):
     parent = pomex.Workers(config, {}, [], None)
     parent.start = started.append
     for pid, heard in ((1, 0.0), (2, 20.0)):
-        parent.workers.append(pomex.Worker(pid, 0, 0.0, heard, ready=True))
+        parent.workers.append(pomex.Worker(pid, 0.0, [heard, 0.0]))
     for now in range(29, 32):
         parent.kill_hung(float(now))
     assert ended == [(1, signal.SIGKILL)] and not started
     parent.kill_hung(100.0)                    # all stood still: who was to be heard meanwhile?
     assert len(ended) == 1
-    parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
 
 def test_where_no_process_can_be_made_the_others_go_on(monkeypatch, caplog):
@@ -575,16 +573,16 @@ def test_where_no_process_can_be_made_the_others_go_on(monkeypatch, caplog):
     monkeypatch.setattr(os, "fork", no_room)
     monkeypatch.setattr(pomex, "TICK_S", 0.1)
     parent = pomex.Workers(pomex.load_config("[server]\nworkers = 2", "", {}), {}, [], None)
-    parent.signals.setblocking(False)
-    parent.selector.register(parent.signals, selectors.EVENT_READ)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    parent.block_signals()
     open_files = len(os.listdir("/proc/self/fd"))
-    stop = threading.Timer(0.35, lambda: parent.wakeup.send(bytes([signal.SIGTERM])))
+    stop = threading.Timer(0.35, os.kill, (os.getpid(), signal.SIGTERM))
     stop.start()
     assert parent.run() == 0
     stop.join()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert 2 <= caplog.text.count("no worker can be started: resource temporarily unavailable") <= 5
     assert len(os.listdir("/proc/self/fd")) == open_files and not parent.workers
-    parent.selector.close(), parent.signals.close(), parent.wakeup.close()
 
 
 def test_an_embedded_gateway_can_be_given_a_new_configuration(tmp_path):

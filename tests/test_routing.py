@@ -222,15 +222,15 @@ def test_every_key_of_a_provider_is_a_target_of_its_own():
                                '[models."x/y"]\ntargets = [["openai:gpt-5.5", "anthropic:claude-opus-5"], "anthropic:claude-sonnet-5-5"]\n',
                                "pomex.toml", {"A": "key-a", "B": "key-b"})
     assert config.providers["openai"].key_source == "env:A, env:B" and "key-a" not in repr(config)
-    tiers = pomex.Catalogue(config, {}).tiers("x/y")
+    tiers = pomex.ModelCatalog(config, {}).tiers("x/y")
     assert [[w.provider.api_key for w in tier] for tier in tiers] == [["key-a", "key-b", "one", "two"], ["one", "two"]]
     assert len({w.id for tier in tiers for w in tier}) == 6 and not any("key" in w.id for tier in tiers for w in tier)
     a, b, one, two = tiers[0]
     assert a.origin != b.origin and a.origin.startswith("openai#")      # blobs of OpenAI are the account's
     assert one.origin == two.origin == "anthropic"                      # those of this model any account can read
     assert {w.origin for w in tiers[1]} & {"anthropic"} == set()        # but not of this one
-    assert [w.id.partition(":")[2] for w in pomex.Catalogue(config, {}).tiers("openai/whatever")[0]] == ["*", "*"]
-    assert pomex.Catalogue(config, {}).targets("x/y")[4][1] == "claude-sonnet-5-5"
+    assert [w.id.partition(":")[2] for w in pomex.ModelCatalog(config, {}).tiers("openai/whatever")[0]] == ["*", "*"]
+    assert pomex.ModelCatalog(config, {}).targets("x/y")[4][1] == "claude-sonnet-5-5"
 
 
 @pytest.mark.parametrize("text,complaint", [
@@ -647,7 +647,7 @@ def test_an_empty_answer_that_counts_no_output_is_no_success(wire, streaming, tm
                 status, _, body = await ask(stream=streaming)
                 response = check(body) if streaming else json.loads(body)
                 assert (status, response.get("status")) == ((200, "failed") if streaming else (502, None))
-                assert "nothing that is an answer (2 tries)" in response["error"]["message"]
+                assert "no valid answer (2 tries)" in response["error"]["message"]
                 row = (await rows_of(ledger))[0]
                 assert (row["status"], row["input"], row["output"], row["estimated"]) == ("failed", tokens, 0, "")
                 assert [each["input"] for each in lost(ledger)] == [5] * bool(tokens)
@@ -739,7 +739,7 @@ def test_a_lost_target_is_left_out_shown_and_probed_by_one(tmp_path, caplog, mon
             await ask()
             assert scripted.calls[-1] == "a"
     run(main)
-    assert "target a:m is left out for 0 s: quota used up" in caplog.text and "target a:m answers again" in caplog.text
+    assert "circuit of a:m is open for 0 s: quota used up" in caplog.text and "circuit of a:m is closed again" in caplog.text
 
 
 def stumbles(*_, **__):
@@ -782,7 +782,7 @@ def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_pat
             await ask()
             assert scripted.calls == ["a", "b", "b"] and len(await rows_of(ledger, 6)) == 6
     run(main)
-    assert "target b" not in caplog.text and "answers again" not in caplog.text
+    assert "circuit of b" not in caplog.text and "closed again" not in caplog.text
 
 
 def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():

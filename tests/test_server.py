@@ -418,7 +418,7 @@ def test_a_broken_handler_is_logged_and_answered_without_details(caplog):
         assert handler.statuses == [500, 500]
     with caplog.at_level(logging.ERROR, "pomex"):
         run(main)
-    assert "ZeroDivisionError in handle" in caplog.text and "RuntimeError in handle" in caplog.text
+    assert "ZeroDivisionError in serve" in caplog.text and "RuntimeError in serve" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["/cut", "/cut?upstream"])
@@ -915,10 +915,9 @@ def test_no_token_waits_for_an_acknowledgement(name, tls, request):
 def test_a_stream_may_run_on_a_socket_without_the_option():
     async def main():
         ours, theirs = socket.socketpair()
-        reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().create_connection(lambda: pomex.UpstreamProtocol(reader), sock=ours)
+        transport, protocol = await asyncio.get_running_loop().create_connection(lambda: pomex.StreamProtocol(2**16), sock=ours)
         theirs.sendall(b"hello")
-        assert await reader.readexactly(5) == b"hello"
+        assert await protocol.reader.readexactly(5) == b"hello"
         transport.abort()
         theirs.close()
     run(main)

@@ -773,7 +773,7 @@ def test_more_of_curls_rules(environ, proxy):
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "[::1]"])
 def test_loopback_never_goes_through_a_proxy(host):
     to = provider(80, host=host, proxy="http://p:1")
-    assert pomex.endpoint_of(to, {"http_proxy": "http://p:1"}).origin.proxy == ""
+    assert pomex.endpoint_of(to, {"http_proxy": "http://p:1"}).origin.proxy is None
 
 
 def test_plain_http_goes_to_the_proxy_in_absolute_form():

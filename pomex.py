@@ -14963,7 +14963,11 @@ function clip(value, length = 120) {
   const text = String(value ?? "").replace(/\0/g, "␀");
   return text.length > length ? text.slice(0, length) + "…" : text;
 }
-const bdi = (value, length) => el("bdi", {}, clip(value, length));
+// The title has what is clipped.
+function bdi(value, length = 120) {
+  const isClipped = String(value ?? "").length > length;
+  return el("bdi", {title: isClipped && clip(value, 2000)}, clip(value, length));
+}
 
 // A column is [heading, class, cell(row)].
 const tableRows = (columns, rows) =>
@@ -15044,9 +15048,11 @@ function swap(box, ...content) {
   const active = document.activeElement;
   const id = box.contains(active) ? active.dataset.focus || active.id : "";
   box.replaceChildren(...content.flat().filter(Boolean));
-  if (!id) return;
+  if (id) focusSame(box, id);
+}
+function focusSame(box, id) {
   const controls = [...box.querySelectorAll("[data-focus],[id]")];
-  const same = controls.find(each => each.dataset.focus === id || each.id === id);
+  const same = id && controls.find(each => each.dataset.focus === id || each.id === id);
   (same || $("#main")).focus({preventScroll: true});
 }
 
@@ -15152,6 +15158,18 @@ const whenSubmitted = send => async event => {
   pressed.disabled = false;
 };
 
+// The focus returns to the control that opened the dialog, even if the page was drawn again meanwhile.
+function openDialog(title, ...content) {
+  const opener = document.activeElement.dataset.focus;
+  const onclose = () => {
+    dialog.remove();
+    if (document.activeElement === document.body) focusSame(document, opener);
+  };
+  const dialog = el("dialog", {"aria-label": title, onclose}, h2(title), content);
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
 function openForm(title, fields, verb, send, cancel = "Cancel") {
   const onsubmit = whenSubmitted(async values => {
     await send(values);
@@ -15159,11 +15177,8 @@ function openForm(title, fields, verb, send, cancel = "Cancel") {
     announce("Done");
     view.refresh?.();
   });
-  const dialog = el("dialog", {"aria-label": title, onclose: () => dialog.remove()}, h2(title),
-    el("form", {novalidate: true, onsubmit}, div("fields", fields),
-      div("acts", button(cancel, "", () => dialog.close()), submitButton(verb))));
-  document.body.append(dialog);
-  dialog.showModal();
+  const dialog = openDialog(title, el("form", {novalidate: true, onsubmit}, div("fields", fields),
+    div("acts", button(cancel, "", () => dialog.close()), submitButton(verb))));
 }
 
 // --- the gateway ---
@@ -15393,11 +15408,12 @@ const STATES = {        // of a provider: the class of its dot
 const stateDot = provider => span("dot " + STATES[provider.state]);
 
 const resultTag = ({result, error_code}) =>
-  span("tag " + (RESULTS[result] || ""), result === "failed" && error_code ? clip(error_code) : result);
+  span("tag " + (RESULTS[result] || ""), result === "failed" && error_code ? bdi(error_code, 28) : result);
 
 function costOf(row) {
   return row.price || row.input + row.output === 0 ? usd(row.cost_nanos) : span("dim", "no price");
 }
+const costOfAll = ({cost_nanos, unpriced}) => unpriced && !cost_nanos ? span("dim", "no price") : usd(cost_nanos);
 
 function requestPath(row) {
   const last = row.tried.length - 1;
@@ -15528,10 +15544,25 @@ function barChart(title, chart) {
   return [heading(title, chart.control, flip), ul("leg", legend), box];
 }
 
+const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
+const PYTHON_WORDS = {true: "True", false: "False", null: "None"};
+const pythonText = value => JSON.stringify(value).replace(/"(\\.|[^"\\])*"|true|false|null/g,
+  found => PYTHON_WORDS[found] || found);
+// What sends a request, given its body.
 const curlCommand = body => `curl -N ${location.origin}/v1/responses \\
   -H "Authorization: Bearer $POMEX_API_KEY" \\
   -H "Content-Type: application/json" \\
-  -d '${JSON.stringify(body).replace(/'/g, "'\\''")}'`;
+  -d ${shellQuote(JSON.stringify(body))}`;
+const COMMANDS = {
+  curl: curlCommand,
+  Codex: ({model, input}) => `codex -m ${shellQuote(model)} ${shellQuote(input)}`,
+  Python: body => `import os
+from openai import OpenAI
+
+client = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["POMEX_API_KEY"])
+for event in client.responses.create(**${pythonText(body)}):
+    print(event)`,
+};
 
 function setupTabs(block, token = "sk-rh-…") {
   const texts = {
@@ -15692,13 +15723,12 @@ function share(label, requests, total, barClass) {
 function whereItWent(by, redraw) {
   const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
     bdi(row.name || "deleted key"));
-  const cost = row => row.unpriced && !row.cost_nanos ? span("dim", "no price") : usd(row.cost_nanos);
   const columns = [
     ["Name", "", name],
     ["Requests", "r opt", row => count(row.requests)],
     ["Input", "r opt", row => tokens(row.input)],
     ["Cached", "r opt", row => tokens(row.cached)],
-    ["Cost", "r nw", cost],
+    ["Cost", "r nw", costOfAll],
   ];
   const options = [["model", "Model"], ["key", "Key"]];
   const control = isAdmin() && segments("Break down by", "breakdown", options, picked.breakdown, redraw);
@@ -15720,7 +15750,11 @@ function providerLatencies(providers) {
   ];
   const latencies = table(null, "Providers in the last hour", columns, providers.slice(0, 8));
   $("thead", latencies).className = "sr";
-  return latencies;
+  const failing = providers.find(each => each.error && STATES[each.state] === "bad");
+  if (!failing) return latencies;
+  const {name, error, back_s} = failing;
+  const retry = back_s ? ` (tried again in ${back_s} s)` : "";
+  return [latencies, para("note bad", `${name}: ${clip(error.message, 300)}${retry}`)];
 }
 
 // --- keys and accounts ---
@@ -15760,7 +15794,7 @@ function showKeys(main) {
   return page;
 }
 
-const requestText = row => [clip(row.model) + ", " + clip(row.user_agent) + " at ", time(row.started_ms)];
+const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
 const WAITING = "Waiting for the first request from Codex…";
 
 function newKeySteps() {
@@ -15837,7 +15871,7 @@ function keyColumns(accounts, now_s) {
   return [
     ["Name", "", key => span("name", bdi(key.name))],
     ["Key", "nw dim opt", key => code(key.hint)],
-    ["Models", "opt wrap", key => key.models ? clip(key.models.split(" ").join(", ")) : "all models"],
+    ["Models", "opt wrap", key => key.models ? bdi(key.models.split(" ").join(", "), 60) : "all models"],
     ["Spent", "full-row", spent],
     ["Last used", "nw opt", key => ago(key.last_ms)],
     ["State", "", key => keyState(key, now_s)],
@@ -15862,7 +15896,9 @@ const ACCOUNT_COLUMNS = [
   ["This month", "r nw", each => usd(each.month_nanos, 2)],
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
   ["Balance", "r nw", accountBalance],
-  ["Actions", "r nw ka full-row", each => rowButton("Add credit", "Add credit to", each, () => openCredit(each))],
+  ["Actions", "r nw ka full-row", each => [
+    rowButton("Add credit", "Add credit to", each, () => openCredit(each)),
+    rowButton("Statement", "Statement of", each, () => openStatement(each))]],
 ];
 
 function openEditKey(key, accounts) {
@@ -15900,8 +15936,50 @@ function openCredit({name}) {
   ], "Add credit", values => api(`accounts/${encodeURIComponent(name)}/credit`, values));
 }
 
+function openStatement({name}) {
+  const now = new Date();
+  const months = Array.from({length: 12}, (_, i) => {
+    const first = new Date(Date.UTC(now.getUTCFullYear(), now.getUTCMonth() - i));
+    const text = first.toLocaleString("en-US", {month: "short", year: "numeric", timeZone: "UTC"});
+    return [first.toISOString().slice(0, 7), text];
+  });
+  const body = div();
+  const dialog = openDialog("Statement of " + name, div("gap",
+    choice("Month (UTC)", "month", months, {onchange: show}), body),
+    div("acts", button("Close", "", () => dialog.close())));
+  const select = $("select", dialog);
+  // The month may change while its statement loads.
+  async function load() {
+    const month = select.value;
+    const bill = await api(`accounts/${encodeURIComponent(name)}/statement?month=${month}`);
+    return month === select.value ? bill : load();
+  }
+  function show() {
+    fill(body, load, statementTable);
+  }
+  show();
+}
+
+function statementTable({charges, credits, before_nanos, spent_nanos, after_nanos}) {
+  const columns = [
+    ["Model", "wrap", row => bdi(row.model)],
+    ["Requests", "r", row => row.requests && count(row.requests)],
+    ["Tokens", "r nw", row => row.requests && tokens(row.input + row.output)],
+    ["USD", "r nw", costOfAll],
+  ];
+  const credit = ({created_s, kind, reason, nanos}) =>
+    ({model: `${new Date(created_s * 1000).toISOString().slice(0, 10)} ${kind} ${reason}`, cost_nanos: nanos});
+  const balance = [
+    {model: "Balance before", cost_nanos: before_nanos}, ...credits.map(credit),
+    {model: "Charges", cost_nanos: -spent_nanos}, {model: "Balance after", cost_nanos: after_nanos},
+  ];
+  return table(null, "Charges by model", columns, charges, el("tfoot", {}, tableRows(columns, balance)));
+}
+
 // --- the usage log and one request ---
-const TIMES = [["", "any time"], ["today", "today"], ["7d", "last 7 days"], ["30d", "last 30 days"]];
+const TIMES = [
+  ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
+];
 const FILTERS = {
   time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
   endpoint: "Endpoint", min_cost: "Cost from, USD",
@@ -15984,8 +16062,10 @@ function showRequest(main, id) {
   const body = div();
   main.append(pageTop("Request", link("btn s", "#usage", "Back to the log")), body);
   fill(body, () => api("usage/" + encodeURIComponent(id)), ({row, trace, lines}) => {
+    const curl = () => curlCommand({model: row.model, input: "…", stream: true});
     return div("grid",
-      card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace))),
+      card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
+        div("acts", copyButton("Copy as curl", "s", curl))),
       card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
         heading("Time"), ul("rows", phases(row)),
         para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
@@ -16002,8 +16082,8 @@ function requestFacts(row, trace) {
     ["Time", time(row.started_ms)], ["Model", bdi(row.model)], ["Key", bdi(row.key)],
     ["Account", bdi(row.account)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-")],
     ["Session", bdi(row.session || "-")], ["Tier", bdi(row.tier || "-")],
-    ["Response id", code(clip(row.response_id))], ["x-request-id", code(clip(row.request_id))],
-    row.upstream_id && ["Upstream id", code(clip(row.upstream_id))],
+    ["Response id", code(bdi(row.response_id))], ["x-request-id", code(bdi(row.request_id))],
+    row.upstream_id && ["Upstream id", code(bdi(row.upstream_id))],
     ["Terminal event", terminal],
     row.error_code && ["Error", span("", code(clip(row.error_code)), " ", clip(row.error, 600))],
     trace.dropped.length && ["Dropped", clip(trace.dropped.join(", "), 400)],
@@ -16094,7 +16174,7 @@ const priceText = ({price}, i) => price && ((price[i] ?? "-") === "-" ? "-" : "$
 function modelName(model) {
   const {name, price, context} = model;
   const contextText = context ? `, ${shortTokens(context)} context` : "";
-  return [span("name", bdi(name)), model.description ? div("d", clip(model.description)) : null,
+  return [span("name", bdi(name)), model.description ? div("d", bdi(model.description)) : null,
     price ? div("d only", `${inOut(price)} per million${contextText}`) : null,
     model.long_over ? div("d", `over ${shortTokens(model.long_over)} input: ${inOut(model.long)}`) : null,
     model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
@@ -16106,7 +16186,7 @@ const MODEL_COLUMNS = [
   ["Out", "r opt", model => priceText(model, 1)],
   ["Context / output", "r opt nw", ({context, max_output}) =>
     [context, max_output].filter(Boolean).map(shortTokens).join(" / ") || "-"],
-  ["Goes to", "opt opt2 dim wrap", model => clip(model.targets.join(" → "))],
+  ["Goes to", "opt opt2 dim wrap", model => bdi(model.targets.join(" → "))],
   ["State", "", modelTag],
   ["Actions", "r nw ka full-row", ({name}) => [
     copyButton("Copy", "s g", () => name, {"aria-label": "Copy " + name}),
@@ -16188,7 +16268,7 @@ function showAudit(main) {
     ["Time", "nw dim", row => time(row.time_ms)],
     ["Who", "", row => bdi(row.who)],
     ["What", "", row => [row.action + " ", bdi(row.name)]],
-    ["Change", "wrap", row => clip(changes(row).join(", "), 400)],
+    ["Change", "wrap", row => bdi(changes(row).join(", "), 400)],
   ];
   const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
   return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
@@ -16215,13 +16295,14 @@ function showPlayground(main, query) {
     }
     return body;
   }
-  function copyCommand(pressed) {
+  function copyAs(name, pressed) {
     try {
-      copy(curlCommand(requestBody()), pressed);
+      copy(COMMANDS[name](requestBody()), pressed);
     } catch (error) {
       showFormError(form, error);
     }
   }
+  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), {"aria-label": "Copy as " + name});
   async function run(body) {
     const begun = performance.now();
     output.replaceChildren();
@@ -16283,7 +16364,7 @@ function showPlayground(main, query) {
     field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}, "textarea"),
     choice("Reasoning effort", "effort",
       [["", "model default"], ...["low", "medium", "high"].map(each => [each, each])]),
-    div("tb", span("", submitButton("Send"), " ", stop), button("Copy as curl", "s", copyCommand)));
+    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAsButton))));
   main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
     card("pad", heading("Answer"), output, status),
     card("pad", heading("Events"), events))));
@@ -16362,7 +16443,7 @@ const REFUSED_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.time_ms)],
   ["Problem and fix", "", row => [div("name", CAUSES[row.code] || "The request was refused"),
     div("wrap", bdi(row.message, 600)),
-    div("d", row.key ? ["key ", bdi(row.key), ", "] : null, bdi(row.user_agent || "no User-Agent"))]],
+    div("d wrap", row.key ? ["key ", bdi(row.key), ", "] : null, bdi(row.user_agent || "no User-Agent"))]],
   ["Request", "opt wrap", row => div("mono", bdi(row.method + " " + row.path))],
   ["Status", "r nw", row => span("tag bad", row.status)],
 ];

@@ -14229,22 +14229,20 @@ PAGE = r"""<!doctype html>
   --line2:light-dark(#848d82,#6f7a72);--ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);
   --ink3:light-dark(#5d665f,#929b94);--accent:light-dark(#0b6650,#63cfa8);
   --on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
-  --ok:light-dark(#0b6650,#63cfa8);--warn:light-dark(#855300,#e6b65e);
-  --warn-soft:light-dark(#fbf1dc,#33280f);--bad:light-dark(#ab231c,#ff938a);
+  --warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);
+  --bad:light-dark(#ab231c,#ff938a);
   --bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);--s2:light-dark(#4a60cf,#8c9df7);
-  --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d);
-  --shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
-:root[data-theme=dark]{color-scheme:dark}
-:root[data-theme=light]{color-scheme:light}
+  --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d)}
+[data-theme=dark]{color-scheme:dark}
+[data-theme=light]{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
-  font:14px/20px "Inter var",Inter,system-ui,-apple-system,"Segoe UI",sans-serif;
-  font-variant-numeric:tabular-nums;font-feature-settings:"cv05","ss03"}
-h1,h2,h3,p,dl,dd,ul,ol,figure,pre{margin:0;padding:0}
+  font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
+h1,h2,p,dl,dd,ul,ol,pre{margin:0;padding:0}
 ul,ol{list-style:none}
 h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em;overflow-wrap:anywhere}
 h2{font-size:14px;line-height:20px;font-weight:620}
-code,pre,.mono{font-family:ui-monospace,"SF Mono","Cascadia Mono","DejaVu Sans Mono",monospace;font-size:12.5px}
+code,pre,.mono{font-family:ui-monospace,"Cascadia Mono",monospace;font-size:12.5px}
 a{color:inherit}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
@@ -14265,23 +14263,24 @@ a{color:inherit}
 .nav a[aria-current] svg{color:var(--accent)}
 .nav .n{margin-left:auto;font-size:12px;color:var(--ink3);font-weight:500}
 .foot{margin-top:auto;padding:0 10px;font-size:12px;line-height:18px;color:var(--ink3);overflow-wrap:anywhere}
+.foot p{white-space:pre-line}
 .foot div{display:flex;flex-wrap:wrap;gap:0 4px;margin:0 0 10px -10px}
 main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}
 main:focus{outline:0}
 .top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}
 .top h1{margin-right:auto}
 .live{display:inline-flex;align-items:center;gap:8px;color:var(--ink2);font-size:13px}
-.dot{width:8px;height:8px;border-radius:50%;background:var(--ok);flex:none;display:inline-block}
+.dot{width:8px;height:8px;border-radius:50%;background:var(--accent);flex:none;display:inline-block}
 .dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
 .dot.off{background:none;border:1.5px solid var(--ink3)}
-.live .dot:not(.off){animation:p 2s infinite}
-@keyframes p{50%{opacity:.3}}
+.live .dot:not(.off){animation:pulse 2s infinite}
+@keyframes pulse{50%{opacity:.3}}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
 .seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
   font-weight:600;box-shadow:0 0 0 1px var(--line)}
-.btn{display:inline-flex;align-items:center;justify-content:center;gap:8px;height:34px;padding:0 14px;
+.btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
   border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
   font-weight:560;cursor:pointer;text-decoration:none;white-space:nowrap}
 .btn:hover{border-color:var(--ink2)}
@@ -14291,11 +14290,11 @@ main:focus{outline:0}
 .btn.g{border-color:transparent;background:none}
 .btn.g:hover{background:var(--sunken)}
 .btn.del{color:var(--bad)}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;box-shadow:var(--shadow);
-  min-width:0}
+.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;min-width:0;
+  box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}
-.top+.grid{margin-top:0}
-.c12{grid-column:span 12}.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}
+.grid>*{grid-column:1/-1}
+.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}
 .c5{grid-column:span 5}.c4{grid-column:span 4}
 .pad{padding:18px 20px}
 .hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}
@@ -14303,25 +14302,24 @@ main:focus{outline:0}
 .hd span,.sub{color:var(--ink3);font-size:13px}
 button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;
   cursor:pointer}
-.sum{display:grid;grid-template-columns:minmax(270px,1.25fr) 3fr}
-.money{padding:20px 22px;border-right:1px solid var(--line)}
+.sum,.kpis,.two{display:grid;gap:1px;background:var(--line);overflow:hidden}
+.sum{grid-template-columns:minmax(270px,1.25fr) 3fr}
+.money,.kpi,.two>div{background:var(--surface);min-width:0}
+.money{padding:20px 22px}
 .lab{font-size:13px;line-height:18px;color:var(--ink3)}
 .big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}
-.v i{line-height:1}
-.v i{font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
-.kpis{display:grid;grid-template-columns:repeat(3,1fr)}
-.kpi{padding:16px 20px;border-bottom:1px solid var(--line);border-right:1px solid var(--line);min-width:0}
-.kpi:nth-child(3n){border-right:0}
-.kpi:nth-child(n+4){border-bottom:0}
+.v i{line-height:1;font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
+.kpis{grid-template-columns:repeat(3,1fr)}
+.kpi{padding:16px 20px}
 .v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;white-space:nowrap;height:28px}
 .d{font-size:12px;line-height:18px;color:var(--ink3)}
 .money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
 .note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--warn-soft);
   color:var(--warn);font-size:13px;overflow-wrap:anywhere}
 .note.bad{background:var(--bad-soft);color:var(--bad)}
-.note.ok{background:var(--accent-soft);color:var(--ok)}
+.note.ok{background:var(--accent-soft);color:var(--accent)}
 .note .btn{margin-left:auto}
-h2.n2{margin:20px 0 10px}
+ul+.hd,ol+.hd{margin:20px 0 10px}
 .empty{padding:36px 20px;text-align:center;color:var(--ink2)}
 .empty p{margin:4px auto 14px;max-width:52ch}
 svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
@@ -14330,23 +14328,24 @@ svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .gl{stroke:var(--line)}
 .cur{fill:var(--ink);opacity:.07}
 .tick{stroke:var(--ink);stroke-width:2}
-.bar{display:block;width:100%;height:8px}
+.bar,.strip,.chart{display:block;width:100%}
+.bar{height:8px}
 svg .ok{fill:var(--accent)}svg .warn{fill:var(--warn)}svg .bad{fill:var(--bad)}
 .soft{opacity:.35}
-.strip{display:block;width:100%;height:28px;margin-bottom:14px}
+.strip{height:28px;margin-bottom:14px}
 .leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
 .leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
 .leg svg{width:10px;height:10px;flex:none}
 .leg b{font-weight:600;color:var(--ink)}
 .read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}
 .read b{color:var(--ink)}
-.chart{display:block;width:100%;height:208px;touch-action:pan-y}
+.chart{height:208px;touch-action:pan-y}
 .grow{display:flex;flex-direction:column}
 .grow .chart{flex:1 1 208px;min-height:208px}
 .scroll{overflow:auto;max-height:320px}
 table{border-collapse:collapse;width:100%;font-size:13px}
 th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-size:12px;white-space:nowrap}
-td,tbody th{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
+td{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
 .r{text-align:right}
@@ -14357,17 +14356,16 @@ th.ka{font-size:0}
 .wrap{overflow-wrap:anywhere}
 tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
 .full{padding:18px 0 6px}
-.full .hd,.full>.note,.full>.pad2{padding:0 20px}
-.full>.note{margin:0 20px 12px;padding:10px 12px}
+.full .hd,.full>.pad2{padding:0 20px}
 .full th:first-child,.full td:first-child{padding-left:20px}
 .full th:last-child,.full td:last-child{padding-right:20px}
 .name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}
 a.name{text-decoration:none}
 a.name:hover{text-decoration:underline}
-.tag{display:inline-flex;align-items:center;gap:6px;padding:1px 8px;border-radius:99px;font-size:12px;
+.tag{display:inline-flex;align-items:center;padding:1px 8px;border-radius:99px;font-size:12px;
   line-height:18px;font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;
   max-width:100%;overflow:hidden}
-.tag.ok{background:var(--accent-soft);color:var(--ok)}
+.tag.ok{background:var(--accent-soft);color:var(--accent)}
 .tag.warn{background:var(--warn-soft);color:var(--warn)}
 .tag.bad{background:var(--bad-soft);color:var(--bad)}
 .hop{color:var(--ink3)}
@@ -14377,35 +14375,31 @@ a.name:hover{text-decoration:underline}
 .rows li:first-child{border-top:0;padding-top:0}
 .rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
 .new{border-color:var(--accent);overflow:hidden}
-.new+.grid,.new+.card{margin-top:16px}
 .new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;
   flex-wrap:wrap}
-.new .hdr p{margin-right:auto;max-width:64ch}
-.two{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
-.two>div{padding:20px;min-width:0}
-.two>div+div{border-left:1px solid var(--line)}
+.new .hdr div{margin-right:auto;max-width:64ch}
+.two{grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
+.two>div{padding:20px}
 .keyv{display:flex;gap:8px;margin:6px 0 4px}
 .keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;
   overflow-wrap:anywhere;font-size:13px;line-height:18px}
-ol.steps{margin:20px 0 0;display:grid;gap:12px}
-ol.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
+.steps{margin:20px 0 0;display:grid;gap:12px}
+.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
   overflow-wrap:anywhere}
-ol.steps b{color:var(--ink);font-weight:600;display:block}
+.steps b{color:var(--ink);font-weight:600;display:block}
 .st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;
   place-items:center;font-size:11px;font-weight:600;color:var(--ink3)}
 .st.done{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .st.bad{border-color:var(--bad);color:var(--bad)}
 .st.now{border-color:var(--accent);color:var(--accent)}
 .st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);
-  animation:p 1.4s infinite}
-pre.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
+  animation:pulse 1.4s infinite}
+.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
   margin-top:10px}
 pre.wrap{white-space:pre-wrap}
-.cm{color:var(--ink3)}
-.st1{color:var(--accent)}
 .tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}
 .tb+table{margin-top:8px}
-form.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}
+.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}
 label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;align-content:start}
 .err:empty{display:none}
 .err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
@@ -14413,46 +14407,34 @@ input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8p
   color:var(--ink);font:inherit;padding:0 10px;min-width:0;width:100%}
 textarea{height:auto;padding:8px 10px;resize:vertical}
 input[aria-invalid]{border-color:var(--bad)}
-label.w{flex:1 1 220px}label.m{flex:1 1 100px}
-.stackform{display:grid;gap:12px}
+.w{flex:1 1 220px}.m{flex:1 1 100px}
 .gap{display:grid;gap:16px;align-content:start}
 dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);
   padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
 dialog::backdrop{background:#0008}
 dialog h2{font-size:16px;margin-bottom:12px}
-dialog p{margin-bottom:12px}
 .acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}
-.acts.n0{margin:0}
 .fields{display:grid;grid-template-columns:1fr 1fr;gap:12px}
-.fields p{grid-column:1/-1;margin:0}
-dl.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
-dl.facts dt{color:var(--ink3)}
-dl.facts dd{overflow-wrap:anywhere}
+.fields p{grid-column:1/-1}
+.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
+.facts dt{color:var(--ink3)}
+.facts dd{overflow-wrap:anywhere}
 .ev{font-size:12.5px}
 .ev li{border-top:1px solid var(--line)}
-.ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0;
-  list-style:none}
+.ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0}
 .ev summary::-webkit-details-marker{display:none}
 .out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
 .login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}
 .login .card{padding:28px}.login h1{margin:0 0 6px}
-.login form{display:grid;gap:14px;margin-top:18px}
+.login form{margin-top:18px}
 .login .brand{padding:0 0 18px}
-[hidden]{display:none!important}
 .only{display:none}
 @media (max-width:1080px){
-.sum{grid-template-columns:1fr}
-.money{border-right:0;border-bottom:1px solid var(--line)}
-.c8,.c7,.c6,.c5,.c4{grid-column:span 12}
-.two{grid-template-columns:minmax(0,1fr)}
-.two>div+div{border-left:0;border-top:1px solid var(--line)}
+.sum,.two{grid-template-columns:minmax(0,1fr)}
+.grid>*{grid-column:1/-1}
 }
-@media (max-width:1180px){
-.opt2{display:none}
-}
-@media (max-width:960px){
-.opt,.kk{display:none}
-}
+@media (max-width:1180px){.opt2{display:none!important}}
+@media (max-width:960px){.opt{display:none!important}}
 @media (max-width:760px){
 .app{display:block}
 .rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;
@@ -14466,45 +14448,33 @@ dl.facts dd{overflow-wrap:anywhere}
 main{padding:16px 16px 40px;border:0}
 .top h1{width:100%}
 .kpis{grid-template-columns:1fr 1fr}
-.kpi:nth-child(n){border-right:1px solid var(--line);border-bottom:1px solid var(--line);padding:14px 16px}
-.kpi:nth-child(2n){border-right:0}
-.kpi:nth-child(n+5){border-bottom:0}
+.kpi{padding:14px 16px}
 .btn,.seg button{height:40px}.btn.s{height:36px}
-.opt{display:none}
 .pad,.two>div{padding:16px}
 .full .hd,.full>.pad2{padding:0 16px}
-table.stack thead{display:none}
-table.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
+.stack thead{display:none}
+.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
   border-top:1px solid var(--line)}
-table.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
-table.stack td.opt:nth-child(n),table.stack td.opt2:nth-child(n){display:none}
-table.stack td:has(>.opt){display:none}
-.feed tr{grid-template-areas:"m r" "k c"}
-.feed .fm{grid-area:m}.feed .fr{grid-area:r}
-.feed .fk{grid-area:k;color:var(--ink3)}
-.feed .fc{grid-area:c}
-.tkeys tr{grid-template-areas:"n s" "k k" "p p" "a a";gap:6px 12px}
-.tkeys .kn{grid-area:n}.tkeys .kk{grid-area:k}.tkeys .kp{grid-area:p}.tkeys .ks{grid-area:s}
-table.stack .ka{grid-column:1/-1;margin-left:-10px;text-align:left}
-.tkeys .ka{grid-area:a}
+.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
+.second,.full-row{order:1}
+.full-row{grid-column:1/-1}
+.stack .ka{margin-left:-10px;text-align:left}
 .only{display:block}
-table.stack .ml{text-align:left;color:var(--ink3)}
-label,label.m{flex:1 1 40%}label.w{flex-basis:100%}
-form.mk .btn{flex:1 1 100%}
+.stack .ml{text-align:left;color:var(--ink3)}
+label,label.m{flex:1 1 40%}.w{flex-basis:100%}
+.mk .btn{flex:1 1 100%}
 input,select,textarea{height:40px;font-size:16px}
 textarea{height:auto}
 .keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}
 }
-@media (prefers-reduced-motion:reduce){
-*{animation:none!important}
-}
+@media (prefers-reduced-motion:reduce){*{animation:none!important}}
 @media (forced-colors:active){
-.tag,.card,.seg button[aria-pressed=true]{border:1px solid}
+.tag,.card,.kpi,.seg button[aria-pressed=true]{border:1px solid}
 .k1,.k2,.k3,.k4,.k5,svg .ok,svg .warn,svg .bad{stroke:CanvasText}
 }
 </style></head><body>
 <a class="skip" href="#main">Skip to content</a>
-<svg hidden></svg><div id="root"></div><div class="sr" id="say" role="status"></div>
+<svg class="sr"></svg><div id="root"></div><div class="sr" id="say" role="status"></div>
 <noscript>The dashboard needs JavaScript. The same numbers: python pomex.py usage</noscript>
 <script>
 "use strict";
@@ -14514,7 +14484,7 @@ const SVG = $("svg").namespaceURI;
 
 // An attribute of null or false is left out, one named on... is a listener. Children are nodes or text, never markup.
 function el(tag, attributes, ...children) {
-  const isSvg = /^(svg|path|rect|line|g|text)$/.test(tag);
+  const isSvg = /^(svg|path|rect|line|text)$/.test(tag);
   const node = isSvg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value == null || value === false) continue;
@@ -14547,9 +14517,10 @@ function clip(value, length = 120) {
   const text = String(value ?? "").replace(/\0/g, "␀");
   return text.length > length ? text.slice(0, length) + "…" : text;
 }
+// The title has what is clipped.
 function bdi(value, length = 120) {
-  const text = String(value ?? "");
-  return el("bdi", {title: text.length > length ? text.slice(0, 2000) : null}, clip(text, length));
+  const isClipped = String(value ?? "").length > length;
+  return el("bdi", {title: isClipped && clip(value, 2000)}, clip(value, length));
 }
 
 // A column is [heading, class, cell(row)].
@@ -14631,9 +14602,11 @@ function swap(box, ...content) {
   const active = document.activeElement;
   const id = box.contains(active) ? active.dataset.focus || active.id : "";
   box.replaceChildren(...content.flat().filter(Boolean));
-  if (!id) return;
+  if (id) focusSame(box, id);
+}
+function focusSame(box, id) {
   const controls = [...box.querySelectorAll("[data-focus],[id]")];
-  const same = controls.find(each => each.dataset.focus === id || each.id === id);
+  const same = id && controls.find(each => each.dataset.focus === id || each.id === id);
   (same || $("#main")).focus({preventScroll: true});
 }
 
@@ -14669,6 +14642,9 @@ function tokens(n) {
   if (n >= 1e6) return (n / 1e6).toFixed(1) + " M";
   return n >= 1e3 ? (n / 1e3).toFixed(1) + " k" : String(n);
 }
+const axisUsd = nanos =>        // $0.0025, $0.50, $2
+  "$" + (nanos / 1e9).toLocaleString("en-US", {maximumSignificantDigits: 4}).replace(/\.\d$/, "$&0");
+const shortTokens = n => tokens(n).replace(".0", "");
 function seconds(ms) {
   const value = ms / 1000;
   if (value < 1) return value.toFixed(2);
@@ -14695,11 +14671,12 @@ function time(ms) {
 function field(label, name, {wide, ...attributes} = {}, tag = "input", options = []) {
   const id = "f-" + name;
   const choices = options.map(([value, text]) => el("option", {value, selected: value === attributes.value}, text));
-  const control = el(tag, {name, id, "aria-describedby": id + "-error", ...attributes}, choices);
+  const control = el(tag, {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": id + "-error",
+    ...attributes}, choices);
   return el("label", {class: wide ? "w" : "m"}, label, control, el("span", {class: "err", id: id + "-error"}));
 }
 const amount = (label, name, placeholder, value) =>
-  field(label + ", USD", name, {inputmode: "decimal", autocomplete: "off", placeholder, value});
+  field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
 const choice = (label, name, options, attributes) => field(label, name, attributes, "select", options);
 
 // Shows an error at the field that it names, else below the form.
@@ -14735,8 +14712,14 @@ const whenSubmitted = send => async event => {
   pressed.disabled = false;
 };
 
+// The focus returns to the control that opened the dialog, even if the page was drawn again meanwhile.
 function openDialog(title, ...content) {
-  const dialog = el("dialog", {"aria-label": title, onclose: () => dialog.remove()}, h2(title), content);
+  const opener = document.activeElement.dataset.focus;
+  const onclose = () => {
+    dialog.remove();
+    if (document.activeElement === document.body) focusSame(document, opener);
+  };
+  const dialog = el("dialog", {"aria-label": title, onclose}, h2(title), content);
   document.body.append(dialog);
   dialog.showModal();
   return dialog;
@@ -14745,6 +14728,7 @@ function openForm(title, fields, verb, send, cancel = "Cancel") {
   const onsubmit = whenSubmitted(async values => {
     await send(values);
     dialog.close();
+    announce("Done");
     view.refresh?.();
   });
   const dialog = openDialog(title, el("form", {novalidate: true, onsubmit}, div("fields", fields),
@@ -14757,11 +14741,12 @@ let view = {};              // refresh() and live(kind, data) of the page that i
 let visit = 0;              // counts the pages shown: an answer for an earlier one is not drawn
 const isAdmin = () => session.role === "admin";
 
+const post = body =>
+  ({method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
 async function api(path, body) {
-  const headers = {"content-type": "application/json"};
   let response;
   try {
-    response = await fetch("/admin/api/" + path, body && {method: "POST", headers, body: JSON.stringify(body)});
+    response = await fetch("/admin/api/" + path, body && post(body));
   } catch {
     throw new Error("The gateway does not answer. Is it running?");
   }
@@ -14772,11 +14757,6 @@ async function api(path, body) {
   throw Object.assign(fieldError(param, message || "HTTP " + response.status), {status: response.status});
 }
 
-function errorBox(error, retry) {
-  return el("div", {class: "note bad", role: "alert"}, span("", clip(error.message, 600)),
-    retry && button("Retry", "s", retry));
-}
-
 // Loads data and draws it, or the error, into a box, unless the user has left the page meanwhile.
 async function fill(box, load, draw) {
   const begun = visit;
@@ -14784,7 +14764,9 @@ async function fill(box, load, draw) {
     const data = await load();
     if (visit === begun) swap(box, draw(data));
   } catch (error) {
-    if (visit === begun && session) swap(box, errorBox(error, () => fill(box, load, draw)));
+    if (visit !== begun || !session) return;
+    const retry = button("Retry", "s", () => fill(box, load, draw));
+    swap(box, el("div", {class: "note bad", role: "alert"}, span("", clip(error.message, 600)), retry));
   }
 }
 
@@ -14794,16 +14776,16 @@ function showLogin(note) {
   closeFeed();
   visit++;
   document.title = "Log in · Pomex";
-  const input = {type: "password", autocomplete: "off", required: true};
   const onsubmit = whenSubmitted(async ({token}) => {
     try {
       await api("login", {token: token.trim()});
     } catch (error) {
       throw fieldError("token", error.message);
     }
-    start();
+    begin();
   });
-  const form = el("form", {onsubmit}, field("Admin token or API key", "token", input), submitButton("Log in"));
+  const form = el("form", {class: "gap", onsubmit},
+    field("Admin token or API key", "token", {type: "password", required: true}), submitButton("Log in"));
   $("#root").replaceChildren(el("main", {class: "login", id: "main", tabindex: -1}, div("card", brand(),
     el("h1", {}, "Log in"),
     para("sub", "With the admin token, or with an API key to see its own usage. To get a login link, run: ",
@@ -14816,25 +14798,15 @@ function showLogin(note) {
 // A login link is /admin#login=TOKEN: browsers do not send the part after # to the server.
 async function begin() {
   const [, token] = /^#login=(.+)$/.exec(location.hash) || [];
+  let note = "";
   if (token) {
     history.replaceState(null, "", "/admin#overview");
-    try {
-      await api("login", {token: decodeURIComponent(token)});
-    } catch (error) {       // a used link does no harm while its session lasts
-      if (!await api("session").catch(() => null)) {
-        showLogin(error.message);
-        return;
-      }
-    }
+    await api("login", {token: decodeURIComponent(token)}).catch(error => note = error.message);
   }
-  start();
-}
-
-async function start() {
   try {
-    session = await api("session");
+    session = await api("session");         // a used link does no harm while its session lasts
   } catch (error) {
-    if (error.status !== 401) showLogin(error.message);
+    showLogin(note || (error.status === 401 ? "" : error.message));
     return;
   }
   showFrame();
@@ -14870,8 +14842,7 @@ function showFrame() {
     el("header", {class: "rail"}, brand(),
       el("nav", {"aria-label": "Pages"}, el("ul", {class: "nav", id: "nav"}, links)),
       div("foot", div("", button("Light / dark", "s g", switchTheme), button("Log out", "s g", logOut)),
-        para("", key ? ["Key ", bdi(key.name, 40), el("br", {})] : null, clip(address), el("br", {}),
-          "pomex.py " + version, el("br", {}), "up " + duration(up_s)))),
+        para("", key && `Key ${clip(key.name)}\n`, `${clip(address)}\npomex.py ${version}\nup ${duration(up_s)}`))),
     el("main", {id: "main", tabindex: -1})));
 }
 
@@ -14917,69 +14888,51 @@ function route() {
 addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin() : route());
 
 // --- live events: one connection, closed while the page is hidden ---
-let feed = null, feedIsOpen = false, pollTimer = 0;
-
+let feed = null, feedIsOpen = false;
+const liveMark = () => el("span", {class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"),
+  feedIsOpen ? "Live" : "Reconnecting");
+function setFeedIsOpen(isOpen) {
+  feedIsOpen = isOpen;
+  $("#live")?.replaceWith(liveMark());
+}
 function openFeed() {
   closeFeed();
   if (!session || document.hidden) return;
   const source = feed = new EventSource("/admin/api/events");
-  source.onopen = () => {
-    if (pollTimer) view.refresh?.();
-    feedIsOpen = true;
-    stopPolling();
-    updateLiveMark();
-  };
+  source.onopen = () => setFeedIsOpen(true);
   source.onerror = () => {
-    feedIsOpen = false;
-    updateLiveMark();
-    pollTimer ||= setInterval(() => view.refresh?.(), 10000);
-    if (source.readyState === EventSource.CLOSED) setTimeout(reopenFeed, 3000, source);
+    setFeedIsOpen(false);
+    source.close();
+    setTimeout(() => feed === source && resumeFeed(), 3000);
   };
   for (const kind of ["started", "usage", "refused", "key", "provider"]) {
     source.addEventListener(kind, event => receive(kind, JSON.parse(event.data)));
   }
 }
-async function reopenFeed(source) {
-  if (feed !== source) return;
-  session = await api("session").catch(() => session);
-  openFeed();
-}
-function stopPolling() {
-  clearInterval(pollTimer);
-  pollTimer = 0;
-}
 function closeFeed() {
   feed?.close();
   feed = null;
   feedIsOpen = false;
-  stopPolling();
 }
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden) closeFeed();
-  else if (session) {
-    openFeed();
-    view.refresh?.();
-  }
-});
+async function resumeFeed() {
+  await api("session").catch(() => null);       // shows the login if the session has ended
+  openFeed();
+  if (session) view.refresh?.();
+}
+document.addEventListener("visibilitychange", () => document.hidden ? closeFeed() : resumeFeed());
 
 function receive(kind, data) {
   const isRequest = kind === "started" || kind === "usage";
   if (isRequest && newKey && newKey.name === data.key && (newKey.seen || data).response_id === data.response_id) {
     newKey.seen = data;
-    $("#new-key-step")?.replaceWith(newKeyStep());
+    $("#new-key-steps")?.replaceChildren(...newKeySteps());
+    announce("First request received");
   }
   view.live?.(kind, data);
 }
 
-function liveMark(streams = session.open) {
-  let text = feedIsOpen ? "Live" : "Reconnecting";
-  if (feedIsOpen && streams) text += `, ${streams} ${streams > 1 ? "streams" : "stream"} open`;
-  return el("span", {class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"), text);
-}
-const updateLiveMark = (streams = 0) => $("#live")?.replaceWith(liveMark(streams));
-
-// Calls `action` soon, at most once in `intervalMs`, and not after its page was left.
-function throttle(action, intervalMs = 1100) {
+// Calls `action` soon, at most once in 1.5 s, and not after its page was left.
+function throttle(action) {
   const begun = visit;
   let timer = 0, last = 0;
   function run() {
@@ -14987,75 +14940,70 @@ function throttle(action, intervalMs = 1100) {
     last = Date.now();
     if (visit === begun) action();
   }
-  return () => timer ||= setTimeout(run, Math.max(50, last + intervalMs - Date.now()));
+  return () => timer ||= setTimeout(run, Math.max(50, last + 1500 - Date.now()));
 }
 
-function livePage(main, parts, load, draw, intervalMs) {
+function livePage(main, parts, load, draw) {
   const body = div();
   main.append(...parts, body);
   const refresh = () => fill(body, load, data => draw(data, body));
   refresh();
-  return {refresh, live: throttle(refresh, intervalMs)};
+  return {refresh, live: throttle(refresh)};
 }
 
 // --- parts of several pages ---
 const NO_PROVIDER = "no provider";
-const RESULTS = {       // [text, class]
-  completed: ["completed", "ok"], incomplete: ["incomplete", "warn"], "failed over": ["failed over", "warn"],
-  "ended by gateway": ["ended by gateway", "warn"], failed: ["failed", "bad"], cancelled: ["client left", ""],
+const RESULTS = {       // of a request: the class of its tag
+  completed: "ok", incomplete: "warn", "failed over": "warn", "ended by gateway": "warn", failed: "bad", cancelled: "",
 };
-const describeResult = result => RESULTS[result] || [result, ""];
 const STATES = {        // of a provider: the class of its dot
   healthy: "ok", failing: "bad", "left out": "bad", recovering: "warn", "no requests": "off", disabled: "off",
 };
 const stateDot = provider => span("dot " + STATES[provider.state]);
 
-function resultTag(row) {
-  const [text, className] = describeResult(row.result);
-  return span("tag " + className, row.result === "failed" && row.error_code ? clip(row.error_code, 28) : text);
-}
+const resultTag = ({result, error_code}) =>
+  span("tag " + (RESULTS[result] || ""), result === "failed" && error_code ? bdi(error_code, 28) : result);
 
 function costOf(row) {
-  if (row.price || row.input + row.output === 0) return usd(row.cost_nanos);
-  return el("span", {class: "dim", title: "This model has no price"}, "no price");
+  return row.price || row.input + row.output === 0 ? usd(row.cost_nanos) : span("dim", "no price");
 }
+const costOfAll = ({cost_nanos, unpriced}) => unpriced && !cost_nanos ? span("dim", "no price") : usd(cost_nanos);
 
 function requestPath(row) {
   const last = row.tried.length - 1;
   const failed = row.tried.filter((name, i) => row.status === "failed" ? i < last : name !== row.provider);
   const hops = failed.map(name =>
-    [el("s", {}, clip(name, 30)), span("sr", " failed, then"), el("span", {"aria-hidden": "true"}, " → ")]);
-  return span("hop", " via ", hops, clip(row.provider || NO_PROVIDER, 30));
+    [el("s", {}, clip(name)), span("sr", " failed, then"), el("span", {"aria-hidden": "true"}, " → ")]);
+  return span("hop", " via ", hops, clip(row.provider || NO_PROVIDER));
 }
 
 const REQUEST_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.started_ms)],
-  ["Model and path", "fm", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model, 60),
+  ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model),
     {"data-focus": row.response_id}), requestPath(row)]],
-  ["Key", "fk", row => bdi(row.key || "deleted key", 40)],
+  ["Key", "second", row => bdi(row.key || "deleted key")],
   ["In / cached / out", "r nw opt opt2", row => [row.input, row.cached, row.output].map(tokens).join(" / ")],
   ["First token / total", "r nw opt", ({first_ms, total_ms}) =>
     (first_ms ? seconds(first_ms) + " / " : "") + seconds(total_ms) + " s"],
-  ["Cost", "r nw fc", costOf],
-  ["Result", "r fr", resultTag],
+  ["Cost", "r nw second", costOf],
+  ["Result", "r", resultTag],
 ];
-const requestTable = rows => table("stack feed", "Requests, newest first", REQUEST_COLUMNS, rows);
+const usageLink = (filter, name, className) => link(className, "#usage?" + new URLSearchParams({[filter]: name}),
+  "Usage", {"aria-label": "Usage of " + name});
+const requestTable = rows => table("stack", "Requests, newest first", REQUEST_COLUMNS, rows);
 
 function missingKeys(providers) {
   if (!providers.length) return null;
   const rows = providers.map(({name, env_key}) => el("li", {}, name, code("export " + env_key + "=...")));
-  return div("grid", card("pad c12", heading("Providers without a key"), ul("rows", rows),
+  return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows),
     para("d", "Then restart Pomex.")));
 }
 
 // A provider keeps its color whatever else is in the chart.
+const COLORS = {openai: 1, anthropic: 2, google: 3, demo: 5};
 function seriesColors(names) {
-  const known = ["openai", "anthropic", "google"];
-  const [other] = names.filter(name => !known.includes(name) && name !== "demo").sort();
-  return name => {
-    if (known.includes(name)) return known.indexOf(name) + 1;
-    return name === other ? 4 : 5;
-  };
+  const [other] = names.filter(name => !COLORS[name]).sort();
+  return name => COLORS[name] || (name === other ? 4 : 5);
 }
 
 function roundUp(value) {
@@ -15065,7 +15013,7 @@ function roundUp(value) {
 
 const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
 // Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
-// `now` is the current slot, `least` the minimum of the axis, `tick` the label below a slot.
+// `now` is the current slot, `least` the minimum of the axis, `tick` a label below it.
 function barChart(title, chart) {
   const {slots, series, format, label} = chart;
   const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
@@ -15107,7 +15055,7 @@ function barChart(title, chart) {
       add("text", {x, y: height - 5, "text-anchor": "middle"}, chart.tick(slot));
     }
     const parts = series.filter(each => each.values[current])
-      .map(each => "  ·  " + clip(each.name, 30) + " " + format(each.values[current]));
+      .map(each => "  ·  " + clip(each.name) + " " + format(each.values[current]));
     reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), parts.join(""));
   }
   function moveTo(slot) {
@@ -15126,7 +15074,7 @@ function barChart(title, chart) {
   }
   function asTable() {
     const parts = [...series, {name: "All", values: totals}];
-    const columns = parts.map(({name, values}) => [clip(name, 30), "r", slot => format(values[slot])]);
+    const columns = parts.map(({name, values}) => [clip(name), "r", slot => format(values[slot])]);
     const used = [...totals.keys()].filter(slot => totals[slot]);
     return scrollBox("div", "scroll", title + " as a table",
       table(null, title, [["Time", "nw", label], ...columns], used));
@@ -15144,14 +15092,39 @@ function barChart(title, chart) {
   const legend = series.map(({name, color, values}) => el("li", {},
     el("svg", {viewBox: "0 0 10 10", "aria-hidden": "true"},
       el("rect", {width: 10, height: 10, rx: 2, class: "k" + color})),
-    clip(name, 40) + " ", bold(format(sum(values, Number)))));
+    clip(name) + " ", bold(format(sum(values, Number)))));
   new ResizeObserver(draw).observe(svg);
   show();
   return [heading(title, chart.control, flip), ul("leg", legend), box];
 }
 
-function copyTabs(label, texts) {
-  const shown = scrollBox("pre", "code", label);
+const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
+const PYTHON_WORDS = {true: "True", false: "False", null: "None"};
+const pythonText = value => JSON.stringify(value).replace(/"(\\.|[^"\\])*"|true|false|null/g,
+  found => PYTHON_WORDS[found] || found);
+// What sends a request, given its body.
+const curlCommand = body => `curl -N ${location.origin}/v1/responses \\
+  -H "Authorization: Bearer $POMEX_API_KEY" \\
+  -H "Content-Type: application/json" \\
+  -d ${shellQuote(JSON.stringify(body))}`;
+const COMMANDS = {
+  curl: curlCommand,
+  Codex: ({model, input}) => `codex -m ${shellQuote(model)} ${shellQuote(input)}`,
+  Python: body => `import os
+from openai import OpenAI
+
+client = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["POMEX_API_KEY"])
+for event in client.responses.create(**${pythonText(body)}):
+    print(event)`,
+};
+
+function setupTabs(block, token = "sk-rh-…") {
+  const texts = {
+    Codex: "# ~/.codex/config.toml\n" + block.join("\n").replaceAll("{ORIGIN}", location.origin),
+    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
+    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
+  };
+  const shown = scrollBox("pre", "code", "Set-up snippet");
   const names = Object.keys(texts);
   let current = "";
   const tabs = names.map(name =>
@@ -15165,7 +15138,7 @@ function copyTabs(label, texts) {
   }
   function select(name) {
     current = name;
-    shown.replaceChildren(...texts[name].split("\n").flatMap(highlight));
+    shown.textContent = texts[name];
     for (const tab of tabs) {
       const isSelected = tab.textContent === name;
       tab.ariaSelected = String(isSelected);
@@ -15173,46 +15146,14 @@ function copyTabs(label, texts) {
     }
   }
   select(names[0]);
-  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": label}, tabs),
+  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": "Set-up snippets"}, tabs),
     copyButton("Copy", "s", () => texts[current].trim())), shown);
 }
 
-// One line of TOML or shell.
-function highlight(line) {
-  const hash = line.lastIndexOf("#");
-  const isComment = hash >= 0 && line.slice(0, hash).split('"').length % 2 === 1;
-  const end = isComment ? hash : line.length;
-  const parts = line.slice(0, end).split(/("[^"]*")/).map(part => part.startsWith('"') ? span("st1", part) : part);
-  return [...parts, span("cm", line.slice(end)), "\n"];
-}
-
-const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
-const curlCommand = body => `curl -N ${location.origin}/v1/responses \\
-  -H "Authorization: Bearer $POMEX_API_KEY" \\
-  -H "Content-Type: application/json" \\
-  -d ${shellQuote(JSON.stringify(body))}`;
-
-function setupTabs(block, token = "sk-rh-…") {
-  const toml = block.map(line => line.replace("{ORIGIN}", location.origin)).join("\n");
-  return copyTabs("Set-up snippet", {
-    Codex: "# ~/.codex/config.toml\n" + toml,
-    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
-    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
-  });
-}
-
-// A step of a list: the mark of its state, else its number.
-const STEP_MARKS = {done: "✓", now: "", bad: "!"};
+const STEP_MARKS = {done: "✓", bad: "!"};
 const STEP_WORDS = {done: "Done. ", now: "Waiting. "};
-function step(state, number, title, ...details) {
-  return el("li", {}, span("st " + state, STEP_MARKS[state] ?? number),
-    span("", bold(title), span("sr", STEP_WORDS[state]), details));
-}
-// A step that changes while the user looks: a screen reader announces it.
-function liveStep(isDone, title, details, id) {
-  return el("li", {id}, span(isDone ? "st done" : "st now", isDone ? "✓" : ""),
-    el("span", {role: "status"}, bold(title), details));
-}
+const step = (state, title, ...details) => el("li", {}, span("st " + state, STEP_MARKS[state]),
+  span("", bold(title), span("sr", STEP_WORDS[state]), details));
 
 // --- the overview ---
 const RANGES = {
@@ -15222,17 +15163,10 @@ const RANGES = {
 };
 const MEASURES = {
   cost_nanos: {title: "Spend", format: usd, formatAxis: axisUsd, least: 1e6},
-  requests: {title: "Requests", format: count, formatAxis: axisTokens, least: 3},
-  tokens: {title: "Tokens", format: tokens, formatAxis: axisTokens, least: 3},
+  requests: {title: "Requests", format: count, formatAxis: shortTokens, least: 3},
+  tokens: {title: "Tokens", format: tokens, formatAxis: shortTokens, least: 3},
 };
 const optionsOf = choices => Object.entries(choices).map(([value, {title}]) => [value, title]);
-function axisUsd(nanos) {
-  if (nanos < 1e9) return usd(nanos, nanos < 1e7 ? 3 : 2);
-  return usd(nanos, nanos % 1e9 ? 1 : 0);
-}
-function axisTokens(n) {
-  return tokens(n).replace(".0", "");
-}
 
 function showOverview(main) {
   const load = () => {
@@ -15241,7 +15175,6 @@ function showOverview(main) {
   };
   const draw = (data, body) => {
     const redraw = () => swap(body, drawOverview(data, redraw));
-    updateLiveMark(data.open);
     return drawOverview(data, redraw);
   };
   const ranges = segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh());
@@ -15252,25 +15185,22 @@ function showOverview(main) {
 function drawOverview(data, redraw) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
-  const empty = isEmpty && card("c12 empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground: every number here comes from requests."),
+  const empty = isEmpty && card("empty", h2("No request yet"),
+    para("", "Set up Codex, or try the demo in the playground."),
     link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
   const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
-  const byResult = by.result.map(({name, requests}) => {
-    const [text, className] = describeResult(name);
-    return share(span("", text), requests, total, className || "k5");
-  });
+  const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
   return [
     div("card sum", spendBox(data), div("kpis", keyFigures(data))),
     div("grid", empty,
       card("pad c8 grow", overviewChart(data, redraw)),
       card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
-        el("h2", {class: "n2"}, "By result"), ul("rows", byResult)),
-      card("pad " + (isAdmin() ? "c7" : "c12"), whereItWent(by)),
+        heading("By result"), ul("rows", byResult)),
+      card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by, redraw)),
       isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
         providerLatencies(data.providers)) : null,
-      card("full c12", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
+      card("full", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
         latest.length ? requestTable(latest) : para("empty", "None yet."))),
   ];
 }
@@ -15320,9 +15250,8 @@ function keyFigures({totals, by, first_ms, total_ms}) {
 }
 
 function overviewChart(data, redraw) {
-  const {days, slots, labelEvery, unit} = RANGES[picked.range];
   const shown = picked.measure || (data.totals.cost_nanos ? "cost_nanos" : "requests");
-  const {title, format, formatAxis, least} = MEASURES[shown];
+  const range = RANGES[picked.range], measure = MEASURES[shown], {days} = range;
   const color = seriesColors(data.series.map(each => each.name));
   const series = data.series.filter(each => each[shown].some(Boolean))
     .map(each => ({name: each.name || NO_PROVIDER, color: color(each.name), values: each[shown]}))
@@ -15334,11 +15263,9 @@ function overviewChart(data, redraw) {
     return (days > 1 ? day(start) + " " : "") + clock(start) + " to " + clock(startOf(slot + 1));
   }
   const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
-  return barChart(`${title} by ${unit}`, {
-    slots, series, format, formatAxis, least, label, tick, labelEvery,
-    now: Math.floor((data.now_ms - data.since_ms) / data.step_ms),
-    control: segments("Measure", "measure", optionsOf(MEASURES), shown, redraw),
-  });
+  const now = Math.floor((data.now_ms - data.since_ms) / data.step_ms);
+  const control = segments("Measure", "measure", optionsOf(MEASURES), shown, redraw);
+  return barChart(`${measure.title} by ${range.unit}`, {...range, ...measure, series, label, tick, now, control});
 }
 
 function share(label, requests, total, barClass) {
@@ -15347,23 +15274,20 @@ function share(label, requests, total, barClass) {
     bar(requests / Math.max(1, total), barClass));
 }
 
-function whereItWent(by) {
+function whereItWent(by, redraw) {
   const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
-    bdi(row.name || "deleted key", 60));
-  const cost = row => row.unpriced && !row.cost_nanos ? span("dim", "no price") : usd(row.cost_nanos);
+    bdi(row.name || "deleted key"));
   const columns = [
     ["Name", "", name],
     ["Requests", "r opt", row => count(row.requests)],
     ["Input", "r opt", row => tokens(row.input)],
     ["Cached", "r opt", row => tokens(row.cached)],
-    ["Cost", "r nw", cost],
+    ["Cost", "r nw", costOfAll],
   ];
-  const costs = table(null, "Where it went", columns, []);
-  const draw = () => $("tbody", costs).replaceChildren(...tableRows(columns, by[picked.breakdown].slice(0, 8)));
   const options = [["model", "Model"], ["key", "Key"]];
-  const control = segments("Break down by", "breakdown", options, picked.breakdown, draw);
-  draw();
-  return [div("tb", h2("Where it went"), isAdmin() && control), costs];
+  const control = isAdmin() && segments("Break down by", "breakdown", options, picked.breakdown, redraw);
+  const rows = by[picked.breakdown].slice(0, 8);
+  return [div("tb", h2("Where it went"), control), table(null, "Where it went", columns, rows)];
 }
 
 function providerLatencies(providers) {
@@ -15373,24 +15297,28 @@ function providerLatencies(providers) {
     return track(to ? [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)] : null);
   };
   const columns = [
-    ["Provider", "nw", each => span("name", stateDot(each), "  " + clip(each.name, 24))],
+    ["Provider", "nw", each => span("name", stateDot(each), "  " + clip(each.name))],
     ["State", "nw", each => each.state],
     ["Range", "", range],
     ["p50 / p95", "r nw", ({first_ms: [p50, p95]}) => p95 ? `${seconds(p50)} / ${seconds(p95)} s` : span("dim", "-")],
   ];
   const latencies = table(null, "Providers in the last hour", columns, providers.slice(0, 8));
   $("thead", latencies).className = "sr";
-  const failing = providers.find(each => /fail|out/.test(each.state) && each.error);
+  const failing = providers.find(each => each.error && STATES[each.state] === "bad");
   if (!failing) return latencies;
-  const retry = failing.back_s ? ` Tried again in ${failing.back_s} s.` : "";
-  return [latencies, para("note", clip(failing.name + ": " + failing.error.message, 300) + retry)];
+  const {name, error, back_s} = failing;
+  const retry = back_s ? ` (tried again in ${back_s} s)` : "";
+  return [latencies, para("note bad", `${name}: ${clip(error.message, 300)}${retry}`)];
 }
 
 // --- keys and accounts ---
 const PERIODS = [["month", "monthly"], ["week", "weekly"], ["day", "daily"], ["total", "never"]];
-const periodText = period => Object.fromEntries(PERIODS)[period];
 const EXPIRIES = [["0", "never"], ["30", "in 30 days"], ["90", "in 90 days"], ["365", "in a year"]];
-const PATTERNS = ["openai/*", "anthropic/*", "google/*", "demo/*"];
+const keyFields = ({budget_nanos, period, models = ""}) => [
+  amount("Budget", "budget", "no limit", budget_nanos == null ? null : String(budget_nanos / 1e9)),
+  choice("Resets", "period", PERIODS, {value: period}),
+  field("Models (patterns)", "models", {value: models.split(" ").join(", "), placeholder: "all models"}),
+];
 let newKey = null;          // the key just created, which nobody else has
 
 function showKeys(main) {
@@ -15406,67 +15334,55 @@ function showKeys(main) {
     return drawKeys(data);
   }
   const onsubmit = whenSubmitted(async (wanted, form) => {
-    newKey = {...await api("keys", wanted), wanted};
+    newKey = await api("keys", wanted);
     form.reset();
     await page.refresh();
     announce(`Key ${newKey.name} created`);
     $("#copykey")?.focus();
   });
   const form = el("form", {class: "mk", novalidate: true, onsubmit},
-    field("Name", "name",
-      {wide: true, placeholder: "ci-runner", autocomplete: "off", spellcheck: "false", required: true}),
-    amount("Budget", "budget", "no limit"),
-    choice("Resets", "period", PERIODS),
-    choice("Models", "models", [["", "all models"], ...PATTERNS.map(each => [each, each])]),
-    choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
-  const parts = [pageTop("Keys"), panel, div("grid", card("pad c12", heading("Create a key"), form))];
-  const page = livePage(main, parts, load, draw, 3000);
+    field("Name", "name", {wide: true, placeholder: "ci-runner", required: true}),
+    keyFields({}), choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
+  const parts = [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))];
+  const page = livePage(main, parts, load, draw);
   return page;
 }
 
-const requestText = (row, length) =>
-  [clip(row.model, 60) + ", " + clip(row.user_agent, length) + " at ", time(row.started_ms)];
+const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
 const WAITING = "Waiting for the first request from Codex…";
 
-function newKeyStep() {
+function newKeySteps() {
   const {seen} = newKey;
-  if (!seen) return liveStep(false, WAITING, 'Run: codex "What is 2 + 2?"', "new-key-step");
-  return liveStep(true, "First request received: " + seen.status, requestText(seen, 60), "new-key-step");
+  return [
+    step("", "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+    seen ? step("done", "First request received: " + seen.status, requestText(seen))
+      : step("now", WAITING, 'Run: codex "What is 2 + 2?"'),
+  ];
 }
 
 function newKeyPanel() {
   if (!newKey) return [];
-  const {name, token, wanted, setup} = newKey;
-  const {providers, models} = session.counts;
-  const budget = wanted.budget ? `Budget $${clip(wanted.budget, 20)} ${periodText(wanted.period)}` : "No budget";
-  const expiry = wanted.expires_days > 0 ? `Expires in ${wanted.expires_days} days.` : "No expiry.";
+  const {name, token, setup} = newKey;
   const stored = () => {
     newKey = null;
     view.refresh();
     $("#main").focus();
   };
   return el("div", {class: "card new", role: "region", "aria-labelledby": "new-key"},
-    div("hdr", para("", el("b", {id: "new-key"}, bdi(name), " is ready. Copy the key now."), el("br", {}),
-      "Pomex keeps only its hash, so nobody can show it again."), button("I have stored it", "", stored)),
+    div("hdr", div("", el("b", {id: "new-key"}, bdi(name), " is ready. Copy the key now."),
+      para("", "Pomex keeps only its hash, so nobody can show it again.")), button("I have stored it", "", stored)),
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      para("d", `${budget}. Models: ${wanted.models || "all"}. ${expiry}`),
-      el("ol", {class: "steps"},
-        step("done", 1, "Gateway answers on " + location.host, `${providers} providers, ${models} models`),
-        step("", 2, "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
-        newKeyStep())), setupTabs(setup.block, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
 }
 
 function askToLeave(path) {
-  const leave = () => {
+  const text = para("", "It is not shown again once you leave this page.");
+  openForm(`Have you stored the key of ${clip(newKey.name)}?`, text, "I have stored it", () => {
     newKey = null;
-    dialog.close();
     location.hash = path;
-  };
-  const dialog = openDialog(`Have you stored the key of ${clip(newKey.name, 64)}?`,
-    para("", "It is not shown again once you leave this page."),
-    div("acts", button("Back to the key", "p", () => dialog.close()), button("I have stored it", "", leave)));
+  }, "Back to the key");
 }
 addEventListener("beforeunload", event => {
   if (newKey) event.preventDefault();
@@ -15488,10 +15404,10 @@ function drawKeys({keys, accounts, now_s}) {
   if (!keys.length) $("#f-name").focus();
   const spent = sum(keys, key => key.month_nanos);
   return div("grid",
-    card("full c12", heading("All keys", span("", `${active} active, ${usd(spent, 2)} this month`)),
-      keys.length ? table("stack tkeys", "All keys", keyColumns(accounts, now_s), keys)
+    card("full", heading("All keys", span("", `${active} active, ${usd(spent, 2)} this month`)),
+      keys.length ? table("stack", "All keys", keyColumns(accounts, now_s), keys)
         : para("empty", "No keys. Create the first one above.")),
-    card("full c12", heading("Accounts", span("", "who pays: prepaid credit, a monthly limit, or neither"),
+    card("full", heading("Accounts", span("", "prepaid credit, a monthly limit, or neither"),
       button("New account", "s", openNewAccount)), table("stack", "Accounts", ACCOUNT_COLUMNS, accounts)));
 }
 
@@ -15502,20 +15418,19 @@ function keyColumns(accounts, now_s) {
   function spent(key) {
     const budget = key.budget_nanos, total = usd(key.spent_nanos, 2) + " ";
     if (budget == null) return [total, span("dim", "no budget")];
-    const period = key.period === "total" ? "in all" : periodText(key.period);
+    const period = key.period === "total" ? "in all" : Object.fromEntries(PERIODS)[key.period];
     const limit = `of ${usd(budget, budget % 1e9 ? 2 : 0)} ${period}`;
     return [div("nw", total, span("dim", limit)), bar(usedPart(key), budgetClass(usedPart(key)))];
   }
   return [
-    ["Name", "kn", key => span("name", bdi(key.name, 64))],
-    ["Key", "nw dim kk", key => code(key.hint)],
-    ["Models", "opt wrap", key => key.models ? clip(key.models.split(" ").join(", "), 60) : "all models"],
-    ["Spent", "kp", spent],
-    ["Last used", "nw opt", key => key.last_ms ? duration((Date.now() - key.last_ms) / 1000) + " ago" : "never"],
-    ["State", "ks", key => keyState(key, now_s)],
-    ["Actions", "r nw ka", key => [
-      link("btn s g", "#usage?" + new URLSearchParams({key: key.name}), "Usage",
-        {"aria-label": "Usage of " + key.name}),
+    ["Name", "", key => span("name", bdi(key.name))],
+    ["Key", "nw dim opt", key => code(key.hint)],
+    ["Models", "opt wrap", key => key.models ? bdi(key.models.split(" ").join(", "), 60) : "all models"],
+    ["Spent", "full-row", spent],
+    ["Last used", "nw opt", key => ago(key.last_ms)],
+    ["State", "", key => keyState(key, now_s)],
+    ["Actions", "r nw ka full-row", key => [
+      usageLink("key", key.name, "btn s g"),
       key.revoked_s ? null : [
         rowButton("Edit", "Edit key", key, () => openEditKey(key, accounts)),
         rowButton("Revoke", "Revoke key", key, () => openRevokeKey(key), "s g del")]]],
@@ -15527,95 +15442,92 @@ function accountKind({prepaid, limit_nanos, multiplier}) {
   return (prepaid ? "prepaid" : unpaid) + (multiplier === 1e6 ? "" : " × " + multiplier / 1e6);
 }
 function accountBalance({prepaid, credit_nanos, spent_nanos}) {
-  return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : span("opt", "-");
+  return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : "";
 }
 const ACCOUNT_COLUMNS = [
-  ["Name", "", each => span("name", bdi(each.name, 64))],
+  ["Name", "", each => span("name", bdi(each.name))],
   ["Kind", "opt", accountKind],
   ["This month", "r nw", each => usd(each.month_nanos, 2)],
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
   ["Balance", "r nw", accountBalance],
-  ["Actions", "r nw ka", each => [
+  ["Actions", "r nw ka full-row", each => [
     rowButton("Add credit", "Add credit to", each, () => openCredit(each)),
     rowButton("Statement", "Statement of", each, () => openStatement(each))]],
 ];
 
 function openEditKey(key, accounts) {
-  const budget = key.budget_nanos == null ? "" : String(key.budget_nanos / 1e9);
   const limit = (label, name) =>
     field(label + " (0: no limit)", name, {value: String(key[name]), inputmode: "numeric"});
   const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
   openForm("Edit key " + key.name, [
-    amount("Budget", "budget", "no limit", budget),
-    choice("Resets", "period", PERIODS, {value: key.period}),
-    field("Models (patterns)", "models", {value: key.models.split(" ").join(", "), placeholder: "all models"}),
+    keyFields(key),
     choice("Account", "account", accounts.map(({name}) => [name, name]), {value: key.account}),
     limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
     limit("Concurrent requests", "concurrent"),
     choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
-  ], "Save", async ({expires_days, ...values}) => {
-    await api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days});
-    announce(`Key ${key.name} saved`);
-  });
+  ], "Save", ({expires_days, ...values}) =>
+    api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days}));
 }
 
 function openRevokeKey(key) {
   const text = "Its next request is refused. Streams in progress end normally. This cannot be undone.";
-  openForm(`Revoke key ${clip(key.name, 64)}?`, para("", text), "Revoke", async () => {
-    await api(`keys/${key.id}/revoke`, {});
-    announce(`Key ${key.name} revoked`);
-  }, "Keep it");
+  openForm(`Revoke key ${clip(key.name)}?`, para("", text), "Revoke",
+    () => api(`keys/${key.id}/revoke`, {}), "Keep it");
 }
 
 function openNewAccount() {
   openForm("New account", [
-    field("Name", "name", {autocomplete: "off"}),
+    field("Name", "name"),
     choice("Kind", "prepaid", [["", "open, or with a monthly limit"], ["1", "prepaid credit"]]),
     amount("Monthly limit", "limit", "none"),
     field("Price multiplier", "multiplier", {inputmode: "decimal", placeholder: "1"}),
   ], "Create account", values => api("accounts", values));
 }
 
-const accountPath = ({name}) => `accounts/${encodeURIComponent(name)}/`;
-function openCredit(account) {
-  openForm("Add credit to " + account.name, [
+function openCredit({name}) {
+  openForm("Add credit to " + name, [
     amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason"),
-  ], "Add credit", values => api(accountPath(account) + "credit", values));
+  ], "Add credit", values => api(`accounts/${encodeURIComponent(name)}/credit`, values));
 }
 
-function openStatement(account) {
-  const body = scrollBox("div", "scroll", "Statement");
+function openStatement({name}) {
   const now = new Date();
   const months = Array.from({length: 12}, (_, i) => {
-    const first = new Date(Date.UTC(now.getUTCFullYear(), now.getUTCMonth() - i, 1));
+    const first = new Date(Date.UTC(now.getUTCFullYear(), now.getUTCMonth() - i));
     const text = first.toLocaleString("en-US", {month: "short", year: "numeric", timeZone: "UTC"});
-    return el("option", {value: first.toISOString().slice(0, 7)}, text);
+    return [first.toISOString().slice(0, 7), text];
   });
-  const columns = [
-    ["Model", "wrap", row => bdi(row.model, 60)],
-    ["Requests", "r", row => row.requests && count(row.requests)],
-    ["Tokens", "r", row => row.requests && tokens(row.input + row.output)],
-    ["USD", "r", row => usd(row.cost_nanos, 2)],
-  ];
-  async function show(month) {
-    try {
-      const {charges, credits, ...sums} = await api(accountPath(account) + "statement?month=" + month);
-      const paid = credits.map(({kind, reason, nanos}) => ({model: kind + " " + reason, cost_nanos: nanos}));
-      const foot = tableRows(columns, [
-        {model: "Balance before", cost_nanos: sums.before_nanos},
-        {model: "Charges", cost_nanos: -sums.spent_nanos},
-        {model: "Balance after", cost_nanos: sums.after_nanos},
-      ]);
-      swap(body, table(null, "Charges by model", columns, [...charges, ...paid], el("tfoot", {}, foot)));
-    } catch (error) {
-      swap(body, errorBox(error));
-    }
-  }
-  const select = el("select", {onchange: () => show(select.value)}, months);
-  const dialog = openDialog(`Statement of ${clip(account.name, 64)}`,
-    el("label", {}, "Month (UTC)", select), para(), body,
+  const body = div();
+  const dialog = openDialog("Statement of " + name, div("gap",
+    choice("Month (UTC)", "month", months, {onchange: show}), body),
     div("acts", button("Close", "", () => dialog.close())));
-  show(select.value);
+  const select = $("select", dialog);
+  // The month may change while its statement loads.
+  async function load() {
+    const month = select.value;
+    const bill = await api(`accounts/${encodeURIComponent(name)}/statement?month=${month}`);
+    return month === select.value ? bill : load();
+  }
+  function show() {
+    fill(body, load, statementTable);
+  }
+  show();
+}
+
+function statementTable({charges, credits, before_nanos, spent_nanos, after_nanos}) {
+  const columns = [
+    ["Model", "wrap", row => bdi(row.model)],
+    ["Requests", "r", row => row.requests && count(row.requests)],
+    ["Tokens", "r nw", row => row.requests && tokens(row.input + row.output)],
+    ["USD", "r nw", costOfAll],
+  ];
+  const credit = ({created_s, kind, reason, nanos}) =>
+    ({model: `${new Date(created_s * 1000).toISOString().slice(0, 10)} ${kind} ${reason}`, cost_nanos: nanos});
+  const balance = [
+    {model: "Balance before", cost_nanos: before_nanos}, ...credits.map(credit),
+    {model: "Charges", cost_nanos: -spent_nanos}, {model: "Balance after", cost_nanos: after_nanos},
+  ];
+  return table(null, "Charges by model", columns, charges, el("tfoot", {}, tableRows(columns, balance)));
 }
 
 // --- the usage log and one request ---
@@ -15632,11 +15544,11 @@ function showUsage(main, query, id) {
     showRequest(main, decodeURIComponent(id));
     return null;
   }
-  const exports = span("acts n0"), older = div("acts pad2");
-  let rows = [], typing = 0;
+  const exports = div("tb"), older = div("acts pad2");
+  let rows = [];
 
-  function params() {
-    const found = new URLSearchParams();
+  function params(extra) {
+    const found = new URLSearchParams(extra);
     for (const name in FILTERS) {
       const value = query.get(name);
       if (!value) continue;
@@ -15650,49 +15562,31 @@ function showUsage(main, query, id) {
     rows = data.rows;
     exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
       "Export " + format.toUpperCase(), {download: ""})));
-    showOlderButton(data.cursor);
+    swap(older, olderButton(data.cursor));
     const found = rows.length ? requestTable(rows) : noRequests(query);
-    return div("grid", div("card full c12 gap", para("sub pad2", describeTotals(data.sums)), found, older));
+    return div("grid", div("card full gap", para("sub pad2", describeTotals(data.sums)), found, older));
   }
-  function showOlderButton(cursor) {
-    const showOlder = async pressed => {
-      pressed.disabled = true;
-      try {
-        const next = params();
-        next.set("cursor", cursor);
-        const data = await api(`usage?${next}`);
-        rows.push(...data.rows);
-        $("#main tbody").append(...tableRows(REQUEST_COLUMNS, data.rows));
-        showOlderButton(data.cursor);
-        older.firstChild?.focus();
-      } catch (error) {
-        older.append(errorBox(error));
-      }
-    };
-    older.replaceChildren();
-    if (cursor) older.append(button("Show older", "", showOlder));
-  }
+  const olderButton = cursor => cursor && button("Show older", "", async pressed => {
+    pressed.disabled = true;
+    await fill(older, () => api(`usage?${params({cursor})}`), data => {
+      rows.push(...data.rows);
+      $("#main tbody").append(...tableRows(REQUEST_COLUMNS, data.rows));
+      return olderButton(data.cursor);
+    });
+    older.firstChild?.focus();
+  });
   function setFilter(name, value) {
     if (value) query.set(name, value);
     else query.delete(name);
-    history.replaceState(null, "", "#usage" + (query.size ? "?" + query : ""));
+    history.replaceState(null, "", "#usage?" + query);
     page.refresh();
   }
-  const choices = {
-    time: TIMES, result: [["", "any"], ...Object.entries(RESULTS).map(([result, [text]]) => [result, text])],
-  };
+  const choices = {time: TIMES, result: [["", "any"], ...Object.keys(RESULTS).map(result => [result, result])]};
   function filter(name) {
     const value = query.get(name) || "";
-    if (choices[name]) {
-      const onchange = event => setFilter(name, event.target.value);
-      return choice(FILTERS[name], name, choices[name], {value, onchange});
-    }
-    const oninput = event => {
-      clearTimeout(typing);
-      typing = setTimeout(setFilter, 300, name, event.target.value.trim());
-    };
-    const inputmode = name === "min_cost" ? "decimal" : null;
-    return field(FILTERS[name], name, {value, oninput, inputmode, autocomplete: "off", spellcheck: "false"});
+    const onchange = event => setFilter(name, event.target.value.trim());
+    return choices[name] ? choice(FILTERS[name], name, choices[name], {value, onchange})
+      : field(FILTERS[name], name, {value, onchange});
   }
   const form = el("form",
     {class: "mk", role: "search", "aria-label": "Filters", onsubmit: event => event.preventDefault()},
@@ -15700,7 +15594,7 @@ function showUsage(main, query, id) {
   const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
   const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
   // New rows must not replace older ones that the user asked for.
-  return {...page, live: throttle(() => rows.length <= 50 && page.refresh(), 1500)};
+  return {...page, live: throttle(() => rows.length <= 50 && page.refresh())};
 }
 
 function describeTotals(sums) {
@@ -15727,28 +15621,27 @@ function showRequest(main, id) {
       card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
         div("acts", copyButton("Copy as curl", "s", curl))),
       card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
-        el("h2", {class: "n2"}, "Time"), ul("rows", phases(row)),
+        heading("Time"), ul("rows", phases(row)),
         para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
-      card("full c12", heading("Tokens and cost", span("",
+      card("full", heading("Tokens and cost", span("",
         `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
         `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`)), costTable(row, lines)));
   });
 }
 
 function requestFacts(row, trace) {
-  const endings = {gateway: "the gateway, which supplied the terminal event", "": "an error status"};
-  let terminal = row.terminal_by ? "response." + row.status : "none";
+  let terminal = row.terminal_by ? `response.${row.status}, sent by the ${row.terminal_by}` : "none: an error status";
   if (row.status === "cancelled") terminal = "none: the client left";
   return [
-    ["Time", time(row.started_ms)], ["Model", bdi(row.model, 200)], ["Key", bdi(row.key, 64)],
-    ["Account", bdi(row.account, 64)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-", 200)],
+    ["Time", time(row.started_ms)], ["Model", bdi(row.model)], ["Key", bdi(row.key)],
+    ["Account", bdi(row.account)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-")],
     ["Session", bdi(row.session || "-")], ["Tier", bdi(row.tier || "-")],
-    ["Response id", code(clip(row.response_id, 80))], ["x-request-id", code(clip(row.request_id, 130))],
-    row.upstream_id && ["Upstream id", code(clip(row.upstream_id, 100))],
-    ["Ended by", endings[row.terminal_by] ?? "the upstream's own terminal event"], ["Terminal event", terminal],
-    row.error_code && ["Error", span("", code(clip(row.error_code, 80)), " ", clip(row.error, 600))],
+    ["Response id", code(bdi(row.response_id))], ["x-request-id", code(bdi(row.request_id))],
+    row.upstream_id && ["Upstream id", code(bdi(row.upstream_id))],
+    ["Terminal event", terminal],
+    row.error_code && ["Error", span("", code(clip(row.error_code)), " ", clip(row.error, 600))],
     trace.dropped.length && ["Dropped", clip(trace.dropped.join(", "), 400)],
-    row.estimated && ["Tokens", "estimated: " + clip(row.estimated, 200)],
+    row.estimated && ["Tokens", "estimated: " + clip(row.estimated)],
   ];
 }
 
@@ -15757,14 +15650,14 @@ function attemptSteps(row, {tried, tried_ms}) {
     const colon = text.indexOf(": ");
     const after = seconds(tried_ms[i] - (tried_ms[i - 1] || 0));
     const reason = `${text.slice(colon + 2)}, after ${after} s`;
-    return step("bad", i + 1, clip(text.slice(0, colon), 60), clip(reason, 400));
+    return step("bad", clip(text.slice(0, colon)), clip(reason, 400));
   });
   const failed = row.status === "failed";
   if (failed && steps.length) return steps;
   let outcome = failed ? row.error || row.error_code : "answered";
   if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
-  const name = clip(row.provider || NO_PROVIDER, 60);
-  return [...steps, step(failed ? "bad" : "done", steps.length + 1, name, clip(outcome, 400))];
+  const name = clip(row.provider || NO_PROVIDER);
+  return [...steps, step(failed ? "bad" : "done", name, clip(outcome, 400))];
 }
 
 function phases(row) {
@@ -15787,14 +15680,13 @@ function phases(row) {
 function costTable(row, lines) {
   const billed = lines.filter(line => line.parts.length);
   if (!billed.length) {
-    if (row.price) return para("empty", "No tokens were billed.");
-    if (row.input + row.output === 0) return para("empty", "No tokens were used.");
-    return para("empty", "This model has no price: set one under [prices] in pomex.toml.");
+    const isUnpriced = !row.price && row.input + row.output > 0;
+    return para("empty", isUnpriced ? "No price: set one under [prices] in pomex.toml." : "No tokens were billed.");
   }
   const rate = part => part.what === "web searches" ? `$${part.picos / 1e9} / 1,000` : "$" + part.picos / 1e6;
   const columns = [
     ["What", "", part => part.what],
-    ["Provider", "opt", part => clip(part.line.provider, 40) + (part.line === lines.at(-1) ? "" : ", given up")],
+    ["Provider", "opt", part => clip(part.line.provider) + (part.line === lines.at(-1) ? "" : ", given up")],
     ["Tokens", "r", part => count(part.count)],
     ["USD per million", "r ml", rate],
     ["Cost", "r", part => usd(part.nanos, 6)],
@@ -15817,8 +15709,8 @@ function showModels(main) {
       : para("empty", "No model of that name.");
     const any = data.any.join(", ");
     return [
-      div("grid", card("full c12", heading(models.length + " models",
-        span("", "US dollars per million tokens; prices of " + data.prices_date)), found)),
+      div("grid", card("full", heading(models.length + " models",
+        span("", "USD per million tokens; prices of " + data.prices_date)), found)),
       any && para("note ok", `Any other model of ${any} works too, as provider/model-name.`),
       missingKeys(data.missing),
     ];
@@ -15830,23 +15722,16 @@ function showModels(main) {
   });
 }
 
-function contextSize(n) {
-  if (!n) return "-";
-  return n >= 1e6 ? (n / 1e6).toFixed(n % 1e6 < 5e4 ? 0 : 1) + " M" : Math.round(n / 1e3) + " k";
-}
-
 // Prices are [input, output, cached input] in USD per million tokens.
 const inOut = ([input, output]) => `$${input} in, $${output} out`;
 const priceText = ({price}, i) => price && ((price[i] ?? "-") === "-" ? "-" : "$" + price[i]);
 function modelName(model) {
   const {name, price, context} = model;
-  const contextText = context ? `, ${contextSize(context)} context` : "";
-  const changes = model.changes.map(change =>
-    div("d", `from ${new Date(change.day * DAY_MS).toISOString().slice(0, 10)}: ${inOut(change.price)}`));
-  return [span("name", bdi(name, 90)), model.description ? div("d", clip(model.description, 90)) : null,
+  const contextText = context ? `, ${shortTokens(context)} context` : "";
+  return [span("name", bdi(name)), model.description ? div("d", bdi(model.description)) : null,
     price ? div("d only", `${inOut(price)} per million${contextText}`) : null,
-    model.long_over ? div("d", `over ${contextSize(model.long_over)} input: ${inOut(model.long)}`) : null,
-    changes, model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
+    model.long_over ? div("d", `over ${shortTokens(model.long_over)} input: ${inOut(model.long)}`) : null,
+    model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
 }
 const MODEL_COLUMNS = [
   ["Name", "", modelName],
@@ -15854,10 +15739,10 @@ const MODEL_COLUMNS = [
   ["Cached", "r opt", model => priceText(model, 2)],
   ["Out", "r opt", model => priceText(model, 1)],
   ["Context / output", "r opt nw", ({context, max_output}) =>
-    contextSize(context) + (max_output ? " / " + contextSize(max_output) : "")],
-  ["Goes to", "opt opt2 dim wrap", model => clip(model.targets.join(" → "), 90)],
+    [context, max_output].filter(Boolean).map(shortTokens).join(" / ") || "-"],
+  ["Goes to", "opt opt2 dim wrap", model => bdi(model.targets.join(" → "))],
   ["State", "", modelTag],
-  ["Actions", "r nw ka", ({name}) => [
+  ["Actions", "r nw ka full-row", ({name}) => [
     copyButton("Copy", "s g", () => name, {"aria-label": "Copy " + name}),
     link("btn s g", "#playground?model=" + encodeURIComponent(name), "Try", {"aria-label": "Try " + name})]],
 ];
@@ -15888,19 +15773,19 @@ function showProviders(main) {
     const isDisabled = state === "disabled";
     const result = results[name];
     return card("pad c6",
-      div("hd", h2(stateDot(provider), "  " + clip(name, 40)),
+      div("hd", h2(stateDot(provider), "  " + clip(name)),
         span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
       minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
       isDisabled ? para("note", "No new request goes there until you enable it.") : null,
       result?.text ? el("p", {class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
         clip(result.text, 500) + (result.ms ? ` ${result.ms} ms.` : "")) : null,
       div("acts",
-        link("btn s", "#usage?provider=" + encodeURIComponent(name), "Usage", {"aria-label": "Usage of " + name}),
+        usageLink("provider", name, "btn s"),
         action(provider, "test", "Test now"),
         isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
   }
   const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
-  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw, 2000);
+  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
   return page;
 }
 
@@ -15920,13 +15805,12 @@ function minuteStrip(minutes, label) {
 function providerFacts(provider) {
   const {requests, failed, error, key_source} = provider;
   const latency = ([p50, p95]) => p95 ? `p50 ${seconds(p50)} s, p95 ${seconds(p95)} s` : "-";
-  const good = requests ? ` (${pct(requests - failed, requests)} good)` : "";
   return [
-    ["Last hour", `${count(requests)} requests, ${count(failed)} failed${good}`],
+    ["Last hour", `${count(requests)} requests, ${count(failed)} failed`],
     ["In flight", count(provider.open)],
     ["First token", latency(provider.first_ms)], ["Full response", latency(provider.total_ms)],
-    ["Speaks", provider.wire_api + (provider.base_url ? " at " + clip(provider.base_url, 90) : ", offline")],
-    key_source && ["Key from", clip(key_source, 60)],
+    ["Speaks", provider.wire_api + (provider.base_url ? " at " + clip(provider.base_url) : ", offline")],
+    key_source && ["Key from", clip(key_source)],
     error && ["Last error", span("", time(error.time_ms), " ", clip(error.message, 500))],
   ];
 }
@@ -15938,15 +15822,13 @@ function showAudit(main) {
     ["Time", "nw dim", row => time(row.time_ms)],
     ["Who", "", row => bdi(row.who)],
     ["What", "", row => [row.action + " ", bdi(row.name)]],
-    ["Change", "wrap", row => clip(changes(row).join(", "), 400)],
+    ["Change", "wrap", row => bdi(changes(row).join(", "), 400)],
   ];
   const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
   return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
 }
 
 // --- the playground ---
-const EFFORTS = [["", "model default"], ["low", "low"], ["medium", "medium"], ["high", "high"]];
-
 function showPlayground(main, query) {
   const output = scrollBox("div", "out", "Answer");
   const events = el("ol", {class: "ev scroll", tabindex: 0, "aria-label": "Events"});
@@ -15967,21 +15849,14 @@ function showPlayground(main, query) {
     }
     return body;
   }
-  const copies = {
-    curl: curlCommand,
-    Codex: body => `codex -m ${body.model} ${shellQuote(body.input)}`,
-    Python: body => `from openai import OpenAI\nimport os\n
-client = OpenAI(base_url="${location.origin}/v1", api_key=os.environ["POMEX_API_KEY"])
-for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/g, "True")}):
-    print(event)`,
-  };
-  function copyAs(pressed) {
+  function copyAs(name, pressed) {
     try {
-      copy(copies[pressed.textContent](requestBody()), pressed);
+      copy(COMMANDS[name](requestBody()), pressed);
     } catch (error) {
-      announce(error.message);
+      showFormError(form, error);
     }
   }
+  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), {"aria-label": "Copy as " + name});
   async function run(body) {
     const begun = performance.now();
     output.replaceChildren();
@@ -15991,8 +15866,7 @@ for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/
     status.textContent = "Sent.";
     let id = "";
     try {
-      const response = await fetch("/admin/api/playground", {method: "POST", body: JSON.stringify(body),
-        headers: {"content-type": "application/json"}, signal: running.signal});
+      const response = await fetch("/admin/api/playground", {...post(body), signal: running.signal});
       if (!response.ok) {
         const text = await response.text();
         status.textContent = "HTTP " + response.status;
@@ -16000,11 +15874,10 @@ for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/
         return;
       }
       for await (const [type, data] of readEvents(response)) {
-        addEvent(performance.now() - begun, type || data, data);
-        if (data === "[DONE]") continue;
-        const event = JSON.parse(data);
+        const ms = performance.now() - begun, event = data === "[DONE]" ? {} : JSON.parse(data);
+        addEvent(ms, type || data, event);
         id = event.response?.id || id;
-        showEvent(type, event, performance.now() - begun);
+        showEvent(type, event, ms);
       }
       if (id) setTimeout(showCost, 350, id);
     } catch (error) {
@@ -16014,21 +15887,17 @@ for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/
       running = null;
     }
   }
-  function addEvent(ms, type, data) {
+  function addEvent(ms, type, event) {
     if (events.childElementCount >= 600) return;
-    const {sequence_number} = parseJson(data) || {};
     const shown = el("pre", {class: "code wrap"});
-    const ontoggle = () => {
-      const value = parseJson(data);
-      if (!shown.firstChild) shown.append(clip(value ? JSON.stringify(value, null, 1) : data, 20000));
-    };
+    const ontoggle = () => shown.textContent = clip(JSON.stringify(event, null, 1), 20000);
     events.append(el("li", {}, el("details", {ontoggle}, el("summary", {}, span("dim r", Math.round(ms) + " ms"),
-      span("dim r", sequence_number), span("", clip(type, 60))), shown)));
+      span("dim r", event.sequence_number), span("", clip(type))), shown)));
   }
   function showEvent(type, event, ms) {
     if (type === "response.output_text.delta") output.append(event.delta);
     if (type === "response.function_call_arguments.done") {
-      output.append(`\n[call ${clip(event.name, 60)} ${clip(event.arguments, 2000)}]`);
+      output.append(`\n[call ${clip(event.name)} ${clip(event.arguments, 2000)}]`);
     }
     if (!/^response\.(completed|incomplete|failed)$/.test(type)) return;
     const {usage, error} = event.response;
@@ -16041,28 +15910,20 @@ for event in client.responses.create(**${JSON.stringify(body).replace(/\btrue\b/
     if (found) status.append(", ", costOf(found.row), " ", link(null, "#usage/" + id, "Show the request"));
   }
 
-  const form = el("form", {class: "stackform", onsubmit: whenSubmitted(async () => run(requestBody()))},
+  const form = el("form", {class: "gap", onsubmit: whenSubmitted(async () => run(requestBody()))},
     field("Model", "model",
-      {list: "names", value: query.get("model") || "demo/echo", spellcheck: "false", required: true}), names,
+      {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
     field("Input", "input", {rows: 4, required: true, value: "What is 2 + 2?"}, "textarea"),
     field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
-    field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]", spellcheck: "false"}, "textarea"),
-    choice("Reasoning effort", "effort", EFFORTS),
-    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as",
-      Object.keys(copies).map(name => button(name, "s g", copyAs, {"aria-label": "Copy as " + name})))));
+    field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}, "textarea"),
+    choice("Reasoning effort", "effort",
+      [["", "model default"], ...["low", "medium", "high"].map(each => [each, each])]),
+    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAsButton))));
   main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
     card("pad", heading("Answer"), output, status),
-    card("pad", heading("Events", span("", "time, sequence number, type")), events))));
+    card("pad", heading("Events"), events))));
   api("models").then(({models}) =>
     names.append(...models.slice(0, 400).map(({name}) => el("option", {value: name})))).catch(() => null);
-}
-
-function parseJson(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return null;
-  }
 }
 
 // Yields [type, data] of each server-sent event.
@@ -16091,70 +15952,53 @@ const CAUSES = {
 };
 
 function showSetup(main) {
-  const steps = div(), refused = div();
-  let data = null;
-  function draw(answer) {
-    data = answer;
-    drawChanging();
-    return div("grid", div("card c12 two", div("", heading("Checks"), steps), setupTabs(data.block)),
-      div("card full c12", heading("Refused requests", span("", "newest first")), refused));
+  const steps = el("ol", {class: "steps"}), snippets = div();
+  function draw({block, refused, ...state}) {
+    if (!snippets.firstChild) snippets.append(setupTabs(block));
+    swap(steps, setupSteps(state));
+    const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
+      : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
+    return div("grid", card("full", heading("Refused requests", span("", "newest first")), found));
   }
-  function drawChanging() {
-    swap(steps, el("ol", {class: "steps"}, setupSteps(data)));
-    swap(refused, data.refused.length
-      ? table("stack", "Refused requests", REFUSED_COLUMNS, data.refused.slice(0, 25))
-      : para("empty", "None. A wrong key, model or address appears here within a second, with its fix."));
-  }
+  const parts = [pageTop("Setup", liveMark()), card("two", div("", heading("Checks"), steps), snippets)];
+  const page = livePage(main, parts, () => api("setup"), draw);
   function live(kind, event) {
-    if (!data) return;
-    if (kind === "key") page.refresh();
-    if (kind === "refused") {
-      data.refused.unshift(event);
-      announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
-    }
-    if (kind === "started") data.running = event;
-    if (kind === "usage") {
-      data.latest = event;
-      if (event.codex) data.codex = event;
-      if (data.running?.response_id === event.response_id) data.running = null;
-    }
-    if (["refused", "started", "usage"].includes(kind)) drawChanging();
+    if (kind === "refused") announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
+    if (kind === "usage" && event.codex) announce("A request from Codex ended with response." + event.status);
+    page.live();
   }
-  const page = livePage(main, [pageTop("Setup", liveMark())], () => api("setup"), draw);
   return {...page, live};
 }
 
 function setupSteps({providers, demo, keys, running, codex, latest}) {
-  let provider = step("bad", 2, "No provider is ready", "Set a provider's key.");
-  const demoHint = "demo/echo works offline. For real models set a provider's key.";
-  if (demo) provider = step("done", 2, "The demo is ready", demoHint);
-  if (providers.length) provider = step("done", 2, "Providers are configured", providers.join(", "));
-  const key = keys ? step("done", 3, keys === 1 ? "A key exists" : keys + " keys exist")
-    : step("bad", 3, "No key yet", link(null, "#keys", "Create a key"));
-  return [step("done", 1, "The gateway answers on " + location.host, "This page came from it."), provider, key,
-    ...codexSteps(running, codex, latest)];
+  let provider = step("bad", "No provider is ready", "Set a provider's key.");
+  if (demo) provider = step("done", "The demo is ready", "For real models set a provider's key.");
+  if (providers.length) provider = step("done", "Providers are configured", providers.join(", "));
+  const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
+    : step("bad", "No key yet", link(null, "#keys", "Create a key"));
+  return [step("done", "The gateway answers on " + location.host), provider, key,
+    ...codexSteps(running, codex, running || latest)];
 }
 
-function codexSteps(running, codex, latest) {
-  const end = step("", 5, "The stream ends with response.completed");
-  if (running?.codex) return [liveStep(false, "A request from Codex is in flight", requestText(running, 80)), end];
+function codexSteps(running, codex, newest) {
+  const end = step("", "The stream ends with response.completed");
+  if (running?.codex) return [step("now", "A request from Codex is in flight", requestText(running)), end];
   if (!codex) {
-    const other = running || latest;
-    const hint = 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"';
-    return [liveStep(false, WAITING, [hint, other && [" Another client at ", time(other.started_ms)]]), end];
+    const other = newest && [" Another client at ", time(newest.started_ms)];
+    return [step("now", WAITING, 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
   }
   const {status, error} = codex;
   const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
-  return [liveStep(true, "A request from Codex was received", requestText(codex, 80)),
-    step(status === "completed" ? "done" : "bad", 5, ending, clip(error, 300))];
+  return [step("done", "A request from Codex was received", requestText(codex)),
+    step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
 }
 
 const REFUSED_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.time_ms)],
   ["Problem and fix", "", row => [div("name", CAUSES[row.code] || "The request was refused"),
     div("wrap", bdi(row.message, 600)),
-    div("d", row.key ? ["key ", bdi(row.key, 64), ", "] : null, bdi(row.user_agent || "no User-Agent", 100))]],
-  ["Request", "opt wrap", row => div("mono", bdi(row.method + " " + row.path, 80))],
+    div("d wrap", row.key ? ["key ", bdi(row.key), ", "] : null, bdi(row.user_agent || "no User-Agent"))]],
+  ["Request", "opt wrap", row => div("mono", bdi(row.method + " " + row.path))],
   ["Status", "r nw", row => span("tag bad", row.status)],
 ];
 

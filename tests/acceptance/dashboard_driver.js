@@ -1,9 +1,9 @@
 // node dashboard_driver.js BASE LOGIN-TOKEN API-KEY SHOTS-FOLDER: walks the dashboard in headless Chromium and prints one
-// JSON object: {checks: {sentence: true | what went wrong}, axe: [...], faults: [...]}.
+// JSON object: {checks: {sentence: true | what went wrong}, copied: {name: text}, axe: [...], faults: [...]}.
 const { faults, open, watch } = require("./dashboard_browser.js"), fs = require("fs"), http = require("http");
 const [base, token, apiKey, shots] = process.argv.slice(2);
 const axe = fs.readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
-const checks = {}, violations = [];
+const checks = {}, copied = {}, violations = [];
 const EVIL = "<img src=x onerror=alert(1)>", RTL = "\u202egnp.exe", LONG = "x".repeat(10000);
 const check = async (name, f) => { try { const r = await f(); checks[name] = r === undefined || r === true ? true : String(r); } catch (e) { checks[name] = String(e).slice(0, 300); } };
 function call(method, path, body, headers = {}) {
@@ -82,6 +82,16 @@ function call(method, path, body, headers = {}) {
     await page.waitForSelector("dialog", { state: "detached" });
     const r = await call("POST", "/v1/responses", body("demo/echo"), { authorization: "Bearer " + created });
     await go("setup"); return r.status === 401 && (await seen("The key was refused", "Key walker was revoked")); });
+  await check("an account's statement has its credit and charges, and those of earlier months", async () => {
+    await go("keys"); await page.click("[aria-label='Add credit to default']"); await page.fill("dialog input[name=amount]", "20"); await page.click("dialog >> text=/^Add credit$/");
+    await page.waitForSelector("dialog", { state: "detached" }); await page.focus("[aria-label='Statement of default']"); await page.keyboard.press("Enter");
+    await page.waitForSelector("dialog >> text=top-up"); const cells = rows => page.$$eval("dialog " + rows, all => all.map(tr => [...tr.cells].map(td => td.textContent).join()));
+    const [month, charges, balance] = [await page.$eval("dialog select", each => each.value), await cells("tbody tr"), await cells("tfoot tr")];
+    await page.selectOption("dialog select", { index: 1 }); await page.waitForSelector("dialog >> text=top-up", { state: "detached" });
+    const before = await cells("tr"); await page.keyboard.press("Escape"); await page.waitForSelector("dialog", { state: "detached" });
+    return month === new Date().toISOString().slice(0, 7) && charges.some(row => row.startsWith("demo/echo,")) && balance[0] === "Balance before,,,$0"
+      && /^20..-..-.. top-up ,,,\$20.00$/.test(balance[1]) && balance[3] === "Balance after,,,$20.00" && before.at(-1) === "Balance after,,,$0"
+      && await page.evaluate(() => document.activeElement.getAttribute("aria-label")) === "Statement of default" || [month, charges, balance, before].join("; "); });
   await check("the audit log names what was changed and who did it, the newest first, and no key", async () => {
     await go("audit"); await page.waitForSelector("tbody tr"); const rows = await page.$$eval("tbody tr", all => all.map(tr => tr.textContent));
     const at = what => rows.findIndex(row => row.includes(what) && /session \d+ from 127.0.0.1/.test(row));
@@ -92,8 +102,17 @@ function call(method, path, body, headers = {}) {
   await check("the playground shows typed events and the answer", async () => { await page.fill("textarea[name=input]", EVIL); await page.click("text=Send");
     await page.waitForSelector("text=response.completed after", { timeout: 5000 }); await page.waitForSelector("text=Show the request", { timeout: 5000 });
     return (await page.textContent(".out")).includes(EVIL) && (await page.textContent(".ev")).includes("response.output_text.delta"); });
+  const clipboard = () => page.evaluate(() => navigator.clipboard.readText());
+  await check("tools that are no JSON are told at their field, and the request is copied as curl, Codex and Python", async () => {
+    await page.fill("textarea[name=tools]", "["); await page.click("[aria-label='Copy as curl']"); await page.waitForSelector("#f-tools-error >> text=JSON");
+    await page.fill("textarea[name=tools]", '[{"type": "function", "name": "f", "strict": false, "parameters": null}]');
+    await page.fill("textarea[name=input]", 'Is "it\'s true" null?');
+    for (const name of ["curl", "Codex", "Python"]) {
+      await page.click(`[aria-label='Copy as ${name}']`); await page.waitForTimeout(100); copied[name] = await clipboard(); } });
   await check("the request stands in the log with its detail", async () => { await page.click("text=Show the request");
     await page.waitForSelector("text=Terminal event"); return (await page.textContent("#main")).includes("response.completed"); });
+  await check("a request is copied as curl, without its prompt", async () => { await page.click("text=Copy as curl"); await page.waitForTimeout(100);
+    const text = await clipboard(); return text.includes("curl -N " + base + "/v1/responses") && text.includes('{"model":"demo/echo","input":"…","stream":true}') || text; });
   await go("providers");
   await check("a provider is disabled and enabled again, and stays what it is over a test", async () => {
     const ask = async () => (await call("POST", "/v1/responses", body("demo/echo"))).status, seen = [await ask()];
@@ -106,6 +125,25 @@ function call(method, path, body, headers = {}) {
     await page.route("**/admin/api/models", r => r.fulfill({ status: 404, json: { error: { message: "The ledger is locked." } } }));
     await go("models"); await page.waitForSelector("[role=alert] >> text=The ledger is locked."); await page.unroute("**/admin/api/models");
     await page.click("text=Retry"); await page.waitForSelector("tbody >> text=demo/echo"); });
+  await check("the overview says what a failing provider said last", async () => {
+    await Promise.all(Array.from({ length: 25 }, () => call("POST", "/v1/responses", body("demo/error"))));
+    await go("setup"); await go("overview"); await page.waitForSelector(".note >> text=/^demo: .*The demo provider fails on purpose/", { timeout: 3000 }); });
+  await check("a live feed that breaks is opened again", async () => {
+    await go("overview"); await page.route("**/admin/api/events", r => r.fulfill({ status: 404 })); await page.reload(); await page.waitForSelector("#live >> text=Reconnecting");
+    await page.unroute("**/admin/api/events"); await page.waitForSelector("#live >> text=Live", { timeout: 6000 }); });
+  await check("older requests follow on demand, once", async () => {
+    for (let i = 0; i < 55; i++) await call("POST", "/v1/responses", body("demo/echo"));
+    await go("usage"); await page.waitForTimeout(2500); await page.click("text=Show older"); await page.waitForSelector("text=Show older", { state: "detached" });
+    const ids = await page.$$eval("tbody a.name", all => all.map(a => a.hash)); return ids.length > 55 && new Set(ids).size === ids.length || ids.length; });
+  await check("the last 24 hours are a choice of the usage log", async () => { await go("usage"); await page.selectOption("select[name=time]", { label: "last 24 hours" });
+    await page.waitForSelector("tbody >> text=demo/echo"); const asked = page.waitForRequest(/api.usage\?from=/); await page.reload();
+    return page.url().endsWith("#usage?time=1d") && Math.abs(Date.now() - 864e5 - new URL((await asked).url()).searchParams.get("from")) < 5000 || page.url(); });
+  await check("a name that is clipped has all of it as its title", async () => {
+    const models = Array.from({ length: 15 }, (_, i) => "demo/model-" + i + "*").join(", ");
+    await page.evaluate(async models => fetch("/admin/api/keys", { method: "POST", headers: { "content-type": "application/json" },
+      body: JSON.stringify({ name: "patterns", models }) }), models);
+    await go("keys"); const titles = await page.$$eval("#main bdi[title]", all => all.map(each => [each.title, each.textContent]));
+    return titles.length === 1 && titles[0][0] === models && titles[0][1] === models.slice(0, 60) + "…" || JSON.stringify(titles); });
   await go("usage?model=nothing/here");
   await check("a filter without a match offers to clear it", async () => { await page.click("text=Clear filters"); await page.waitForSelector("tbody tr"); });
   await go("overview");
@@ -128,7 +166,12 @@ function call(method, path, body, headers = {}) {
     if (shots) await other.screenshot({ path: shots + "/" + name + ".png", fullPage: true });
     if (await other.evaluate(() => document.documentElement.scrollWidth > innerWidth)) faults.push("sideways scroll: " + name);
     await other.addScriptTag({ content: axe });
-    for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id + ": " + v.nodes[0].html.slice(0, 160)))) violations.push(name + " " + v);
+    const look = async place => { for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id + ": " + v.nodes[0].html.slice(0, 160))))
+      violations.push(place + " " + v); };
+    await look(name);
+    if (r !== "keys") continue;
+    await other.click("[aria-label='Statement of default']"); await other.waitForSelector("dialog >> text=Balance after"); await look("statement " + name);
+    if (shots) await other.screenshot({ path: shots + "/statement-" + scheme + "-" + width + ".png" });
   }
   for (const r of routes) { await go(r); for (const width of [390, 761, 900, 1024, 1600]) { await page.setViewportSize({ width, height: 900 });
     if (await page.evaluate(() => document.documentElement.scrollWidth > innerWidth)) faults.push("sideways scroll: " + r + " " + width); } }
@@ -143,6 +186,6 @@ function call(method, path, body, headers = {}) {
   await other.goto("about:blank"); await looser.clearCookies(); await other.goto(base + "/admin"); await other.waitForSelector("input[name=token]");
   await other.addScriptTag({ content: axe });
   for (const v of await other.evaluate(async () => (await axe.run()).violations.map(v => v.id))) violations.push("login " + v);
-  console.log(JSON.stringify({ checks, axe: violations, faults }));
+  console.log(JSON.stringify({ checks, copied, axe: violations, faults }));
   await browser.close();
-})().catch(e => { console.log(JSON.stringify({ checks, axe: violations, faults: [...faults, String(e.stack)] })); process.exit(1); });
+})().catch(e => { console.log(JSON.stringify({ checks, copied, axe: violations, faults: [...faults, String(e.stack)] })); process.exit(1); });

@@ -117,9 +117,9 @@ async function empty(page) {
 async function pictures(page) {
   const picture = (name, height) => shoot(page, folder + "/" + name + ".png", height);
   tell({});                                             // now a request is made
-  await page.waitForSelector(".feed >> text=team/coder", { timeout: 10000 }); await page.waitForTimeout(300);
+  await page.waitForSelector(".stack >> text=team/coder", { timeout: 10000 }); await page.waitForTimeout(300);
   await picture("overview", 1160);
-  await page.click(".feed >> text=team/coder"); await page.waitForSelector("text=Tokens and cost");
+  await page.click(".stack >> text=team/coder"); await page.waitForSelector("text=Tokens and cost");
   const path = await page.textContent("#main");
   must(/529 overloaded, after 0\.\d+ s.*openaiDone. answered.*Before openai was called/.test(path) && path.includes("Upstream idreq_8f0c2a4e"), path);
   await picture("request", 900);

@@ -1,4 +1,5 @@
 """The dashboard in a real browser: Debian's chromium, driven by playwright-core, looked over by axe-core (npm)."""
+import ast
 import asyncio
 import contextlib
 import itertools
@@ -6,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -59,6 +61,16 @@ def walk(packages, tmp_path_factory):
 def test_the_walk_finds_everything_in_its_place(walk):
     assert {name: result for name, result in walk["checks"].items() if result is not True} == {}
     assert len(walk["checks"]) > 25
+
+
+def test_what_the_playground_copies_sends_the_request_that_it_shows(walk):
+    copied = walk["copied"]
+    wanted = {"model": "demo/echo", "input": 'Is "it\'s true" null?', "stream": True,
+              "tools": [{"type": "function", "name": "f", "strict": False, "parameters": None}]}
+    assert json.loads(shlex.split(copied["curl"])[-1]) == wanted
+    assert shlex.split(copied["Codex"]) == ["codex", "-m", wanted["model"], wanted["input"]]
+    calls = [node for node in ast.walk(ast.parse(copied["Python"])) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.keywords[0].value) for call in calls if ast.unparse(call.func) == "client.responses.create"] == [wanted]
 
 
 def test_no_console_error_no_other_host_no_csp_report_no_dialog_no_sideways_scroll(walk):
@@ -119,7 +131,7 @@ def test_a_key_and_a_block_from_the_page_bring_codex_in_and_a_revoked_key_keeps_
         codex = Codex(version, tmp_path / "codex", copied["block"], copied["key"])
         assert "What is 2 + 2?" in codex.exec("What is 2 + 2?").answer
         seen = walk.hear()
-        assert f"A request from Codex was receiveddemo/echo, codex_exec/{version.replace('latest', '')}" in seen["steps"][3]
+        assert f"A request from Codex was receivedDone. demo/echo, codex_exec/{version.replace('latest', '')}" in seen["steps"][3]
         assert "Its stream ended with response.completed" in seen["steps"][4]
         assert seen["greenMs"] < 3000                   # since the request began, Codex and all
         assert "/v1/responses" in seen["detail"] and "response.completed" in seen["detail"] and "codex_exec" in seen["detail"]

@@ -10768,7 +10768,8 @@ def row_view(row: JSON) -> JSON:
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
-    "openai": ("gpt-6.2-sol", "gpt-6.1-sol", "gpt-6-sol", "gpt-5.6-sol", "gpt-5.5", "gpt-5.3-codex"),
+    "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
+               "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
     "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
     "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
     "groq": ("openai/gpt-oss-120b",),
@@ -12539,6 +12540,7 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of the access log), or for its message."""
+    process = ""            # of several: its id
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -12546,7 +12548,7 @@ class LineFormatter(logging.Formatter):
         return "\n".join(self.line(record, time_s, text, trace) for time_s, text in lines)
 
     def line(self, record: logging.LogRecord, time_s: float, text: str, trace: str) -> str:
-        return f"{clock_text(int(time_s))} {text}" + ("\n" + trace if trace else "")
+        return f"{clock_text(int(time_s))} {self.process}{text}" + ("\n" + trace if trace else "")
 
 
 class JSONFormatter(LineFormatter):
@@ -13650,6 +13652,7 @@ class Workers:
         try:
             os.setsid()             # Ctrl-C goes to the parent alone
             os.environ.pop("NOTIFY_SOCKET", "")
+            LineFormatter.process = f"[{os.getpid()}] "
             code = asyncio.run(worker_main(self.config, self.found, self.sockets, self.reread, board, self.pid))
         except (ConfigError, GatewayError, OSError) as error:
             log.error("worker %d cannot work: %s", os.getpid(), error)

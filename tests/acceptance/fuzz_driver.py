@@ -26,9 +26,8 @@ import httpx_sse
 
 STRICTER = [
     (r"does not end with CRLF|control character", "LF alone as a line end, or a control in a value: RFC 9112 2.2 allows to refuse"),
-    (r"folded line, or a blank before the colon|no name or no colon", "folded lines: RFC 9112 5.2 asks for 400; names with odd characters"),
-    (r"exclude each other", "Transfer-Encoding beside Content-Length: RFC 9112 6.1 allows to refuse"),
-    (r"needs HTTP/1\.1", "Transfer-Encoding in HTTP/1.0: RFC 9112 6.1, faulty framing"),
+    (r"header line is malformed", "folded lines: RFC 9112 5.2 asks for 400; names with odd characters"),
+    (r"needs HTTP/1\.1", "Transfer-Encoding in HTTP/1.0 or beside Content-Length: RFC 9112 6.1 calls the first faulty, and allows to refuse the other"),
     (r"exactly one Host", "Host missing or twice: RFC 9112 3.2; h11 asks for one too, but takes HTTP/1.0 with two"),
     (r"Host is not a host name", "a Host that is none: RFC 9112 3.2 asks for 400, h11 does not look"),
     (r"request target is neither", "a target outside of the grammar: h11 takes any visible ASCII"),
@@ -38,7 +37,7 @@ STRICTER = [
     (r"more than \d+ header fields|are over \d+ bytes|line is over|body is over", "our limits"),
     (r"line before a chunk", "chunk extensions outside of the grammar, sizes over 16 digits, blanks behind the size"),
     (r"data of a chunk is not followed", "a chunk's end: h11 tells it later"),
-    (r"chunked once|only transfer coding|Transfer-Encoding is malformed", "transfer codings other than one `chunked`"),
+    (r"only Transfer-Encoding taken", "transfer codings other than one `chunked`"),
     (r"not one decimal number", "Content-Length: a list, or over 19 digits"),
 ]
 

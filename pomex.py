@@ -1061,8 +1061,13 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
 
 
 def check_content(content: Any, path: str) -> None:
-    if isinstance(content, list):
+    if isinstance(content, list) and not all(map(is_text_part, content)):   # nearly all are
         check_typed(content, PART_FIELDS, path)
+
+
+def is_text_part(part: Any) -> bool:
+    return (type(part) is dict and part.get("type") in ("input_text", "output_text")
+            and type(part.get("text")) is str)
 
 
 def check_tool_list(tools: list[Any], path: str) -> None:
@@ -9204,6 +9209,7 @@ AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send af
 STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
 SLICE_BYTES = 1 << 16           # of a stream, translated in one step
+PACED_BYTES = 1 << 13           # a longer read is part of a burst, which the task reads as fast as the pump does
 MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
@@ -9877,7 +9883,7 @@ class Router:
                 await self.show(attempt, target, down)
                 if len(data) > SLICE_BYTES:
                     await asyncio.sleep(0)              # reading a flood of comments never waits
-            if going:
+            if going and len(data) <= PACED_BYTES:
                 await exchange.pump(take)
                 await self.show(attempt, target, down)
             if attempt.upstream_done or (attempt.error and not attempt.output_started):

@@ -8601,7 +8601,7 @@ WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer wai
 HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
 POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
 POOL_SIZE = 256             # idle connections of one origin; more are closed
-PUMPED_BYTES = 2**16        # a larger read is left to the task, which lets others run in between
+PUMPED_BYTES = 2**16        # of a stream, translated in one step: a larger read is left to the task, so that others run between
 INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
@@ -9208,8 +9208,7 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
 AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send after finish_reason
 STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-SLICE_BYTES = 1 << 16           # of a stream, translated in one step
-PACED_BYTES = 1 << 13           # a longer read is part of a burst, which the task reads as fast as the pump does
+PACED_BYTES = 1 << 13           # a larger read is part of a burst, which costs the task no more than the pump
 MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
@@ -9698,10 +9697,10 @@ class DemoExchange(Exchange):
 class Router:
     """Tries the targets of a request until one gives output, or none is left."""
 
-    def __init__(self, upstream: ConnectionPool) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[tuple[str, ...]]) -> None:
+        """`counters` are the ledger's, of METRICS by name and labels."""
+        self.upstream, self.counters = upstream, counters
         self.health = CircuitBreakers()
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of METRICS, by name and labels
 
     def metrics(self, now: float) -> dict[tuple[str, ...], int]:
         """(metric, label values...) -> value."""
@@ -9878,10 +9877,10 @@ class Router:
             return await self.show(attempt, target, down)
         while data:
             exchange.heard = False
-            for at in range(0, len(data), SLICE_BYTES):
-                going = take(data[at:at + SLICE_BYTES])
+            for at in range(0, len(data), PUMPED_BYTES):
+                going = take(data[at:at + PUMPED_BYTES])
                 await self.show(attempt, target, down)
-                if len(data) > SLICE_BYTES:
+                if len(data) > PUMPED_BYTES:
                     await asyncio.sleep(0)              # reading a flood of comments never waits
             if going and len(data) <= PACED_BYTES:
                 await exchange.pump(take)
@@ -10048,10 +10047,9 @@ class Gateway:
         self.known_models = frozenset(self.catalogue.names)
         self.overviews: dict[tuple[int, ...], JSON] = {}      # by second and what was asked
         if old is None:
-            self.router, self.memo, self.started_s = Router(upstream), RequestMemo(), int(time.time())
+            self.router, self.memo, self.started_s = Router(upstream, ledger.counters), RequestMemo(), int(time.time())
             self.watchers: collections.Counter[int] = collections.Counter()     # live feeds by key id
             self.login_failures: dict[str, list[float]] = {}                    # times, by client address
-            self.router.counters = ledger.counters
         else:
             self.router, self.memo, self.started_s = old.router, old.memo, old.started_s
             self.watchers, self.login_failures = old.watchers, old.login_failures

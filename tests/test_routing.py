@@ -786,7 +786,7 @@ def test_what_an_encoder_stumbles_over_blames_no_target_and_praises_none(tmp_pat
 
 
 def test_a_refusal_of_the_request_itself_shows_that_its_target_answers():
-    router, target = pomex.Router(None), way("a")
+    router, target = pomex.Router(None, collections.Counter()), way("a")
     router.on_failure(target, pomex.provider_error(401, pomex.Headers([]), b"", 0.0), 0.0)
     router.on_failure(target, pomex.BadRequest("our own word"), 1.0)
     assert router.health.state(target.id, 1.0) == "open"

@@ -3910,6 +3910,7 @@ RESPONSES_REPAIRS: Repairs = {
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
+    r"encrypted content is not supported": lambda body: body.pop("include", None),      # by older models
 }
 
 
@@ -6418,9 +6419,25 @@ class WireApi(NamedTuple):
                                     self.headers(ctx.request.given))
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
+            if ctx.passthrough and self.encode is encode_responses:
+                return self._send_whole(ctx, items)
             return self._translate(ctx, items)
         except RecursionError:
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
+
+    def _send_whole(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
+        """Sends OpenAI's own API the request of a client of another API: nothing of it needs simplifying."""
+        request, own_names = ctx.request, CLIENT_APIS[ctx.request.api].own_names
+        for item in items:
+            item.update(item.pop("sealed_replay", {}))
+        body: JSON = {"model": ctx.model, "input": items, "store": False}
+        for name, value in request.body.items():
+            if name in REQUEST_FIELDS:
+                body.setdefault(name, value)
+            elif name not in CARRIED_BY_ALL and value not in NEUTRAL.get(name, ()):
+                ctx.dropped.append(own_names.get(name, name))
+        attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
+        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, list(dict.fromkeys(ctx.dropped)))
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request

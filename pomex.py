@@ -1300,11 +1300,17 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
     name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAYS[name].search(raw, 0, shared)
-    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
-    if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
+    if array is None or LONE_SURROGATE.search(raw, shared):
         return None
-    start, body = array.end() - 1, last.around.body
+    start, body, same = array.end() - 1, last.around.body, last.given[name]
     try:
+        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":   # more here, the end there
+            # Claude Code moves its cache marks, so its messages differ in the last one
+            shared = raw.rfind(b',{"role":', start, shared)
+            if shared < 0 or last.api == "responses":
+                return None
+            changed, _ = STRICT_DECODER.raw_decode("[0" + last.raw[shared:].decode())
+            same = same[:1 - len(changed)]
         text = "[0" + raw[shared:].decode()
         items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
@@ -1314,7 +1320,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
         return None
     if body.get(name) != INPUT_MARK:
         return None
-    grown = {**body, name: [*last.given[name], *items[1:]]}
+    grown = {**body, name: [*same, *items[1:]]}
     weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
     return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 

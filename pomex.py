@@ -3265,6 +3265,14 @@ class ClientApi(NamedTuple):
     translate: Callable[[ResponsesRequest], JSON] = lambda request: {}
     # paths of Responses fields -> the API's own, for messages
     own_names: Mapping[str, str] = {}
+    # the code of an error -> the status, and words at its beginning, by which this API's clients know it
+    known_errors: Mapping[str, tuple[int, str]] = {}
+
+    def adapt_error(self, error: GatewayError) -> None:
+        status, words = self.known_errors.get(error.code or "", (error.status, ""))
+        if words.lower() not in str(error).lower():
+            error.args = (f"{words} {error}",)
+        error.status = status
 
 
 CLIENT_APIS: dict[str, ClientApi] = {
@@ -7294,7 +7302,8 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"),))    # RFC 9110 11.6.1
+    # RFC 9110 11.6.1; Claude Code would ask for three minutes
+    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
 NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
@@ -10240,6 +10249,7 @@ class Gateway:
                 await client.answer(200, JSON_HEADERS, dumps(answer).encode())
         except GatewayError as error:
             await note_refusal(self, client, error)
+            CLIENT_APIS[api_of(head.path)].adapt_error(error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", header_value(error.code or "")),)
@@ -10433,8 +10443,10 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     # an empty answer ends its stream: after a 5xx an SDK would retry, and pay for the input each time
     ended = down.client.status != 0 or down.attempt.stop is not None or error is None
     in_stream = down.streaming and (ended or (to_codex and error is not None and errors_in_stream(error)))
-    if error is not None and in_stream and to_codex:
-        make_codex_show(error, ("context_length_exceeded",))
+    if error is not None and in_stream:
+        CLIENT_APIS[answer.request.api].adapt_error(error)
+        if to_codex:
+            make_codex_show(error, ("context_length_exceeded",))
     last = b""
     if error is None or in_stream:
         try:

@@ -381,12 +381,10 @@ class Sink:
 
 # === 3. HTTP/1.1 ===
 #
-# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
-# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
-# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
-# only SP and HTAB; strip() alone removes \x0b and \x85.
-#
-# A broken peer causes a ProtocolError, the same at every later call.
+# Both sides, fed with bytes. The parser refuses what two parsers could read in two ways (LF or CR alone as a
+# line end, folded lines, a blank before the colon ...): RFC 9112 allows several, and each was a hole in some
+# server. Patterns check numbers before int(), which takes "+5" and "1_0". Blanks are only SP and HTAB: strip()
+# alone removes \x0b and \x85 too.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -396,7 +394,7 @@ PROTOCOL_CODES = {
 
 
 class ProtocolError(GatewayError):
-    """The peer violated HTTP or exceeded a limit. Answer, then close."""
+    """The peer violated HTTP or exceeded a limit: the connection is closed after the answer."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -474,8 +472,7 @@ REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # every beginning of
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
-# the last SP is optional
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t -~\x80-\xff]*)?")    # some omit the last SP
 FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
@@ -487,9 +484,7 @@ CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?)?\r
 
 def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
-    if not section:
-        return Headers([])
-    lines = section.count(b"\n") + 1
+    lines = section.count(b"\n") + bool(section)
     if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
     found = FIELD.findall(section.decode("latin-1"))
@@ -514,24 +509,23 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
     """Content-Length if there is one, and whether the body is chunked (RFC 9112 6.1, 6.3; strict)."""
     lengths = list_values(headers, "content-length")
     codings = list_values(headers, "transfer-encoding")
-    if not codings:
-        if not lengths:
-            return None, False
-        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
-            raise ProtocolError("Content-Length is not one decimal number.")
-        length = int(lengths[0])
-        check_body_size(length, max_body_bytes)
-        return length, False
-    if lengths or not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
-    if codings != ["chunked"]:
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
-    return None, True
+    if codings:
+        if lengths or not http11:
+            raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
+        if codings != ["chunked"]:
+            raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
+        return None, True
+    if not lengths:
+        return None, False
+    if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
+        raise ProtocolError("Content-Length is not one decimal number.")
+    return check_body_size(int(lengths[0]), max_body_bytes), False
 
 
-def check_body_size(size: int, max_bytes: int) -> None:
+def check_body_size(size: int, max_bytes: int) -> int:
     if size > max_bytes:
         raise ProtocolError(f"The body is over {max_bytes} bytes.", 413)
+    return size
 
 
 def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> RequestHead:
@@ -562,15 +556,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
-    return RequestHead(
-        method.decode(),
-        path.decode() or "/",
-        query.decode(),
-        http11,
-        headers,
-        keeps_alive(headers, http11),
-        expect_continue=bool(expectations) and http11 and length != 0,  # not in HTTP/1.0 (RFC 9110 10.1.1)
-        length=length)
+    expect_continue = bool(expectations) and http11 and length != 0     # not in HTTP/1.0 (RFC 9110 10.1.1)
+    return RequestHead(method.decode(), path.decode() or "/", query.decode(), http11, headers,
+                       keeps_alive(headers, http11), expect_continue, length)
 
 
 # --- readers ---
@@ -578,16 +566,15 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
-    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
-    """
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is needed,
+    which after feed_eof() is an error. A ProtocolError is the same at every later call."""
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
         self._method = ""               # of the request under way; "" between messages
         self._data = b""
         self._at = 0                    # all bytes before it have been returned
-        self._scanned = 0               # this many bytes from there contain no end of the header block
+        self._scanned = 0               # so many from there on hold no end of a header block
         self._eof = False
         self._error: ProtocolError | None = None
         self._parts: Iterator[Head | bytes | Signal] = self._messages()
@@ -616,9 +603,8 @@ class Reader(Generic[Head]):
         except ProtocolError as error:
             self._error = error
             raise
-        if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
-            self._data = self._data[self._at:]
-            self._at = 0
+        if part is NEED_DATA or part is END:
+            self.feed(b"")              # an idle connection keeps no buffer alive
         return part
 
     def _need_more_data(self) -> Signal:
@@ -632,8 +618,7 @@ class Reader(Generic[Head]):
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
-            self._at = end + 4
-            self._scanned = 0
+            self._at, self._scanned = end + 4, 0
             line, _, fields = data[at:end].partition(CRLF)
             return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
@@ -657,13 +642,11 @@ class Reader(Generic[Head]):
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
-        limits, match, total = self.limits, CHUNK_LINE.match, 0
+        limits, total = self.limits, 0
         while True:
-            data, at = self._data, self._at
-            pieces = []
-            while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
-                start = line.end()
-                size = int(line[1], 16)
+            data, at, pieces = self._data, self._at, []
+            while line := CHUNK_LINE.match(data, at, at + MAX_CHUNK_LINE_BYTES):
+                start, size = line.end(), int(line[1], 16)
                 end = start + size
                 if data[end:end + 2] != CRLF or not size:
                     break
@@ -672,8 +655,7 @@ class Reader(Generic[Head]):
             if pieces:
                 self._at = at
                 joined = b"".join(pieces)
-                total += len(joined)
-                check_body_size(total, limits.max_body_bytes)
+                total = check_body_size(total + len(joined), limits.max_body_bytes)
                 yield joined
                 continue
             if line is None:
@@ -684,8 +666,7 @@ class Reader(Generic[Head]):
             if not size:
                 break
             self._at = start
-            total += size
-            check_body_size(total, limits.max_body_bytes)
+            total = check_body_size(total + size, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):  # CVE-2025-43859: check both bytes
@@ -706,8 +687,7 @@ class RequestReader(Reader[RequestHead]):
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
-            # a TLS hello, NULs or an endless line are refused before any CRLF
-            if not REQUEST_START.match(self._data, self._at):
+            if not REQUEST_START.match(self._data, self._at):       # before any CRLF: a TLS hello has none
                 raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
             line_end = self._at + limits.max_line_bytes + 2
             if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
@@ -724,8 +704,7 @@ class RequestReader(Reader[RequestHead]):
                 self._method = ""
             blank_skipped = False
             yield END
-        while True:         # data after the last request is not read
-            yield NEED_DATA
+        yield from itertools.repeat(NEED_DATA)      # what follows the last request is not read
 
 
 class ResponseReader(Reader[ResponseHead]):
@@ -784,7 +763,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError, without the value, for a header that our own reader would refuse."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -792,7 +771,7 @@ def field_line(name: str, value: str) -> bytes:
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
-    """One request without additions: the caller supplies host and content-length."""
+    """One request; the caller supplies host and content-length."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
@@ -800,13 +779,12 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
-    """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *itertools.starmap(field_line, headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk; nothing for empty data, since an empty chunk would end the body."""
+    """Nothing for empty data: an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 

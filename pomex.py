@@ -382,9 +382,9 @@ class Sink:
 # === 3. HTTP/1.1 ===
 #
 # Both sides, fed with bytes. The parser refuses what two parsers could read in two ways (LF or CR alone as a
-# line end, folded lines, a blank before the colon ...): RFC 9112 allows several, and each was a hole in some
-# server. Patterns check numbers before int(), which takes "+5" and "1_0". Blanks are only SP and HTAB: strip()
-# alone removes \x0b and \x85 too.
+# line end, folded lines, a blank before the colon ...): RFC 9112 allows several, each has been a hole in some
+# server. Patterns check numbers before int(), which takes "+5" and "1_0". Blanks are only SP and HTAB;
+# strip() removes more.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -11512,13 +11512,13 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
-# leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
+# Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
+# handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # connections waiting to be accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this: for input while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is read and dropped, to keep the connection
-LINGER_BYTES = 2**20        # read and dropped after an early answer: closing with unread bytes would reset the
+BACKLOG = 4096              # a burst of clients after a restart
+PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
 LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
 ACCEPT_STEP = 8             # connections accepted in one turn of the loop
 REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
@@ -11677,7 +11677,7 @@ def request_id_for(wanted: str) -> str:
 # --- 12.1 one connection ---
 
 class Connection(StreamConnection):
-    """One client connection and the task that answers its requests, one after the other."""
+    """One client connection and the task that answers its requests."""
     http: RequestReader
 
     body_done = True                        # the current request was read to its end
@@ -11686,19 +11686,19 @@ class Connection(StreamConnection):
     holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
     served = False                          # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
-    task: asyncio.Task[None] | None = None
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
         super().__init__(protocol, writer)
         self.server, self.peer = server, peer
-        self.loop = asyncio.get_running_loop()
         self.http = RequestReader(server.limits)
+        self.loop = asyncio.get_running_loop()
+        self.task = self.loop.create_task(self.run())
 
     def on_client_gone(self) -> None:
         """Cancels the handler, unless the answer is complete."""
         if not self.gone:
             self.gone = True
-            if self.client is not None and not self.client.ended and self.task is not None:
+            if self.client is not None and not self.client.ended:
                 self.task.cancel()
 
     async def run(self) -> None:
@@ -11716,7 +11716,9 @@ class Connection(StreamConnection):
         except GatewayError as error:       # before there was a request
             if self.holders:                # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
-            await self.refuse(error)
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await Client(self, NO_REQUEST).fail(error)
+                await self.linger()
         except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
             pass
         except Exception as error:       # noqa: BLE001 - our own bug
@@ -11766,10 +11768,6 @@ class Connection(StreamConnection):
             return IDLE_GRACE_S if self.served else FIRST_GRACE_S
         return self.server.config.keep_alive_timeout_s if self.holders else REFUSED_WAIT_S
 
-    def on_drain(self) -> None:
-        if self.waiting is not None:
-            self.waiting.reschedule(self.loop.time() + self.idle_s())
-
     async def receive_within(self, limit_s: float, started: float, what: str) -> bool:
         try:
             async with asyncio.timeout_at(started + limit_s):
@@ -11812,11 +11810,12 @@ class Connection(StreamConnection):
         """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
         length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
-        while (length or client.held) <= most_bytes:
+        while True:
+            check_body_size(length or client.held, most_bytes)
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return b"".join(pieces)     # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -11827,7 +11826,6 @@ class Connection(StreamConnection):
                 self.writer.write(CONTINUE)
             if not await self.receive_within(self.server.config.body_timeout_s, started, "request body"):
                 raise ClientGone("the client left")
-        raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
         """Drops the rest of the request; True if another one may follow."""
@@ -11850,12 +11848,6 @@ class Connection(StreamConnection):
                 return False
             self.body_done = part is END
         return True
-
-    async def refuse(self, error: GatewayError) -> None:
-        """An error answer to bytes that made no request."""
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await Client(self, NO_REQUEST).fail(error)
-            await self.linger()
 
     async def linger(self) -> None:
         """Half-closes, then reads and drops for a while."""
@@ -11888,7 +11880,7 @@ class Connection(StreamConnection):
         except ConnectionError:
             self.gone = True
         if self.gone:
-            raise ClientGone("the client left or takes nothing")
+            raise ClientGone("the client left")
 
     def close(self) -> None:
         """Closes after the last bytes; if they are not read in time, without them."""
@@ -11917,8 +11909,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as error:        # ssl.SSLError is one too
-        sentence = f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}."
-        raise ConfigError(sentence) from error
+        raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
 
@@ -11941,9 +11932,9 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
         except OSError as error:
             failure = error
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
-                while sockets:
-                    sockets.pop().close()
-                break
+                for made in sockets:
+                    made.close()
+                raise
     if not sockets:
         raise failure
     return sockets
@@ -11976,8 +11967,8 @@ class Server:
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
         self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
-        self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
-                      *(name.lower() for name in config.public_hosts)}
+        own = ("localhost", "127.0.0.1", "[::1]", config.host, f"[{config.host}]")
+        self.hosts = {name.lower() for name in (*own, *config.public_hosts)}
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
@@ -12012,7 +12003,6 @@ class Server:
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
             transport.pause_reading()       # until the handshake reads
-        connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
         """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
@@ -12083,12 +12073,12 @@ class Server:
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            connection.on_drain()
+            if connection.waiting is not None:
+                connection.waiting.reschedule(connection.loop.time() + connection.idle_s())
         if not await self.wait_closed(timeout_s):
             self.closing = True
-            for connection in list(self.connections):
-                if connection.task is not None:
-                    connection.task.cancel()
+            for connection in self.connections:
+                connection.task.cancel()
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
@@ -12145,8 +12135,10 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
     """The settings with the address of the sockets: of several, one that other machines can reach."""
-    addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
-    return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
+    if not sockets:
+        return config
+    host, port, *_ = min((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
+    return dataclasses.replace(config, host=host, port=port)
 
 
 def notify(*states: str) -> None:

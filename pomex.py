@@ -10721,12 +10721,9 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
     if not key_id:
         changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
         events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
-    lines: list[str] = []
-    for kind, data in events:
-        if kind == "usage":             # a browser that reconnects sends the id as last-event-id
-            lines.append(f"id: {data['id']}\n")
-        lines.append(f"event: {kind}\ndata: {dumps(data)}\n\n")
-    return newest, [item["response_id"] for item in in_flight], "".join(lines).encode()
+    # a browser that reconnects sends the id as last-event-id
+    frames = [(b"id: %d\n" % data["id"] if kind == "usage" else b"") + sse_frame(kind, dumps(data)) for kind, data in events]
+    return newest, [item["response_id"] for item in in_flight], b"".join(frames)
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -10760,14 +10757,11 @@ CODING_MODELS = {       # for the block that is printed, the best first; a clien
 }
 
 
-def coding_models(providers: Iterable[str]) -> list[str]:
-    return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
-
-
 def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
+    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in CODING_MODELS.get(name, ())]
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
-    for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
+    for name in (*catalogue.config.models, *coding, *known):
         with contextlib.suppress(BadRequest):       # its provider may serve other models only
             if catalogue.tiers(name) and (key is None or key.may_use(name)):
                 return name
@@ -11092,17 +11086,14 @@ OPERATIONS = {              # by the words of the command
 async def operate(operation: Operation, gateway: Gateway, request: AdminRequest) -> JSON:
     """The answer of the admin API."""
     first, *others = operation.fields
-    values = await request.read_body(body_fields(operation))
-    if "*" in operation.route:
+    in_path, in_query = "*" in operation.route, operation.route.startswith("GET")
+    fields = {each.name: each for each in (*operation.fields[in_path:], *operation.more_fields)}
+    values = await request.read_body([*fields.values()])
+    if in_path:
         values[first.name] = active_name(gateway, request) if operation.route.startswith("POST keys") else request.name
-    if operation.route.startswith("GET"):
+    if in_query:
         values |= {each.name: read_argument(each, request.query.get(each.name, "")) for each in others}
     return {first.name: values[first.name], **await operation.run(gateway.ledger, request.who, values)}
-
-
-def body_fields(operation: Operation) -> list[Argument]:
-    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
-    return [*fields.values()]
 
 
 # --- 11.9 the admin API, and all routes ---
@@ -11167,15 +11158,14 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) 
 async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
     """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, ledger = time.time(), gateway.ledger
-    host, port, *_ = request.client.connection.server.address
+    host, port = request.client.connection.server.address
     counts, own = {"models": len(model_names(gateway, request.key))}, None
     if request.key:
         own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
     else:
         counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
     return {"role": "key" if own else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host}:{port}", "open": len(await open_requests(ledger.db, request.key_id)), "key": own,
-            "counts": counts}
+            "address": f"{host}:{port}", "key": own, "counts": counts}
 
 
 def count_active_keys(ledger: Ledger) -> int:
@@ -11186,9 +11176,8 @@ def count_active_keys(ledger: Ledger) -> int:
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
     """Every open page asks again with each request that ends, so all get the same answer within a second."""
     now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
-    day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms = request.number("since", day_ago_ms, MAX_NUMBER)
-    slots = request.number("slots", 24, 400)
+    since_ms = request.number("since", int(now_s) * 1000 - DAY_MS, MAX_NUMBER)
+    slots = request.number("slots", 25, 400)
     step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
     wanted = int(now_s), since_ms, step_ms, slots, key_id
     answer = gateway.overviews.get(wanted)
@@ -11199,7 +11188,7 @@ async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
         if len(gateway.overviews) >= OVERVIEWS_KEPT:
             gateway.overviews.clear()
         gateway.overviews[wanted] = answer
-    return {**answer, "open": len(await open_requests(db, key_id))}
+    return answer
 
 
 def page_of(rows: list[JSON], limit: int) -> JSON:
@@ -11306,18 +11295,11 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # in [models], but of a provider that is not configured
         states.append(str(error))
     return {
-        "name": name,
+        "name": name, "targets": targets, "state": "ready" if "ready" in states else states[0],
         "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
-        "targets": targets,
-        "state": "ready" if "ready" in states else states[0],
-        "context": facts.context_window,
-        "max_output": facts.max_output,
-        "price": schedule.base.split() or None,
-        "long_over": schedule.over,
-        "long": schedule.long.split(),
-        "peak": int(schedule.factors.get("peak", 1)),
-        "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
-        "source": schedule.source}
+        "context": facts.context_window, "max_output": facts.max_output, "source": schedule.source,
+        "price": schedule.base.split() or None, "long_over": schedule.over, "long": schedule.long.split(),
+        "peak": int(schedule.factors.get("peak", 1))}
 
 
 async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
@@ -11337,7 +11319,9 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
     in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
     saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
     errors = {**dict(saved), **gateway.ledger.notes}
-    circuits = open_circuits(gateway)
+    circuits = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))     # and until when
+                for id, state, _, left_s in gateway.router.health.rows(time.monotonic()) if state in CIRCUIT_WORDS}
+    circuits.update(dict.fromkeys(gateway.ledger.disabled, ("disabled", 0)))
     views = []
     for name, provider in providers.items():
         state, back_s = circuits.get(name) or (provider_state(minutes[name]), 0)
@@ -11348,14 +11332,6 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             "open": in_flight[name], **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
-
-
-def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (its state in words, seconds until it is tried again), of those disabled or with open circuits."""
-    rows = gateway.router.health.rows(time.monotonic())
-    states = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))
-              for id, state, _, left_s in rows if state in CIRCUIT_WORDS}
-    return {**states, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
 
 
 def provider_named(gateway: Gateway, name: str) -> ProviderConfig:

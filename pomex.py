@@ -9930,7 +9930,7 @@ def failed_copy(attempt: Attempt) -> Attempt:
 
 # --- 10.6 metrics ---
 #
-# The ledger keeps the counters, by (metric, label values...): they are those of all processes.
+# The ledger keeps the counters of all processes, by (metric, label values...).
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
@@ -9980,7 +9980,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
 
 
 def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
-    """Prometheus text format 0.0.4 of samples by metric and label values. `worker` identifies this process among several."""
+    """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():
         lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
@@ -10422,8 +10422,7 @@ def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSO
 
 
 def codex_fields(model: str, table: str) -> JSON:
-    """The catalogue fields that Codex itself knows for a model, found as Codex does: by the first name in the table that
-    starts the model's. {} for an unknown model."""
+    """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
         name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
@@ -10441,8 +10440,8 @@ def codex_fields(model: str, table: str) -> JSON:
     return {}
 
 
-async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: bytes) -> None:
-    """Answers with a tag of the body, and without the body where the client has it already."""
+async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> None:
+    """Answers with a tag of the body, without the body where the client has it already."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     has_it = tag in client.head.headers.get("if-none-match")
     await client.answer(304 if has_it else 200, [*headers, ("etag", tag)], b"" if has_it else body)
@@ -10491,7 +10490,7 @@ async def root(gateway: Gateway, client: Client) -> JSON | None:
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here: one word a check, because no key is needed."""
+    """Whether requests should be sent here: one word a check, since no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not client.connection.server.draining}
@@ -10524,7 +10523,7 @@ PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text: for local clients, unless a proxy could make others look local; else for the administrator."""
+    """For local clients, unless a proxy could make others look local; else for the administrator."""
     server = gateway.config.server
     proxied = server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
@@ -10540,7 +10539,6 @@ async def metrics(gateway: Gateway, client: Client) -> None:
 
 
 async def show_page(gateway: Gateway, client: Client) -> None:
-    """The dashboard."""
     client.connection.server.check_host(client.head, dashboard=True)
     await answer_tagged(client, *page_answer("gzip" in client.head.headers.get("accept-encoding")))
 
@@ -10581,7 +10579,7 @@ LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
 
 
 async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
-    """(provider, milliseconds to the first output, to the end) of answered requests."""
+    """(provider, ms to the first output, ms to the end) of answered requests."""
     newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
     return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
                          "AND status IN ('completed', 'incomplete')", since_ms)
@@ -10599,10 +10597,9 @@ DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "res
 
 
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """The sums of a time of `slots` steps, which each begin with a half hour, and of the month."""
+    """The sums of a time of `slots` steps, each of whole half hours, and of the month."""
     since_ms -= since_ms % HALF_HOUR_MS
-    until_ms = since_ms + step_ms * slots
-    now_ms = int(now_s * 1000)
+    until_ms, now_ms = since_ms + step_ms * slots, int(now_s * 1000)
     mine = key_condition(key_id)
     found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
     series: dict[str, JSON] = collections.defaultdict(
@@ -10627,16 +10624,16 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
 
 
 def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
-    """The sums of groups by one of the columns that they are grouped by, the most expensive first."""
+    """The sums by one column of their groups, the most expensive first."""
     sums: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for group, each in found:
         sums[group[place]].update(each)
-    return sorted(({"name": name, **each} for name, each in sums.items()),
-                  key=lambda each: (-each["cost_nanos"], -each["requests"]))
+    rows = [{"name": name, **each} for name, each in sums.items()]
+    return sorted(rows, key=lambda row: (-row["cost_nanos"], -row["requests"]))
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
-    """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
+    """The condition of a filtered usage log, its values, and the table that has its sums."""
     where = [key_condition(key_id)]
     values: list[Any] = []
     table = "usage_rollups"
@@ -10659,17 +10656,16 @@ async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int
     return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
-    """(its row, all rows that are billed for it)."""
-    found = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
-    if not found:
+async def one_request(db: Database, response_id: str, key_id: int) -> list[JSON]:
+    """All rows that are billed for it, its own last."""
+    rows = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
+    if not rows:
         raise NotFound("There is no such request here: perhaps its row was pruned.")
-    rows = [dict(zip(ROW_COLUMNS, row)) for row in found]
-    return rows[-1], rows
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
-    """Every key with what it has spent in its period and this month, and its last use; newest first."""
+    """Every key with what it has spent in its period and this month; revoked ones last, else newest first."""
     keys = sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))
     spent = {period: await spent_nanos(ledger.db, "key_id", period_bounds(period, now_s)[0])
              for period in {"month", *(key.period for key in keys)}}
@@ -10696,10 +10692,10 @@ def csv_line(cells: Iterable[object]) -> str:
 
 # --- 11.6 live state and events ---
 
-FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
+FEEDS_A_KEY = 20                # and for the administrator; each open page has one
 POLL_S = 1.0
-FEED_HEARTBEAT_S = 15.0                     # proxies cut a silent stream at 60 s
-EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
+FEED_HEARTBEAT_S = 15.0         # proxies cut a silent stream at 60 s
+EVENTS_AT_ONCE = 100            # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
 NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
 OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
@@ -10707,8 +10703,8 @@ OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "sta
 
 async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
                     ) -> tuple[Row, Collection[str], bytes]:
-    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight now, the events since
-    `seen` and `running` as SSE)."""
+    """What any process has written since a watcher's last look: what it has `seen` now and what is `running`, and the events
+    since as SSE."""
     newest, = await db.read(NEWEST_IDS)
     in_flight = await open_requests(db, key_id)
     mine = key_condition(key_id)
@@ -10734,7 +10730,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 
 
 def client_view(row: JSON) -> JSON:
-    """With the client as the page names it, and whether it is Codex."""
+    """With what the page asks of the client."""
     return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
 
 
@@ -10743,7 +10739,7 @@ def row_detail(row: JSON) -> JSON:
 
 
 def row_view(row: JSON) -> JSON:
-    """A request as the page shows it: with the cost of all its attempts, and the providers that failed."""
+    """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
     return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
 
@@ -10846,7 +10842,6 @@ class AdminRequest:
         return value
 
     async def read_body(self, arguments: Sequence[Argument]) -> JSON:
-        """The values of the body."""
         return read_fields(await self.client.body(MAX_FORM_BYTES), arguments)
 
 
@@ -10862,14 +10857,14 @@ def check_origin(gateway: Gateway, headers: Headers) -> None:
 
 
 def session_cookie(client: Client) -> tuple[str, str]:
-    """Its name and value. The name holds the port: browsers share cookies between the ports of a host."""
+    """Its name, which holds the port since browsers share cookies between the ports of a host, and its value."""
     name = f"pomex_{client.connection.server.address[1]}"
     found = re.search(rf"(?:^|[; ]){name}=([^;\s]*)", client.head.headers.get("cookie"))
     return name, found[1] if found else ""
 
 
 async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
-    """(the key whose holder asks, ""), or (None, the administrator for the audit log); Unauthorized for anybody else."""
+    """(the key whose holder asks, ""), or (None, the administrator for the audit log)."""
     header = client.head.headers.get("authorization")
     now_s = time.time()         # of a live feed the start is long ago
     if header:
@@ -10952,11 +10947,6 @@ def parse_expiry(text: str) -> dict[str, int]:
     if end_s <= now_s:
         raise ValueError
     return {"expires_s": end_s}
-
-
-def parse_month(text: str) -> tuple[int, int]:
-    """The first and last day of a month; without a text, of this one."""
-    return month_bounds(text or time.strftime("%Y-%m", time.gmtime()))
 
 
 TRUTH = {"": False, "0": False, "False": False, "no": False, "1": True, "True": True, "yes": True}.__getitem__
@@ -11047,7 +11037,6 @@ async def enter_credit(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def statement(ledger: Ledger, who: str, values: JSON) -> JSON:
-    """An account's month; days since 1970, money in nano-dollars."""
     first, last = values["month"]
     account_id = await account_named(ledger.db, values["account"])
     return {"first_day": first, "last_day": last, **await statement_rows(ledger.db, account_id, first, last)}
@@ -11078,13 +11067,13 @@ OPERATIONS = {              # by the words of the command
         Argument("reason", Field(meaning="why; makes it an adjustment"))]),
     "statement": Operation("GET accounts/*/statement", statement, "an account's bill for a month", [
         Argument("account", metavar="ACCOUNT", required=True),
-        Argument("month", Field(read=parse_month, wanted="a month like 2026-11", meaning="by default this one"), "YYYY-MM",
-                 more={"default": ""})]),
+        Argument("month", metavar="YYYY-MM", more={"default": ""}, field=Field(
+            read=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime())), wanted="a month like 2026-11",
+            meaning="by default this one"))]),
 }
 
 
 async def operate(operation: Operation, gateway: Gateway, request: AdminRequest) -> JSON:
-    """The answer of the admin API."""
     first, *others = operation.fields
     in_path, in_query = "*" in operation.route, operation.route.startswith("GET")
     fields = {each.name: each for each in (*operation.fields[in_path:], *operation.more_fields)}
@@ -11103,8 +11092,8 @@ EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; c
 
 
 @functools.cache
-def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
-    """(headers, body). The policy allows the page's one script and its one style by their hashes."""
+def page_answer(gzipped: bool) -> tuple[HeaderFields, bytes]:
+    """The policy allows the page's one script and its one style by their hashes."""
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
@@ -11117,7 +11106,7 @@ def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
 
 
 async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Client) -> JSON | None:
-    """A request to a route of the admin API, for `who` may ask."""
+    """A request to the admin API, where `who` may ask."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
     if head.method == "POST":
@@ -11156,7 +11145,7 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) 
 
 
 async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
+    """What the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, ledger = time.time(), gateway.ledger
     host, port = request.client.connection.server.address
     counts, own = {"models": len(model_names(gateway, request.key))}, None
@@ -11174,7 +11163,7 @@ def count_active_keys(ledger: Ledger) -> int:
 
 
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Every open page asks again with each request that ends, so all get the same answer within a second."""
+    """Every open page asks after each request: within a second all get the same answer."""
     now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
     since_ms = request.number("since", int(now_s) * 1000 - DAY_MS, MAX_NUMBER)
     slots = request.number("slots", 25, 400)
@@ -11192,12 +11181,12 @@ async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 def page_of(rows: list[JSON], limit: int) -> JSON:
-    """The first `limit` rows, and the cursor of the next page if there are more."""
+    """The first `limit` rows, and the cursor of the next page."""
     return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
-    """A page of the log; the first one with the sums of all rows that the filters let through."""
+    """A page of the log; the first one with the sums of all pages."""
     before = request.number("cursor", MAX_NUMBER, MAX_NUMBER)
     limit = request.number("limit", 50, 500)
     db = gateway.ledger.db
@@ -11227,7 +11216,7 @@ async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
 
 
 async def show_request(gateway: Gateway, request: AdminRequest) -> JSON:
-    row, lines = await one_request(gateway.ledger.db, request.name, request.key_id)
+    *_, row = lines = await one_request(gateway.ledger.db, request.name, request.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
 
@@ -11270,7 +11259,6 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
 
 
 async def show_models(gateway: Gateway, request: AdminRequest) -> JSON:
-    """The models that can be asked for, their prices, and which provider keys are missing."""
     rows = [model_view(gateway, name) for name in model_names(gateway, request.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
     return {"models": rows, "missing": [] if request.key else missing_keys(gateway), "any": open_ended,
@@ -11281,7 +11269,7 @@ CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
 
 
 def model_view(gateway: Gateway, name: str) -> JSON:
-    """A model for the page. Its state is `ready` if any of its targets would be asked now."""
+    """Its state is `ready` if any of its targets would be asked now."""
     catalogue, now = gateway.catalogue, time.monotonic()
     configured = gateway.config.models.get(name)
     schedule = gateway.prices.schedule(*catalogue.first_target(name), name) or PriceSchedule("")
@@ -11307,7 +11295,7 @@ async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
-    """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
+    """Each with its last hour, by minutes ([requests, failed] each), and its last error."""
     db, providers = gateway.ledger.db, gateway.config.providers
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
@@ -11317,8 +11305,7 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
-    saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
-    errors = {**dict(saved), **gateway.ledger.notes}
+    errors = {**dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")), **gateway.ledger.notes}
     circuits = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))     # and until when
                 for id, state, _, left_s in gateway.router.health.rows(time.monotonic()) if state in CIRCUIT_WORDS}
     circuits.update(dict.fromkeys(gateway.ledger.disabled, ("disabled", 0)))
@@ -11359,8 +11346,7 @@ def provider_state(minutes: Sequence[Sequence[int]]) -> str:
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
-    """Asks a provider for its list of models, which proves address, certificate and key at no cost. Returns the status;
-    GatewayError says what is wrong."""
+    """The status of a provider's list of models, which proves address, certificate and key at no cost; else GatewayError."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
     headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
     exchange = await upstream.exchange(provider, "GET", "/models", headers, b"")
@@ -11387,7 +11373,7 @@ async def test_provider(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
-    """What the set-up page checks. The page replaces {ORIGIN} with the address that the browser used."""
+    """What the set-up page checks. It replaces {ORIGIN} with the address that the browser used."""
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
@@ -11409,7 +11395,7 @@ async def newest_request(db: Database, where: str) -> JSON | None:
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
-    """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
+    """Billed to the holder's key; the administrator's requests to a key that nobody holds."""
     ledger = gateway.ledger
     key = request.key or next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
@@ -11419,7 +11405,7 @@ async def playground(gateway: Gateway, request: AdminRequest) -> None:
 
 
 async def live_events(gateway: Gateway, request: AdminRequest) -> None:
-    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser reconnects."""
+    """The live feed (SSE), until the session ends or the gateway stops: then the browser reconnects."""
     client, db, key_id = request.client, gateway.ledger.db, request.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
@@ -11714,8 +11700,8 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. While draining,
-        the wait is short, but not zero: a keep-alive or new client may already have sent its request."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. The wait while
+        draining is short, not zero: a client may have sent its request already."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while (part := self.http.next()) is NEED_DATA and self.http.idle:
@@ -11783,7 +11769,6 @@ class Connection(StreamConnection):
         return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
         length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
         while True:
@@ -11804,7 +11789,7 @@ class Connection(StreamConnection):
                 raise ClientGone("the client left")
 
     async def discard_body(self, client: Client) -> bool:
-        """Drops the rest of the request; True if another one may follow."""
+        """True if another request may follow."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
@@ -11817,7 +11802,7 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops the received part of an unread body; True at its end."""
+        """Drops what was received of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
@@ -11948,7 +11933,7 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on the given sockets or on new ones for host and port; `at_once`: in one turn of the loop."""
+        """Begins to accept, `at_once` in one turn of the loop; without sockets on new ones for host and port."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -11981,7 +11966,7 @@ class Server:
             transport.pause_reading()       # until the handshake reads
 
     def holders(self, peer: str) -> list[str]:
-        """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
+        """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
@@ -12013,7 +11998,6 @@ class Server:
             self.empty.set()
 
     def trusts(self, peer: str) -> bool:
-        """Is it a trusted proxy?"""
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
@@ -12027,8 +12011,8 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). For the dashboard also
-        where any name is allowed."""
+        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
+        checked also where any name is allowed."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
@@ -12040,12 +12024,12 @@ class Server:
         raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its name, add it to "
                             "public_hosts in [server] of pomex.toml.", 421)
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
-        own = [("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)]
-        return response_head(status, own + headers)
+    def answer_head(self, status: int, headers: HeaderFields, request_id: str) -> bytes:
+        own = ("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)
+        return response_head(status, [*own, *headers])
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Takes no new connections; cancels the handlers that still run after timeout_s (None: never)."""
+        """Handlers that still run after timeout_s (None: no limit) are cancelled."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
@@ -12079,7 +12063,6 @@ class Server:
                 await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
-        """True if all connections are closed within that time."""
         if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.empty.wait(), timeout_s)
@@ -12118,7 +12101,6 @@ def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> Serv
 
 
 def notify(*states: str) -> None:
-    """Notifies systemd, if it asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -12151,7 +12133,6 @@ RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def merge_reloadable(old: Config, new: Config) -> Config:
-    """The new configuration, but RESTART_ONLY settings as they were."""
     fixed = {name: getattr(old.server, name) for name in RESTART_ONLY}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
@@ -12160,7 +12141,7 @@ ACCESS_LOG_S = 0.05         # a log record for each request costs as much as par
 
 
 class GatewayServer(Server):
-    """A server of one gateway: it logs each request, and its configuration can be changed while it runs."""
+    """Serves one gateway, logs each request, and takes another configuration while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
@@ -12172,7 +12153,6 @@ class GatewayServer(Server):
         self.flush_access_log()
 
     def log_request(self, client: Client, status: int) -> None:
-        """One line a request: its status, then the note of its handler, or method and path."""
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
             return                  # an open dashboard asks every few seconds
@@ -12186,8 +12166,7 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests. Those in progress keep their Gateway, and with it the old settings, to their end. ConfigError:
-        nothing was changed."""
+        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
         old = self.gateway
         if self.context is not None:        # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
@@ -12208,8 +12187,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
                   sockets: Sequence[socket.socket] = (), accept: int = ACCEPT_STEP) -> AsyncIterator[GatewayServer]:
     """A gateway that serves while the block runs: `async with pomex.running(config) as server: ... server.address`.
 
-    `ledger` is opened from the configuration where none is given; `models` are names that local servers have said;
-    `sockets` listen already, and `accept` is how many connections are taken from them at once."""
+    `models` are names that local servers have said, `accept` is how many connections are taken from `sockets` at once."""
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))

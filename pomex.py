@@ -11123,10 +11123,9 @@ async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Clien
 async def log_in(gateway: Gateway, request: AdminRequest) -> None:
     client = request.client
     values = await request.read_body([Argument("token", required=True)])
-    key = await check_token(gateway, client, values["token"])
+    request.key = key = await check_token(gateway, client, values["token"])
     log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    kind, key_id = ("key", key.id) if key else ("admin", 0)
-    token = await open_session(gateway.ledger.db, kind, key_id, SESSION_S, client.started_s)
+    token = await open_session(gateway.ledger.db, "key" if key else "admin", request.key_id, SESSION_S, client.started_s)
     await set_cookie(gateway, client, token, SESSION_S)
 
 

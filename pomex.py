@@ -381,12 +381,10 @@ class Sink:
 
 # === 3. HTTP/1.1 ===
 #
-# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
-# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
-# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
-# only SP and HTAB; strip() alone removes \x0b and \x85.
-#
-# A broken peer causes a ProtocolError, the same at every later call.
+# Both sides, fed with bytes. The parser refuses what two parsers could read in two ways (LF or CR alone as a
+# line end, folded lines, a blank before the colon ...): RFC 9112 allows several, each has been a hole in some
+# server. Patterns check numbers before int(), which takes "+5" and "1_0". Blanks are only SP and HTAB;
+# strip() removes more.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -396,7 +394,7 @@ PROTOCOL_CODES = {
 
 
 class ProtocolError(GatewayError):
-    """The peer violated HTTP or exceeded a limit. Answer, then close."""
+    """The peer violated HTTP or exceeded a limit: the connection is closed after the answer."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -474,8 +472,7 @@ REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # every beginning of
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
-# the last SP is optional
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t -~\x80-\xff]*)?")    # some omit the last SP
 FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
@@ -487,9 +484,7 @@ CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?)?\r
 
 def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
-    if not section:
-        return Headers([])
-    lines = section.count(b"\n") + 1
+    lines = section.count(b"\n") + bool(section)
     if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
     found = FIELD.findall(section.decode("latin-1"))
@@ -514,24 +509,23 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
     """Content-Length if there is one, and whether the body is chunked (RFC 9112 6.1, 6.3; strict)."""
     lengths = list_values(headers, "content-length")
     codings = list_values(headers, "transfer-encoding")
-    if not codings:
-        if not lengths:
-            return None, False
-        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
-            raise ProtocolError("Content-Length is not one decimal number.")
-        length = int(lengths[0])
-        check_body_size(length, max_body_bytes)
-        return length, False
-    if lengths or not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
-    if codings != ["chunked"]:
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
-    return None, True
+    if codings:
+        if lengths or not http11:
+            raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
+        if codings != ["chunked"]:
+            raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
+        return None, True
+    if not lengths:
+        return None, False
+    if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
+        raise ProtocolError("Content-Length is not one decimal number.")
+    return check_body_size(int(lengths[0]), max_body_bytes), False
 
 
-def check_body_size(size: int, max_bytes: int) -> None:
+def check_body_size(size: int, max_bytes: int) -> int:
     if size > max_bytes:
         raise ProtocolError(f"The body is over {max_bytes} bytes.", 413)
+    return size
 
 
 def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> RequestHead:
@@ -562,15 +556,9 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
-    return RequestHead(
-        method.decode(),
-        path.decode() or "/",
-        query.decode(),
-        http11,
-        headers,
-        keeps_alive(headers, http11),
-        expect_continue=bool(expectations) and http11 and length != 0,  # not in HTTP/1.0 (RFC 9110 10.1.1)
-        length=length)
+    expect_continue = bool(expectations) and http11 and length != 0     # not in HTTP/1.0 (RFC 9110 10.1.1)
+    return RequestHead(method.decode(), path.decode() or "/", query.decode(), http11, headers,
+                       keeps_alive(headers, http11), expect_continue, length)
 
 
 # --- readers ---
@@ -578,16 +566,15 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
-    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
-    """
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is needed,
+    which after feed_eof() is an error. A ProtocolError is the same at every later call."""
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
         self._method = ""               # of the request under way; "" between messages
         self._data = b""
         self._at = 0                    # all bytes before it have been returned
-        self._scanned = 0               # this many bytes from there contain no end of the header block
+        self._scanned = 0               # so many from there on hold no end of a header block
         self._eof = False
         self._error: ProtocolError | None = None
         self._parts: Iterator[Head | bytes | Signal] = self._messages()
@@ -616,9 +603,8 @@ class Reader(Generic[Head]):
         except ProtocolError as error:
             self._error = error
             raise
-        if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
-            self._data = self._data[self._at:]
-            self._at = 0
+        if part is NEED_DATA or part is END:
+            self.feed(b"")              # an idle connection keeps no buffer alive
         return part
 
     def _need_more_data(self) -> Signal:
@@ -632,8 +618,7 @@ class Reader(Generic[Head]):
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
-            self._at = end + 4
-            self._scanned = 0
+            self._at, self._scanned = end + 4, 0
             line, _, fields = data[at:end].partition(CRLF)
             return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
@@ -657,13 +642,11 @@ class Reader(Generic[Head]):
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
-        limits, match, total = self.limits, CHUNK_LINE.match, 0
+        limits, total = self.limits, 0
         while True:
-            data, at = self._data, self._at
-            pieces = []
-            while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
-                start = line.end()
-                size = int(line[1], 16)
+            data, at, pieces = self._data, self._at, []
+            while line := CHUNK_LINE.match(data, at, at + MAX_CHUNK_LINE_BYTES):
+                start, size = line.end(), int(line[1], 16)
                 end = start + size
                 if data[end:end + 2] != CRLF or not size:
                     break
@@ -672,8 +655,7 @@ class Reader(Generic[Head]):
             if pieces:
                 self._at = at
                 joined = b"".join(pieces)
-                total += len(joined)
-                check_body_size(total, limits.max_body_bytes)
+                total = check_body_size(total + len(joined), limits.max_body_bytes)
                 yield joined
                 continue
             if line is None:
@@ -684,8 +666,7 @@ class Reader(Generic[Head]):
             if not size:
                 break
             self._at = start
-            total += size
-            check_body_size(total, limits.max_body_bytes)
+            total = check_body_size(total + size, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):  # CVE-2025-43859: check both bytes
@@ -706,8 +687,7 @@ class RequestReader(Reader[RequestHead]):
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
-            # a TLS hello, NULs or an endless line are refused before any CRLF
-            if not REQUEST_START.match(self._data, self._at):
+            if not REQUEST_START.match(self._data, self._at):       # before any CRLF: a TLS hello has none
                 raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
             line_end = self._at + limits.max_line_bytes + 2
             if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
@@ -724,8 +704,7 @@ class RequestReader(Reader[RequestHead]):
                 self._method = ""
             blank_skipped = False
             yield END
-        while True:         # data after the last request is not read
-            yield NEED_DATA
+        yield from itertools.repeat(NEED_DATA)      # what follows the last request is not read
 
 
 class ResponseReader(Reader[ResponseHead]):
@@ -784,7 +763,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError, without the value, for a header that our own reader would refuse."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -792,7 +771,7 @@ def field_line(name: str, value: str) -> bytes:
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
-    """One request without additions: the caller supplies host and content-length."""
+    """One request; the caller supplies host and content-length."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
@@ -800,13 +779,12 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
-    """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *itertools.starmap(field_line, headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk; nothing for empty data, since an empty chunk would end the body."""
+    """Nothing for empty data: an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -10140,7 +10118,7 @@ def failed_copy(attempt: Attempt) -> Attempt:
 
 # --- 10.6 metrics ---
 #
-# The ledger keeps the counters, by (metric, label values...): they are those of all processes.
+# The ledger keeps the counters of all processes, by (metric, label values...).
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
@@ -10190,7 +10168,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
 
 
 def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
-    """Prometheus text format 0.0.4 of samples by metric and label values. `worker` identifies this process among several."""
+    """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():
         lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
@@ -10643,8 +10621,7 @@ def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSO
 
 
 def codex_fields(model: str, table: str) -> JSON:
-    """The catalogue fields that Codex itself knows for a model, found as Codex does: by the first name in the table that
-    starts the model's. {} for an unknown model."""
+    """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
         name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
@@ -10662,8 +10639,8 @@ def codex_fields(model: str, table: str) -> JSON:
     return {}
 
 
-async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: bytes) -> None:
-    """Answers with a tag of the body, and without the body where the client has it already."""
+async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> None:
+    """Answers with a tag of the body, without the body where the client has it already."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     has_it = tag in client.head.headers.get("if-none-match")
     await client.answer(304 if has_it else 200, [*headers, ("etag", tag)], b"" if has_it else body)
@@ -10712,7 +10689,7 @@ async def root(gateway: Gateway, client: Client) -> JSON | None:
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here: one word a check, because no key is needed."""
+    """Whether requests should be sent here: one word a check, since no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not client.connection.server.draining}
@@ -10745,7 +10722,7 @@ PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text: for local clients, unless a proxy could make others look local; else for the administrator."""
+    """For local clients, unless a proxy could make others look local; else for the administrator."""
     server = gateway.config.server
     proxied = server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
@@ -10761,7 +10738,6 @@ async def metrics(gateway: Gateway, client: Client) -> None:
 
 
 async def show_page(gateway: Gateway, client: Client) -> None:
-    """The dashboard."""
     client.connection.server.check_host(client.head, dashboard=True)
     await answer_tagged(client, *page_answer("gzip" in client.head.headers.get("accept-encoding")))
 
@@ -10802,7 +10778,7 @@ LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
 
 
 async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
-    """(provider, milliseconds to the first output, to the end) of answered requests."""
+    """(provider, ms to the first output, ms to the end) of answered requests."""
     newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
     return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
                          "AND status IN ('completed', 'incomplete')", since_ms)
@@ -10820,10 +10796,9 @@ DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "res
 
 
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """The sums of a time of `slots` steps, which each begin with a half hour, and of the month."""
+    """The sums of a time of `slots` steps, each of whole half hours, and of the month."""
     since_ms -= since_ms % HALF_HOUR_MS
-    until_ms = since_ms + step_ms * slots
-    now_ms = int(now_s * 1000)
+    until_ms, now_ms = since_ms + step_ms * slots, int(now_s * 1000)
     mine = key_condition(key_id)
     found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
     series: dict[str, JSON] = collections.defaultdict(
@@ -10848,16 +10823,16 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
 
 
 def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
-    """The sums of groups by one of the columns that they are grouped by, the most expensive first."""
+    """The sums by one column of their groups, the most expensive first."""
     sums: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for group, each in found:
         sums[group[place]].update(each)
-    return sorted(({"name": name, **each} for name, each in sums.items()),
-                  key=lambda each: (-each["cost_nanos"], -each["requests"]))
+    rows = [{"name": name, **each} for name, each in sums.items()]
+    return sorted(rows, key=lambda row: (-row["cost_nanos"], -row["requests"]))
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
-    """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
+    """The condition of a filtered usage log, its values, and the table that has its sums."""
     where = [key_condition(key_id)]
     values: list[Any] = []
     table = "usage_rollups"
@@ -10880,17 +10855,16 @@ async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int
     return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
-    """(its row, all rows that are billed for it)."""
-    found = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
-    if not found:
+async def one_request(db: Database, response_id: str, key_id: int) -> list[JSON]:
+    """All rows that are billed for it, its own last."""
+    rows = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
+    if not rows:
         raise NotFound("There is no such request here: perhaps its row was pruned.")
-    rows = [dict(zip(ROW_COLUMNS, row)) for row in found]
-    return rows[-1], rows
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
-    """Every key with what it has spent in its period and this month, and its last use; newest first."""
+    """Every key with what it has spent in its period and this month; revoked ones last, else newest first."""
     keys = sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))
     spent = {period: await spent_nanos(ledger.db, "key_id", period_bounds(period, now_s)[0])
              for period in {"month", *(key.period for key in keys)}}
@@ -10917,10 +10891,10 @@ def csv_line(cells: Iterable[object]) -> str:
 
 # --- 11.6 live state and events ---
 
-FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
+FEEDS_A_KEY = 20                # and for the administrator; each open page has one
 POLL_S = 1.0
-FEED_HEARTBEAT_S = 15.0                     # proxies cut a silent stream at 60 s
-EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
+FEED_HEARTBEAT_S = 15.0         # proxies cut a silent stream at 60 s
+EVENTS_AT_ONCE = 100            # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
 NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
 OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
@@ -10928,8 +10902,8 @@ OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "sta
 
 async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
                     ) -> tuple[Row, Collection[str], bytes]:
-    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight now, the events since
-    `seen` and `running` as SSE)."""
+    """What any process has written since a watcher's last look: what it has `seen` now and what is `running`, and the events
+    since as SSE."""
     newest, = await db.read(NEWEST_IDS)
     in_flight = await open_requests(db, key_id)
     mine = key_condition(key_id)
@@ -10942,12 +10916,9 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
     if not key_id:
         changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
         events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
-    lines: list[str] = []
-    for kind, data in events:
-        if kind == "usage":             # a browser that reconnects sends the id as last-event-id
-            lines.append(f"id: {data['id']}\n")
-        lines.append(f"event: {kind}\ndata: {dumps(data)}\n\n")
-    return newest, [item["response_id"] for item in in_flight], "".join(lines).encode()
+    # a browser that reconnects sends the id as last-event-id
+    frames = [(b"id: %d\n" % data["id"] if kind == "usage" else b"") + sse_frame(kind, dumps(data)) for kind, data in events]
+    return newest, [item["response_id"] for item in in_flight], b"".join(frames)
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -10958,7 +10929,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 
 
 def client_view(row: JSON) -> JSON:
-    """With the client as the page names it, and whether it is Codex."""
+    """With what the page asks of the client."""
     return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
 
 
@@ -10967,7 +10938,7 @@ def row_detail(row: JSON) -> JSON:
 
 
 def row_view(row: JSON) -> JSON:
-    """A request as the page shows it: with the cost of all its attempts, and the providers that failed."""
+    """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
     return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
 
@@ -10981,14 +10952,11 @@ CODING_MODELS = {       # for the block that is printed, the best first; a clien
 }
 
 
-def coding_models(providers: Iterable[str]) -> list[str]:
-    return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
-
-
 def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
+    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in CODING_MODELS.get(name, ())]
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
-    for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
+    for name in (*catalogue.config.models, *coding, *known):
         with contextlib.suppress(BadRequest):       # its provider may serve other models only
             if catalogue.tiers(name) and (key is None or key.may_use(name)):
                 return name
@@ -11073,7 +11041,6 @@ class AdminRequest:
         return value
 
     async def read_body(self, arguments: Sequence[Argument]) -> JSON:
-        """The values of the body."""
         return read_fields(await self.client.body(MAX_FORM_BYTES), arguments)
 
 
@@ -11089,14 +11056,14 @@ def check_origin(gateway: Gateway, headers: Headers) -> None:
 
 
 def session_cookie(client: Client) -> tuple[str, str]:
-    """Its name and value. The name holds the port: browsers share cookies between the ports of a host."""
+    """Its name, which holds the port since browsers share cookies between the ports of a host, and its value."""
     name = f"pomex_{client.connection.server.address[1]}"
     found = re.search(rf"(?:^|[; ]){name}=([^;\s]*)", client.head.headers.get("cookie"))
     return name, found[1] if found else ""
 
 
 async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
-    """(the key whose holder asks, ""), or (None, the administrator for the audit log); Unauthorized for anybody else."""
+    """(the key whose holder asks, ""), or (None, the administrator for the audit log)."""
     header = client.head.headers.get("authorization")
     now_s = time.time()         # of a live feed the start is long ago
     if header:
@@ -11179,11 +11146,6 @@ def parse_expiry(text: str) -> dict[str, int]:
     if end_s <= now_s:
         raise ValueError
     return {"expires_s": end_s}
-
-
-def parse_month(text: str) -> tuple[int, int]:
-    """The first and last day of a month; without a text, of this one."""
-    return month_bounds(text or time.strftime("%Y-%m", time.gmtime()))
 
 
 TRUTH = {"": False, "0": False, "False": False, "no": False, "1": True, "True": True, "yes": True}.__getitem__
@@ -11274,7 +11236,6 @@ async def enter_credit(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def statement(ledger: Ledger, who: str, values: JSON) -> JSON:
-    """An account's month; days since 1970, money in nano-dollars."""
     first, last = values["month"]
     account_id = await account_named(ledger.db, values["account"])
     return {"first_day": first, "last_day": last, **await statement_rows(ledger.db, account_id, first, last)}
@@ -11305,25 +11266,22 @@ OPERATIONS = {              # by the words of the command
         Argument("reason", Field(meaning="why; makes it an adjustment"))]),
     "statement": Operation("GET accounts/*/statement", statement, "an account's bill for a month", [
         Argument("account", metavar="ACCOUNT", required=True),
-        Argument("month", Field(read=parse_month, wanted="a month like 2026-11", meaning="by default this one"), "YYYY-MM",
-                 more={"default": ""})]),
+        Argument("month", metavar="YYYY-MM", more={"default": ""}, field=Field(
+            read=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime())), wanted="a month like 2026-11",
+            meaning="by default this one"))]),
 }
 
 
 async def operate(operation: Operation, gateway: Gateway, request: AdminRequest) -> JSON:
-    """The answer of the admin API."""
     first, *others = operation.fields
-    values = await request.read_body(body_fields(operation))
-    if "*" in operation.route:
+    in_path, in_query = "*" in operation.route, operation.route.startswith("GET")
+    fields = {each.name: each for each in (*operation.fields[in_path:], *operation.more_fields)}
+    values = await request.read_body([*fields.values()])
+    if in_path:
         values[first.name] = active_name(gateway, request) if operation.route.startswith("POST keys") else request.name
-    if operation.route.startswith("GET"):
+    if in_query:
         values |= {each.name: read_argument(each, request.query.get(each.name, "")) for each in others}
     return {first.name: values[first.name], **await operation.run(gateway.ledger, request.who, values)}
-
-
-def body_fields(operation: Operation) -> list[Argument]:
-    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
-    return [*fields.values()]
 
 
 # --- 11.9 the admin API, and all routes ---
@@ -11333,8 +11291,8 @@ EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; c
 
 
 @functools.cache
-def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
-    """(headers, body). The policy allows the page's one script and its one style by their hashes."""
+def page_answer(gzipped: bool) -> tuple[HeaderFields, bytes]:
+    """The policy allows the page's one script and its one style by their hashes."""
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
@@ -11347,7 +11305,7 @@ def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
 
 
 async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Client) -> JSON | None:
-    """A request to a route of the admin API, for `who` may ask."""
+    """A request to the admin API, where `who` may ask."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
     if head.method == "POST":
@@ -11364,10 +11322,9 @@ async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Clien
 async def log_in(gateway: Gateway, request: AdminRequest) -> None:
     client = request.client
     values = await request.read_body([Argument("token", required=True)])
-    key = await check_token(gateway, client, values["token"])
+    request.key = key = await check_token(gateway, client, values["token"])
     log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    kind, key_id = ("key", key.id) if key else ("admin", 0)
-    token = await open_session(gateway.ledger.db, kind, key_id, SESSION_S, client.started_s)
+    token = await open_session(gateway.ledger.db, "key" if key else "admin", request.key_id, SESSION_S, client.started_s)
     await set_cookie(gateway, client, token, SESSION_S)
 
 
@@ -11386,17 +11343,16 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) 
 
 
 async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
+    """What the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, ledger = time.time(), gateway.ledger
-    host, port, *_ = request.client.connection.server.address
+    host, port = request.client.connection.server.address
     counts, own = {"models": len(model_names(gateway, request.key))}, None
     if request.key:
         own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
     else:
         counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
     return {"role": "key" if own else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host}:{port}", "open": len(await open_requests(ledger.db, request.key_id)), "key": own,
-            "counts": counts}
+            "address": f"{host}:{port}", "key": own, "counts": counts}
 
 
 def count_active_keys(ledger: Ledger) -> int:
@@ -11405,11 +11361,10 @@ def count_active_keys(ledger: Ledger) -> int:
 
 
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Every open page asks again with each request that ends, so all get the same answer within a second."""
+    """Every open page asks after each request: within a second all get the same answer."""
     now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
-    day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms = request.number("since", day_ago_ms, MAX_NUMBER)
-    slots = request.number("slots", 24, 400)
+    since_ms = request.number("since", int(now_s) * 1000 - DAY_MS, MAX_NUMBER)
+    slots = request.number("slots", 25, 400)
     step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
     wanted = int(now_s), since_ms, step_ms, slots, key_id
     answer = gateway.overviews.get(wanted)
@@ -11420,16 +11375,16 @@ async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
         if len(gateway.overviews) >= OVERVIEWS_KEPT:
             gateway.overviews.clear()
         gateway.overviews[wanted] = answer
-    return {**answer, "open": len(await open_requests(db, key_id))}
+    return answer
 
 
 def page_of(rows: list[JSON], limit: int) -> JSON:
-    """The first `limit` rows, and the cursor of the next page if there are more."""
+    """The first `limit` rows, and the cursor of the next page."""
     return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
-    """A page of the log; the first one with the sums of all rows that the filters let through."""
+    """A page of the log; the first one with the sums of all pages."""
     before = request.number("cursor", MAX_NUMBER, MAX_NUMBER)
     limit = request.number("limit", 50, 500)
     db = gateway.ledger.db
@@ -11459,7 +11414,7 @@ async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
 
 
 async def show_request(gateway: Gateway, request: AdminRequest) -> JSON:
-    row, lines = await one_request(gateway.ledger.db, request.name, request.key_id)
+    *_, row = lines = await one_request(gateway.ledger.db, request.name, request.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
 
@@ -11502,7 +11457,6 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
 
 
 async def show_models(gateway: Gateway, request: AdminRequest) -> JSON:
-    """The models that can be asked for, their prices, and which provider keys are missing."""
     rows = [model_view(gateway, name) for name in model_names(gateway, request.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
     return {"models": rows, "missing": [] if request.key else missing_keys(gateway), "any": open_ended,
@@ -11513,7 +11467,7 @@ CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
 
 
 def model_view(gateway: Gateway, name: str) -> JSON:
-    """A model for the page. Its state is `ready` if any of its targets would be asked now."""
+    """Its state is `ready` if any of its targets would be asked now."""
     catalogue, now = gateway.catalogue, time.monotonic()
     configured = gateway.config.models.get(name)
     schedule = gateway.prices.schedule(*catalogue.first_target(name), name) or PriceSchedule("")
@@ -11527,18 +11481,11 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # in [models], but of a provider that is not configured
         states.append(str(error))
     return {
-        "name": name,
+        "name": name, "targets": targets, "state": "ready" if "ready" in states else states[0],
         "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
-        "targets": targets,
-        "state": "ready" if "ready" in states else states[0],
-        "context": facts.context_window,
-        "max_output": facts.max_output,
-        "price": schedule.base.split() or None,
-        "long_over": schedule.over,
-        "long": schedule.long.split(),
-        "peak": int(schedule.factors.get("peak", 1)),
-        "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
-        "source": schedule.source}
+        "context": facts.context_window, "max_output": facts.max_output, "source": schedule.source,
+        "price": schedule.base.split() or None, "long_over": schedule.over, "long": schedule.long.split(),
+        "peak": int(schedule.factors.get("peak", 1))}
 
 
 async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
@@ -11546,7 +11493,7 @@ async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
-    """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
+    """Each with its last hour, by minutes ([requests, failed] each), and its last error."""
     db, providers = gateway.ledger.db, gateway.config.providers
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
@@ -11556,9 +11503,10 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
-    saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
-    errors = {**dict(saved), **gateway.ledger.notes}
-    circuits = open_circuits(gateway)
+    errors = {**dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")), **gateway.ledger.notes}
+    circuits = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))     # and until when
+                for id, state, _, left_s in gateway.router.health.rows(time.monotonic()) if state in CIRCUIT_WORDS}
+    circuits.update(dict.fromkeys(gateway.ledger.disabled, ("disabled", 0)))
     views = []
     for name, provider in providers.items():
         state, back_s = circuits.get(name) or (provider_state(minutes[name]), 0)
@@ -11569,14 +11517,6 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             "open": in_flight[name], **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
-
-
-def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (its state in words, seconds until it is tried again), of those disabled or with open circuits."""
-    rows = gateway.router.health.rows(time.monotonic())
-    states = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))
-              for id, state, _, left_s in rows if state in CIRCUIT_WORDS}
-    return {**states, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
 
 
 def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
@@ -11604,8 +11544,7 @@ def provider_state(minutes: Sequence[Sequence[int]]) -> str:
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
-    """Asks a provider for its list of models, which proves address, certificate and key at no cost. Returns the status;
-    GatewayError says what is wrong."""
+    """The status of a provider's list of models, which proves address, certificate and key at no cost; else GatewayError."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
     headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
     exchange = await upstream.exchange(provider, "GET", "/models", headers, b"")
@@ -11632,7 +11571,7 @@ async def test_provider(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
-    """What the set-up page checks. The page replaces {ORIGIN} with the address that the browser used."""
+    """What the set-up page checks. It replaces {ORIGIN} with the address that the browser used."""
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
@@ -11654,7 +11593,7 @@ async def newest_request(db: Database, where: str) -> JSON | None:
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
-    """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
+    """Billed to the holder's key; the administrator's requests to a key that nobody holds."""
     ledger = gateway.ledger
     key = request.key or next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
@@ -11664,7 +11603,7 @@ async def playground(gateway: Gateway, request: AdminRequest) -> None:
 
 
 async def live_events(gateway: Gateway, request: AdminRequest) -> None:
-    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser reconnects."""
+    """The live feed (SSE), until the session ends or the gateway stops: then the browser reconnects."""
     client, db, key_id = request.client, gateway.ledger.db, request.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
@@ -11733,13 +11672,13 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
-# leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
+# Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
+# handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # connections waiting to be accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this: for input while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is read and dropped, to keep the connection
-LINGER_BYTES = 2**20        # read and dropped after an early answer: closing with unread bytes would reset the
+BACKLOG = 4096              # a burst of clients after a restart
+PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
 LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
 ACCEPT_STEP = 8             # connections accepted in one turn of the loop
 REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
@@ -11899,7 +11838,7 @@ def request_id_for(wanted: str) -> str:
 # --- 12.1 one connection ---
 
 class Connection(StreamConnection):
-    """One client connection and the task that answers its requests, one after the other."""
+    """One client connection and the task that answers its requests."""
     http: RequestReader
 
     body_done = True                        # the current request was read to its end
@@ -11908,19 +11847,19 @@ class Connection(StreamConnection):
     holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
     served = False                          # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
-    task: asyncio.Task[None] | None = None
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
         super().__init__(protocol, writer)
         self.server, self.peer = server, peer
-        self.loop = asyncio.get_running_loop()
         self.http = RequestReader(server.limits)
+        self.loop = asyncio.get_running_loop()
+        self.task = self.loop.create_task(self.run())
 
     def on_client_gone(self) -> None:
         """Cancels the handler, unless the answer is complete."""
         if not self.gone:
             self.gone = True
-            if self.client is not None and not self.client.ended and self.task is not None:
+            if self.client is not None and not self.client.ended:
                 self.task.cancel()
 
     async def run(self) -> None:
@@ -11938,7 +11877,9 @@ class Connection(StreamConnection):
         except GatewayError as error:       # before there was a request
             if self.holders:                # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
-            await self.refuse(error)
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await Client(self, NO_REQUEST).fail(error)
+                await self.linger()
         except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
             pass
         except Exception as error:       # noqa: BLE001 - our own bug
@@ -11958,8 +11899,8 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. While draining,
-        the wait is short, but not zero: a keep-alive or new client may already have sent its request."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. The wait while
+        draining is short, not zero: a client may have sent its request already."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while (part := self.http.next()) is NEED_DATA and self.http.idle:
@@ -11987,10 +11928,6 @@ class Connection(StreamConnection):
         if self.server.draining:
             return IDLE_GRACE_S if self.served else FIRST_GRACE_S
         return self.server.config.keep_alive_timeout_s if self.holders else REFUSED_WAIT_S
-
-    def on_drain(self) -> None:
-        if self.waiting is not None:
-            self.waiting.reschedule(self.loop.time() + self.idle_s())
 
     async def receive_within(self, limit_s: float, started: float, what: str) -> bool:
         try:
@@ -12031,14 +11968,14 @@ class Connection(StreamConnection):
         return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
         length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
-        while (length or client.held) <= most_bytes:
+        while True:
+            check_body_size(length or client.held, most_bytes)
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return b"".join(pieces)     # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -12049,10 +11986,9 @@ class Connection(StreamConnection):
                 self.writer.write(CONTINUE)
             if not await self.receive_within(self.server.config.body_timeout_s, started, "request body"):
                 raise ClientGone("the client left")
-        raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
-        """Drops the rest of the request; True if another one may follow."""
+        """True if another request may follow."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
@@ -12065,19 +12001,13 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops the received part of an unread body; True at its end."""
+        """Drops what was received of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
                 return False
             self.body_done = part is END
         return True
-
-    async def refuse(self, error: GatewayError) -> None:
-        """An error answer to bytes that made no request."""
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await Client(self, NO_REQUEST).fail(error)
-            await self.linger()
 
     async def linger(self) -> None:
         """Half-closes, then reads and drops for a while."""
@@ -12110,7 +12040,7 @@ class Connection(StreamConnection):
         except ConnectionError:
             self.gone = True
         if self.gone:
-            raise ClientGone("the client left or takes nothing")
+            raise ClientGone("the client left")
 
     def close(self) -> None:
         """Closes after the last bytes; if they are not read in time, without them."""
@@ -12139,8 +12069,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as error:        # ssl.SSLError is one too
-        sentence = f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}."
-        raise ConfigError(sentence) from error
+        raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
 
@@ -12163,9 +12092,9 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
         except OSError as error:
             failure = error
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
-                while sockets:
-                    sockets.pop().close()
-                break
+                for made in sockets:
+                    made.close()
+                raise
     if not sockets:
         raise failure
     return sockets
@@ -12198,12 +12127,12 @@ class Server:
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
         self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
-        self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
-                      *(name.lower() for name in config.public_hosts)}
+        own = ("localhost", "127.0.0.1", "[::1]", config.host, f"[{config.host}]")
+        self.hosts = {name.lower() for name in (*own, *config.public_hosts)}
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on the given sockets or on new ones for host and port; `at_once`: in one turn of the loop."""
+        """Begins to accept, `at_once` in one turn of the loop; without sockets on new ones for host and port."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -12234,10 +12163,9 @@ class Server:
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
             transport.pause_reading()       # until the handshake reads
-        connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
-        """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
+        """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
@@ -12269,7 +12197,6 @@ class Server:
             self.empty.set()
 
     def trusts(self, peer: str) -> bool:
-        """Is it a trusted proxy?"""
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
@@ -12283,8 +12210,8 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). For the dashboard also
-        where any name is allowed."""
+        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
+        checked also where any name is allowed."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
@@ -12296,21 +12223,21 @@ class Server:
         raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its name, add it to "
                             "public_hosts in [server] of pomex.toml.", 421)
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
-        own = [("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)]
-        return response_head(status, own + headers)
+    def answer_head(self, status: int, headers: HeaderFields, request_id: str) -> bytes:
+        own = ("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)
+        return response_head(status, [*own, *headers])
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Takes no new connections; cancels the handlers that still run after timeout_s (None: never)."""
+        """Handlers that still run after timeout_s (None: no limit) are cancelled."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            connection.on_drain()
+            if connection.waiting is not None:
+                connection.waiting.reschedule(connection.loop.time() + connection.idle_s())
         if not await self.wait_closed(timeout_s):
             self.closing = True
-            for connection in list(self.connections):
-                if connection.task is not None:
-                    connection.task.cancel()
+            for connection in self.connections:
+                connection.task.cancel()
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
@@ -12335,7 +12262,6 @@ class Server:
                 await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
-        """True if all connections are closed within that time."""
         if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.empty.wait(), timeout_s)
@@ -12367,12 +12293,13 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
     """The settings with the address of the sockets: of several, one that other machines can reach."""
-    addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
-    return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
+    if not sockets:
+        return config
+    host, port, *_ = min((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
+    return dataclasses.replace(config, host=host, port=port)
 
 
 def notify(*states: str) -> None:
-    """Notifies systemd, if it asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -12405,7 +12332,6 @@ RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def merge_reloadable(old: Config, new: Config) -> Config:
-    """The new configuration, but RESTART_ONLY settings as they were."""
     fixed = {name: getattr(old.server, name) for name in RESTART_ONLY}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
@@ -12414,7 +12340,7 @@ ACCESS_LOG_S = 0.05         # a log record for each request costs as much as par
 
 
 class GatewayServer(Server):
-    """A server of one gateway: it logs each request, and its configuration can be changed while it runs."""
+    """Serves one gateway, logs each request, and takes another configuration while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
@@ -12426,7 +12352,6 @@ class GatewayServer(Server):
         self.flush_access_log()
 
     def log_request(self, client: Client, status: int) -> None:
-        """One line a request: its status, then the note of its handler, or method and path."""
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
             return                  # an open dashboard asks every few seconds
@@ -12440,8 +12365,7 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests. Those in progress keep their Gateway, and with it the old settings, to their end. ConfigError:
-        nothing was changed."""
+        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
         old = self.gateway
         if self.context is not None:        # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
@@ -12462,8 +12386,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
                   sockets: Sequence[socket.socket] = (), accept: int = ACCEPT_STEP) -> AsyncIterator[GatewayServer]:
     """A gateway that serves while the block runs: `async with pomex.running(config) as server: ... server.address`.
 
-    `ledger` is opened from the configuration where none is given; `models` are names that local servers have said;
-    `sockets` listen already, and `accept` is how many connections are taken from them at once."""
+    `models` are names that local servers have said, `accept` is how many connections are taken from `sockets` at once."""
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))

@@ -6984,9 +6984,9 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
-SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
-    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
+KEY_COLUMNS = tuple(Key.__annotations__)[:15]       # the others are its account's
+KEY_SETTINGS = KEY_COLUMNS[5:]                      # these may change
+SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
 NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
@@ -7039,6 +7039,7 @@ USAGE_COLUMNS = UsageRow._fields
 SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
         "saved_nanos")
 ROLLUP_KEY = ("started_ms", "key_id", "account_id", "model", "provider", "endpoint", "result")
+ROLLUP_COLUMNS = (*ROLLUP_KEY, *SUMS, "last_ms")
 RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
 
 
@@ -7131,48 +7132,42 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 
 SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
-ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
+ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
+INTEGER = "BIGINT NOT NULL DEFAULT 0"
+STRING = "TEXT NOT NULL DEFAULT ''"
+TYPES = {name: STRING if "str" in str(kind) else INTEGER for name, kind in UsageRow.__annotations__.items()}
+ROW_TYPES = ", ".join(map(" ".join, TYPES.items()))
+ROLLUP_TYPES = ", ".join(f"{name} {TYPES[name] if name in ROLLUP_KEY else INTEGER}" for name in ROLLUP_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE accounts (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
-        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
-    """CREATE TABLE keys (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
-        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
-        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
-        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
-        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+    f"CREATE TABLE settings (name {STRING} PRIMARY KEY, value {STRING}) WITHOUT ROWID",
+    f"""CREATE TABLE accounts (
+        id {ROW_ID}, name {STRING} UNIQUE, prepaid {INTEGER}, limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000,
+        created_s {INTEGER})""",
+    f"""CREATE TABLE keys (
+        id {ROW_ID}, name {STRING}, digest {STRING} UNIQUE, hint {STRING}, created_s {INTEGER}, expires_s {INTEGER},
+        revoked_s {INTEGER}, account_id BIGINT NOT NULL DEFAULT 1, models {STRING}, budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm {INTEGER}, tpm {INTEGER}, concurrent {INTEGER}, allow_unpriced {INTEGER},
+        revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
-    """CREATE TABLE credits (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
-        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
+    f"""CREATE TABLE credits (
+        id {ROW_ID}, account_id {INTEGER}, created_s {INTEGER}, kind {STRING}, nanos {INTEGER}, reason {STRING})""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    f"CREATE TABLE usage (id {ROW_ID}, {ROW_TYPES}, UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
-    "CREATE TABLE usage_rollups (" + ", ".join(
-        f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
-        for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
-    """CREATE TABLE meters (
-        owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
-        PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE processes (
-        process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
-    "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
-    """CREATE TABLE refusals (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
-        count BIGINT NOT NULL, data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE audit (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
-        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
-    """CREATE TABLE sessions (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL)""",
+    f"CREATE TABLE usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
+    f"""CREATE TABLE meters (
+        owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER}, PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
+    f"CREATE TABLE rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE processes (
+        process {STRING} PRIMARY KEY, host {STRING}, pid {INTEGER}, start {STRING}, beats {INTEGER})""",
+    f"CREATE TABLE open_requests (process {STRING}, reserved {STRING}, {ROW_TYPES}, PRIMARY KEY (response_id))",
+    f"""CREATE TABLE refusals (
+        id {ROW_ID}, time_ms {INTEGER}, key_id {INTEGER}, code {STRING}, count {INTEGER}, data {STRING})""",
+    f"CREATE TABLE counters (name {STRING} PRIMARY KEY, value {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE audit (
+        id {ROW_ID}, time_ms {INTEGER}, who {STRING}, action {STRING}, name {STRING}, before {STRING}, after {STRING})""",
+    f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
 BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
@@ -7598,7 +7593,7 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 COLUMNS = ", ".join(USAGE_COLUMNS)
-ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
+ADD_TO_ROLLUPS = (insertion("usage_rollups", ROLLUP_COLUMNS)
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "

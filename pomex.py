@@ -69,6 +69,7 @@ import asyncio
 import asyncio.staggered
 import base64
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
@@ -7087,6 +7088,15 @@ def utc_minute(unix_s: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
+def day_text(day: int) -> str:
+    return utc_minute(day * 86400)[:10]
+
+
+def day_of(text: str) -> int:
+    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
+
+
 BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
     (r"(bearer)? \Z", "No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this "
      "shell, then start codex again."),
@@ -7157,7 +7167,8 @@ SCHEMA = (
     "CREATE INDEX usage_started ON usage (started_ms)",
     f"CREATE TABLE usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
     f"""CREATE TABLE meters (
-        owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER}, PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
+        owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER},
+        PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
     f"CREATE TABLE rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
     f"""CREATE TABLE processes (
         process {STRING} PRIMARY KEY, host {STRING}, pid {INTEGER}, start {STRING}, beats {INTEGER})""",
@@ -7409,7 +7420,6 @@ def take_over_old_tables(tx: Transaction) -> None:
             request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
-    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
 
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
@@ -7512,15 +7522,11 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
             if kind.startswith("over"):         # the row's own comes last
                 over, long = int(kind[4:]), scaled(base, factors.pop(kind))
             elif kind.startswith("from"):
-                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
-                changes.append((day, scaled(base, factors.pop(kind))))
+                changes.append((day_of(kind[4:]), scaled(base, factors.pop(kind))))
         ends = factors.pop("ends", "")
         source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
-
-
-EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
@@ -7598,7 +7604,6 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", ROLLUP_COLUMNS)
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
-DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 
 
 def to_storable(value: Any) -> int | str:
@@ -7626,6 +7631,9 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
                        for owner in (f"key {row.key_id}", f"account {row.account_id}")]
     tx.execute_many(ADD_TO_ROLLUPS, rollups)
     tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
+    if sign < 0:
+        tx.execute_many("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0 "
+                        "AND started_ms = ?", {place[:1] for place in rollups})
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
@@ -7636,6 +7644,10 @@ def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]
     return storable
 
 
+def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
+    return [UsageRow(*row) for row in tx.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM {query}", values)]
+
+
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
     """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
     settlement counts, unless it was a guess: the true one replaces `interrupted`."""
@@ -7643,11 +7655,8 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
         if found and found[0][0] == "interrupted" != rows[-1].error_code:
-            guessed = [UsageRow(*row) for row in tx.read(
-                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
-            upsert_rollups(tx, guessed, -1)
+            upsert_rollups(tx, read_rows(tx, "usage WHERE response_id = ?", response_id), -1)
             tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
         elif found:
             del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -7672,8 +7681,7 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(
-        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
@@ -7713,13 +7721,10 @@ class LimitExceeded(Exception):
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
     """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
-    day = int(now_s // 86400)
-    if period == "month":
-        start = datetime.date.fromordinal(day + EPOCH).replace(day=1)
-        end = (start + datetime.timedelta(days=31)).replace(day=1)
-        return start.toordinal() - EPOCH, end.toordinal() - EPOCH
-    monday = day - (day + 3) % 7        # day 0 was a Thursday
-    return {"day": (day, day + 1), "week": (monday, monday + 7), "total": (0, 0)}[period]
+    day, now = int(now_s // 86400), time.gmtime(now_s)
+    monday, first = day - now.tm_wday, day - now.tm_mday + 1
+    month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
+    return {"day": (day, day + 1), "week": (monday, monday + 7), "month": month, "total": (0, 0)}[period]
 
 
 @functools.lru_cache(4096)
@@ -7788,8 +7793,9 @@ KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisec
 DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
+OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
-Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
+Unsaved: TypeAlias = OpenRow | Settlement
 
 
 def host_name() -> str:
@@ -7821,32 +7827,31 @@ class Ledger:
     """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    healthy = True
+    trouble = ""                # why the keys could not be read last time; "" if they could
+    secret = b""                # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
+    revision = 0                # of the keys
+    flushed: asyncio.Future[LedgerError | None] | None = None       # when the next commit is done; None: not yet asked for
+    flushed_at = 0.0            # when the one before was begun
+    flushing: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    maintaining: asyncio.Task[None] | None = None
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
-        self.db = db
-        self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read last time; "" if they could
-        self.secret = b""                   # authenticates what clients carry for us
-        # keys
+        self.db, self.max_unsaved = db, max_unsaved
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
-        self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
-        self.revision = 0
-        # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
-        self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
+        self.pending: dict[str, OpenRow] = {}           # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
-        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
-        self.flushed_at = 0.0                               # when the one before was begun
-        self.flushing: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.maintaining: asyncio.Task[None] | None = None
+        # what one commit of each half second writes
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of /metrics
+        self.refusals: dict[Row, JSON] = {}
+        self.notes: dict[str, str] = {}                 # settings: the last error of each provider
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
-        self.refusals: dict[Row, JSON] = {}             # not yet in the database
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -7913,7 +7918,7 @@ class Ledger:
         """Starts the background work of a server."""
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
-    def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
+    def begin(self, response_id: str, row: OpenRow) -> None:
         """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
         LedgerError: nothing may be sent."""
         if not self.available():
@@ -7938,7 +7943,7 @@ class Ledger:
                         await asyncio.shield(self.schedule_flush())
         return response_id not in self.unsaved
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
+    async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
         LimitExceeded: nothing is reserved."""
@@ -8252,6 +8257,12 @@ def in_usd(values: JSON) -> JSON:
 class Reservation:
     """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
     request_id, endpoint, session and client."""
+    reserved_output = 0             # output tokens whose cost is reserved
+    charged_output = 0              # output tokens charged to a rate
+    max_output_tokens = 0           # of the answer
+    exhausted = False               # the last extension failed or was cut short
+    max_price = ""                  # the price that reservations are made at
+    first = "", "", Usage()         # the target that is asked first, and what goes into it
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8262,12 +8273,6 @@ class Reservation:
         self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
-        self.reserved_output = 0                        # output tokens whose cost is reserved
-        self.charged_output = 0                         # output tokens charged to a rate
-        self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # the last extension failed or was cut short
-        self.max_price = ""                             # the price that reservations are made at
-        self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
@@ -8408,8 +8413,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        day = datetime.date.fromordinal(reset + EPOCH)
-        message += f"; it resets on {day.day} {day:%B}." if reset else "."
+        when = time.strftime("%d %B", time.gmtime(reset * 86400)).lstrip("0")
+        message += f"; it resets on {when}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
@@ -8496,13 +8501,9 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
     return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
 
 
-def day_text(day: int) -> str:
-    return datetime.date.fromordinal(day + EPOCH).isoformat()
-
-
 def month_bounds(text: str) -> tuple[int, int]:
     """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
-    first, after = period_bounds("month", (datetime.date.fromisoformat(text + "-01").toordinal() - EPOCH) * 86400)
+    first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
 
@@ -10964,7 +10965,7 @@ def parse_day(text: str) -> int:
     """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
     if found := re.fullmatch(r"([0-9]{1,5})d", text):
         return int(time.time()) // 86400 - int(found[1]) + 1
-    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+    return day_of(text)
 
 
 def parse_expiry(text: str) -> dict[str, int]:

@@ -6926,20 +6926,17 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ====================================================================================
 #
-# Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
+# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
+# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
+# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
+# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
+# So no answered request is without its row, and none has two. What waits to be written is committed together.
 #
-# `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
-# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
-# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
-# its row, and none has two. What waits to be written is committed together.
-#
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
-# account's credits less its charges.
+# Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
-KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
-KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
+KEY_RANDOM = 28             # base62 characters, 166 bits, of which lists show 48
+KEY_CHECK = 4               # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
@@ -6948,7 +6945,7 @@ HALF_HOUR_MS = 1_800_000
 
 
 class LedgerError(GatewayError):
-    """The database cannot be used, so nothing is sent that could not be billed."""
+    """Nothing is sent that could not be billed."""
     status, code = 503, "ledger_unavailable"
 
 
@@ -6965,7 +6962,7 @@ class Key:
     models: str             # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
     period: str             # of the budget: day | week | month | total
-    rpm: int                # requests a minute; 0: any number, as for the next two
+    rpm: int                # requests a minute; 0: any number, as below
     tpm: int                # tokens a minute
     concurrent: int         # requests open at once
     allow_unpriced: int     # 1: models without a price are served in spite of its budget
@@ -6989,7 +6986,7 @@ KEY_COLUMNS = tuple(Key.__annotations__)[:15]       # the others are its account
 KEY_SETTINGS = KEY_COLUMNS[5:]                      # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -6997,22 +6994,22 @@ class UsageRow(NamedTuple):
     """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
-    started_ms: int                 # of the request, Unix time
+    started_ms: int                 # Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
     attempt: int = 0                # its number, from 1
-    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
+    final: int = 1                  # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
     served_model: str = ""          # the model that the answer names, where it is another
     status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""                # of RESULTS: that of its request
+    result: str = ""                # of its request, one of RESULTS
     error_code: str = ""
     error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
+    terminal_by: str = "upstream"   # upstream | gateway; "": the answer is a status
+    estimated: str = ""             # why the tokens are not the provider's own count, if they are not
     tier: str = ""                  # the service tier, as the provider says
     session: str = ""               # the client's name of the conversation
     client: str = ""                # its User-Agent
@@ -7059,8 +7056,8 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
-    likely a variable that is not set."""
+    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: more likely a variable
+    that is not set."""
     patterns = " ".join(text.replace(",", " ").split())
     if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
@@ -7073,7 +7070,7 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
+    """As lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
     if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
@@ -7118,7 +7115,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
+    """Discloses no more of it than the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7140,7 +7137,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 #
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
-SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
@@ -7193,11 +7190,11 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
+    """Passed to functions that write; used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Returns the number of rows it changed."""
+        """The number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
@@ -7210,7 +7207,7 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
+        """Runs a part of the transaction, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
@@ -7235,7 +7232,7 @@ FILE_TROUBLE = {            # SQLite's primary result code -> message for the op
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file. The message does not disclose its folder."""
+    """The message does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
         reason = error.strerror or ""       # str() would give the path
@@ -7245,7 +7242,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """True if the database failed, not the statement it was given."""
+    """Not one of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7258,7 +7255,7 @@ def database_errors(path: str) -> Iterator[None]:
 
 
 def create_file(path: str) -> None:
-    """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
+    """For this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
@@ -7289,18 +7286,18 @@ class Database:
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
+        """Runs it in a transaction, which is rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Like `write`, but on the calling thread: for use without a running loop."""
+        """The same on the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
+        """Waits for what is in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
         self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
@@ -7326,8 +7323,7 @@ class Database:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
-        v00083, or another program's."""
+        """Creates the schema, or upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7362,7 +7358,7 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
+    """Creates the schema and moves the rows of an older one into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
@@ -7384,8 +7380,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
-# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned.
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows included.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -7410,7 +7405,7 @@ def take_over_old_tables(tx: Transaction) -> None:
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7424,10 +7419,10 @@ def take_over_old_tables(tx: Transaction) -> None:
 
 # --- 8.4 prices -----------------------------------------------------------------------------------
 #
-# A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
-# USD per thousand searches; "-" where there is none.
+# A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
+# thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
+ONE = 1_000_000             # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
@@ -7440,7 +7435,7 @@ DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated mode
 
 
 class Price(NamedTuple):
-    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
+    """In pico-dollars: per token, per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7452,7 +7447,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7478,7 +7473,7 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0                               # with more input than this (0: none) the whole request costs `long`
+    over: int = 0                               # with more input than this a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
@@ -7510,7 +7505,7 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table, parsed when it is first asked for."""
+    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -7540,8 +7535,8 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
-    name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, of its family, the one configured for the requested name, zero at a free
+    provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -7559,7 +7554,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """Nano-dollars: the whole sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -7607,7 +7602,7 @@ ADD_TO_ROLLUPS = (insertion("usage_rollups", ROLLUP_COLUMNS)
 
 
 def to_storable(value: Any) -> int | str:
-    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
+    """An absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -7637,7 +7632,7 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Inserts rows and adds them to the sums; returns them as stored."""
+    """Returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
@@ -7649,8 +7644,8 @@ def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
-    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
+    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
+    the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
@@ -7664,7 +7659,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """Deletes open requests and releases what they had reserved."""
+    """Releases what they had reserved."""
     for response_id in response_ids:
         for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
@@ -7673,7 +7668,7 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The final row of an open request whose process died: billed for its estimated input."""
+    """The row of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
@@ -7691,24 +7686,23 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # --- 8.6 limits -----------------------------------------------------------------------------------
 #
 # A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
-# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
-# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
-# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
+# its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
+# of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
+LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    """One bound on what a key may use."""
     owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
     unit: str               # nanos | requests | tokens | open
     maximum: int            # 0 for prepaid credit, whose bound is its balance
     kind: str               # key | account | credit | open | rate
     owner_id: int
     since_day: int          # of a meter: it counts what was spent since then
+
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -7720,7 +7714,7 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
+    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
     day, now = int(now_s // 86400), time.gmtime(now_s)
     monday, first = day - now.tm_wday, day - now.tm_mday + 1
     month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
@@ -7786,8 +7780,8 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
 GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
+RETRY_S = 0.25              # between two attempts of a failing ledger to write
+SETTLE_WAIT_S = 2.0         # how long an answer waits for it
 BEAT_S = 10.0               # how often a process with open requests says that it lives
 KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
 DEAD_S = 60.0               # without a beat a process of another host is dead
@@ -7799,14 +7793,14 @@ Unsaved: TypeAlias = OpenRow | Settlement
 
 
 def host_name() -> str:
-    """Names the host and PID namespace: where process ids are comparable."""
+    """Where process ids are comparable: the host and PID namespace."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """Start time of a running process, "" if unknown: process ids are reused."""
+    """When a process that runs was started, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -7873,7 +7867,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads the keys that any process has changed, and which providers are disabled."""
+        """Reads what any process has changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -7905,7 +7899,7 @@ class Ledger:
         raise unauthorized(reason)
 
     def list_keys(self) -> list[Key]:
-        """All keys, revoked ones too, oldest first."""
+        """Oldest first, revoked ones too."""
         return sorted(self.keys.values(), key=lambda key: key.id)
 
     def available(self) -> bool:
@@ -7919,8 +7913,7 @@ class Ledger:
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
-        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
-        LedgerError: nothing may be sent."""
+        """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
         self.pending[response_id] = self.unsaved[response_id] = row
@@ -7945,8 +7938,7 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
-        LimitExceeded: nothing is reserved."""
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
@@ -7983,7 +7975,7 @@ class Ledger:
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
-        failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
+        failed for SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
@@ -8007,7 +7999,7 @@ class Ledger:
         return written
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
-        """Done when what waits now is in the database, or when that has failed."""
+        """Done when what waits now is written, or that has failed."""
         loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
@@ -8019,7 +8011,7 @@ class Ledger:
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
+        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
@@ -8081,7 +8073,7 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left and closes the database."""
+        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -8132,7 +8124,7 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -8153,7 +8145,7 @@ class Ledger:
     # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
+        """Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
@@ -8190,7 +8182,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
+        """Commits a change together with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8200,7 +8192,7 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
+        """A new key or account; BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
@@ -8214,7 +8206,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -8255,7 +8247,7 @@ def in_usd(values: JSON) -> JSON:
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
+    """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
     request_id, endpoint, session and client."""
     reserved_output = 0             # output tokens whose cost is reserved
     charged_output = 0              # output tokens charged to a rate
@@ -8275,7 +8267,7 @@ class Reservation:
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
-        """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
+        """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
@@ -8284,7 +8276,7 @@ class Reservation:
                    key=lambda text: price_of(text) or ())
 
     def row(self, provider: str, model: str, usage: Usage, **more: Any) -> UsageRow:
-        """Of an attempt: what it used and costs."""
+        """Of an attempt."""
         price, key = self.price(provider, model, usage), self.key
         return UsageRow(
             self.response_id, started_ms=self.started_ms, key_id=key.id, model=self.model, account_id=key.account_id,
@@ -8297,9 +8289,8 @@ class Reservation:
         return self.row(*self.first, status="in flight")
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
-        """Reserves before anything is sent, and begins the request; `wanted` is the client's max_output_tokens, 0 for none.
-        Returns the one that must be sent upstream where the money is enough for no more, 0 where it is. LimitExceeded says
-        no."""
+        """Before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the one that must be sent
+        upstream where the money is enough for no more, 0 where it is; LimitExceeded says no."""
         self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
             self.ledger.begin(self.response_id, self.open_row)
@@ -8314,14 +8305,13 @@ class Reservation:
         return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
-        """Input at the dearer of its two prices: it may be written to the cache."""
+        """Input may be written to the cache, at the dearer price."""
         rate, multiplier = price_of(price), self.key.multiplier
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
-        there is too little of something."""
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -8355,8 +8345,8 @@ class Reservation:
         return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
 
     async def extend(self, written: int) -> bool:
-        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
-        exceed max_output_tokens, and some servers ignore it."""
+        """Keeps the reservation ahead of the output; False: it is used up. Thinking can exceed max_output_tokens, and some
+        servers ignore it."""
         while not self.covers(written):
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
@@ -8398,8 +8388,7 @@ RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a min
 
 
 def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> GatewayError:
-    """The error for a limit that is used up (DESIGN section 8). Codex shows the text of invalid_prompt alone; the ledger
-    keeps the true code."""
+    """Codex shows the text of invalid_prompt alone; the ledger keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
         rate = RATES[no.limit.unit].format(no.limit.maximum)
@@ -8430,8 +8419,8 @@ async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: 
 
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
-    """Each with its limit a month (None: none), the multiplier of its prices in millionths, whether it is prepaid (1: refused
-    when its credit is used up), and the sums of its credit and of what it has spent."""
+    """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
+    credit is used up), and the sums of its credit and of what it has spent."""
     credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
     spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
     names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
@@ -8523,7 +8512,7 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    """The parts in units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
@@ -8539,7 +8528,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
@@ -8567,7 +8556,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
+    """Removes the rows of whole days; their sums stay, and with them every balance."""
     def run(tx: Transaction) -> int:
         tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
                    "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))

@@ -8578,16 +8578,16 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 
 # === 9. upstream ==================================================================================
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
-# and whether the request had been sent, which routing needs; it never holds a key.
+# One exchange with a provider. An error says in which phase it happened and whether the request had been sent; it never holds
+# a key.
 
-READ_BYTES = 2**18          # of one read: with 256 KiB a large body costs 42 % less CPU than with 64 KiB
+READ_BYTES = 2**18          # of one read: a large body costs 42 % less CPU than with 64 KiB
 WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
 HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
 POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin; more are closed
-PUMPED_BYTES = 2**16        # of a stream, translated in one step: a larger read is left to the task, so that others run between
-INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
+POOL_SIZE = 256             # idle connections of one origin
+PUMPED_BYTES = 2**16        # of a stream, translated in one step: with a larger read other tasks must run between
+INFLATE_BYTES = 2**14       # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
@@ -8597,8 +8597,8 @@ def do_nothing() -> None:
 
 
 class StreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
-    on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
+    is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
@@ -8637,14 +8637,14 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 
 
 class StreamConnection:
-    """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
+    """Of either side: its streams, and the HTTP reader of the peer's messages."""
     http: RequestReader | ResponseReader
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         self.protocol, self.reader, self.writer = protocol, protocol.reader, writer
 
     async def receive(self) -> bool:
-        """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
+        """Feeds the HTTP reader; False at the end. OSError: the connection broke."""
         data = await self.reader.read(READ_BYTES)
         self.protocol.unread -= len(data)
         self.http.feed(data)
@@ -8654,12 +8654,11 @@ class StreamConnection:
         return self.writer.transport.get_write_buffer_size()
 
     def abort(self) -> None:
-        """Closes the socket now; unsent bytes are dropped."""
+        """Drops unsent bytes."""
         self.writer.transport.abort()
 
 
 class UpstreamConnection(StreamConnection):
-    """A connection to a provider."""
     http: ResponseReader
     answered = False                            # a byte of the answer has come
     expiry: asyncio.TimerHandle | None = None   # while it is idle
@@ -8679,12 +8678,12 @@ class UpstreamConnection(StreamConnection):
 
     @property
     def reusable(self) -> bool:
-        """It is open, and no unsolicited bytes have come."""
+        """No unsolicited bytes have come."""
         return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
 
 
 class TransportError(UpstreamError):
-    """An exchange that failed below HTTP: no connection, no TLS, or an incomplete answer."""
+    """No connection, no TLS, or an incomplete answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
@@ -8695,20 +8694,19 @@ class TransportError(UpstreamError):
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """A time limit of the provider's configuration was exceeded."""
+    """Of the provider's configuration."""
 
 
 # --- 9.1 endpoints and proxies --------------------------------------------------------------------
 
 class Proxy(NamedTuple):
-    """An HTTP proxy."""
     host: str
     port: int
     fields: tuple[tuple[str, str], ...]     # headers: its user and password
 
 
 class Origin(NamedTuple):
-    """The far end of a connection and the way to it. Requests to the same origin may share connections."""
+    """The far end of a connection and the way to it: requests to the same may share connections."""
     scheme: str
     host: str
     port: int
@@ -8721,7 +8719,7 @@ class Origin(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """The parts common to all requests to one base_url."""
+    """What all requests to one base_url have in common."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
     fields: list[tuple[str, str]]       # headers
@@ -8732,8 +8730,8 @@ def is_loopback(host: str) -> bool:
 
 
 def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). In NO_PROXY a name
-    matches itself and what lies below it, a port may follow, `*` is everything."""
+    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). A name in NO_PROXY
+    matches what lies below it, too, and a port may follow."""
     for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
         if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
@@ -8746,7 +8744,7 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
 
 
 def parse_proxy(proxy: str) -> Proxy:
-    """A proxy's address, with or without a scheme. ValueError: it is not one of HTTP."""
+    """ValueError: it does not speak HTTP."""
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
@@ -8758,7 +8756,7 @@ def parse_proxy(proxy: str) -> Proxy:
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
-    """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
+    """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
@@ -8777,7 +8775,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
 # --- 9.2 one exchange -----------------------------------------------------------------------------
 
 def describe_error(error: BaseException) -> str:
-    """The system's message for an error, without addresses and paths."""
+    """Without addresses and paths."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
@@ -8798,7 +8796,7 @@ LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.E
 
 
 class Exchange:
-    """One request and its answer on one connection. Its holder calls close() in any case."""
+    """One request and its answer. Its holder calls close() in any case."""
     status = 0
     headers = NO_HEADERS
     connection: UpstreamConnection | None = None    # None after close()
@@ -8816,7 +8814,7 @@ class Exchange:
         self.total_due = self.loop.time() + provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
-        """Closes the connection and returns the error to raise. `limit`: the setting of a timeout, if it is one."""
+        """The error to raise; of a timeout, `limit` is its setting."""
         if self.connection is not None:
             self.connection.abort()
         where = self.origin.authority
@@ -8829,8 +8827,8 @@ class Exchange:
         return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
-        """The next part of the answer, by the deadline `due` of the setting `limit`, or that of total_timeout_s. Any failure,
-        cancellation too, closes the socket at once."""
+        """The next part of the answer, by the deadline `due` of the setting `limit`. Any failure, cancellation too, closes the
+        socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
         if self.loop.time() >= due:         # while bytes keep coming, no timer fires
@@ -8871,8 +8869,8 @@ class Exchange:
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
     async def read(self) -> bytes:
-        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
-        from this call: the time before it was spent on the client."""
+        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts from
+        this call: the time before was the client's."""
         connection, now = self.connection, self.loop.time()
         assert connection is not None
         if self.heard:
@@ -8917,7 +8915,7 @@ class Exchange:
             self.heard = False      # so read() raises the timeout
 
     def inflate(self) -> bytes:
-        """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
+        """The next slice of `compressed`; at the end of the body checks that it was complete."""
         if self.inflater is None:
             return b""
         piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
@@ -8942,8 +8940,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, reusable: bool = True) -> None:
-        """Returns the connection to the pool if the answer is complete and nothing followed it; else closes it. Reused with
-        unexpected bytes, it could hand one client's answer to another."""
+        """Returns the connection to the pool if the answer is complete and nothing followed it: reused with unexpected bytes,
+        it could hand one client's answer to another."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -8955,7 +8953,7 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """The whole answer was received, and the whole request sent. The decoder may have stopped at the last event."""
+        """Of answer and request. The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
                 await connection.receive()      # without waiting: the bytes are in the buffer
@@ -8967,7 +8965,7 @@ class Exchange:
 
 
 class Pump:
-    """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
+    """Gives the bytes of an answer to take() as the event loop receives them."""
 
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
         self.exchange, self.connection, self.take = exchange, connection, take
@@ -9024,8 +9022,8 @@ class ConnectionPool:
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. The provider may just be
-        closing a pooled connection: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
+        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. A pooled connection may
+        be closing: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
         endpoint = self.endpoint(provider)
         target = endpoint.prefix + path
         if provider.query_params:
@@ -9055,7 +9053,7 @@ class ConnectionPool:
         return self.endpoints[key]
 
     def acquire(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is open and has received nothing since its last answer."""
+        """The newest that is idle and can be reused."""
         connections = self.idle.get(origin, [])
         while connections:
             connection = connections.pop()
@@ -9069,7 +9067,7 @@ class ConnectionPool:
         return None
 
     def disable_reuse(self, origin: Origin) -> None:
-        """Unsolicited bytes could be read as the answer to another client's request."""
+        """They could be read as the answer to another client's request."""
         if origin not in self.not_reused:
             self.not_reused.add(origin)
             log.warning("%s sends unsolicited bytes; its connections are no longer reused", origin.authority)
@@ -9123,8 +9121,7 @@ class ConnectionPool:
         return connection
 
     async def addresses(self, host: str) -> list[str]:
-        """The addresses of a host. Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's
-        executor."""
+        """Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's executor."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         lookup = self.lookups.get(host)
@@ -9136,7 +9133,7 @@ class ConnectionPool:
         return await asyncio.wrap_future(lookup)
 
     async def open_tunnel(self, connection: UpstreamConnection, origin: Origin, proxy: Proxy) -> None:
-        """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
+        """After the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy.fields]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
@@ -9150,7 +9147,7 @@ class ConnectionPool:
         connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """A context that verifies, with the system's authorities or only those of ca_file."""
+        """Verifies with the system's authorities, or only those of ca_file."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9158,7 +9155,7 @@ class ConnectionPool:
         return self.contexts[ca_file]
 
     async def close(self) -> None:
-        """Closes the idle connections; open exchanges are closed by their holders."""
+        """Open exchanges are closed by their holders."""
         self.closed = True
         for connections in self.idle.values():
             for connection in connections:

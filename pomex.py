@@ -69,6 +69,7 @@ import asyncio
 import asyncio.staggered
 import base64
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
@@ -7086,20 +7087,17 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ===
 #
-# Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
+# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
+# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
+# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
+# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
+# So no answered request is without its row, and none has two. What waits to be written is committed together.
 #
-# `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
-# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
-# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
-# its row, and none has two. What waits to be written is committed together.
-#
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
-# account's credits less its charges.
+# Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
-KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
-KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
+KEY_RANDOM = 28             # base62 characters, 166 bits, of which lists show 48
+KEY_CHECK = 4               # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
@@ -7108,7 +7106,7 @@ HALF_HOUR_MS = 1_800_000
 
 
 class LedgerError(GatewayError):
-    """The database cannot be used, so nothing is sent that could not be billed."""
+    """Nothing is sent that could not be billed."""
     status, code = 503, "ledger_unavailable"
 
 
@@ -7125,7 +7123,7 @@ class Key:
     models: str             # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
     period: str             # of the budget: day | week | month | total
-    rpm: int                # requests a minute; 0: any number, as for the next two
+    rpm: int                # requests a minute; 0: any number, as below
     tpm: int                # tokens a minute
     concurrent: int         # requests open at once
     allow_unpriced: int     # 1: models without a price are served in spite of its budget
@@ -7145,11 +7143,11 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
-SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
-    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
+KEY_COLUMNS = tuple(Key.__annotations__)[:15]       # the others are its account's
+KEY_SETTINGS = KEY_COLUMNS[5:]                      # these may change
+SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -7157,22 +7155,22 @@ class UsageRow(NamedTuple):
     """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
-    started_ms: int                 # of the request, Unix time
+    started_ms: int                 # Unix time
     key_id: int
     endpoint: str
     model: str                      # as the client asked for it
     attempt: int = 0                # its number, from 1
-    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
+    final: int = 1                  # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
     served_model: str = ""          # the model that the answer names, where it is another
     status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""                # of RESULTS: that of its request
+    result: str = ""                # of its request, one of RESULTS
     error_code: str = ""
     error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
+    terminal_by: str = "upstream"   # upstream | gateway; "": the answer is a status
+    estimated: str = ""             # why the tokens are not the provider's own count, if they are not
     tier: str = ""                  # the service tier, as the provider says
     session: str = ""               # the client's name of the conversation
     client: str = ""                # its User-Agent
@@ -7200,6 +7198,7 @@ USAGE_COLUMNS = UsageRow._fields
 SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
         "saved_nanos")
 ROLLUP_KEY = ("started_ms", "key_id", "account_id", "model", "provider", "endpoint", "result")
+ROLLUP_COLUMNS = (*ROLLUP_KEY, *SUMS, "last_ms")
 RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
 
 
@@ -7218,8 +7217,8 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
-    likely a variable that is not set."""
+    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: more likely a variable
+    that is not set."""
     patterns = " ".join(text.replace(",", " ").split())
     if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
@@ -7232,7 +7231,7 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
+    """As lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
     if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
@@ -7245,6 +7244,15 @@ def key_digest(token: str) -> str:
 
 def utc_minute(unix_s: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
+
+
+def day_text(day: int) -> str:
+    return utc_minute(day * 86400)[:10]
+
+
+def day_of(text: str) -> int:
+    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
 BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
@@ -7268,7 +7276,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
+    """Discloses no more of it than the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7291,50 +7299,45 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 #
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
-SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
-ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
+ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
+INTEGER = "BIGINT NOT NULL DEFAULT 0"
+STRING = "TEXT NOT NULL DEFAULT ''"
+TYPES = {name: STRING if "str" in str(kind) else INTEGER for name, kind in UsageRow.__annotations__.items()}
+ROW_TYPES = ", ".join(map(" ".join, TYPES.items()))
+ROLLUP_TYPES = ", ".join(f"{name} {TYPES[name] if name in ROLLUP_KEY else INTEGER}" for name in ROLLUP_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE accounts (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
-        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
-    """CREATE TABLE keys (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
-        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
-        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
-        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
-        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+    f"CREATE TABLE settings (name {STRING} PRIMARY KEY, value {STRING}) WITHOUT ROWID",
+    f"""CREATE TABLE accounts (
+        id {ROW_ID}, name {STRING} UNIQUE, prepaid {INTEGER}, limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000,
+        created_s {INTEGER})""",
+    f"""CREATE TABLE keys (
+        id {ROW_ID}, name {STRING}, digest {STRING} UNIQUE, hint {STRING}, created_s {INTEGER}, expires_s {INTEGER},
+        revoked_s {INTEGER}, account_id BIGINT NOT NULL DEFAULT 1, models {STRING}, budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm {INTEGER}, tpm {INTEGER}, concurrent {INTEGER}, allow_unpriced {INTEGER},
+        revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
-    """CREATE TABLE credits (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
-        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
+    f"""CREATE TABLE credits (
+        id {ROW_ID}, account_id {INTEGER}, created_s {INTEGER}, kind {STRING}, nanos {INTEGER}, reason {STRING})""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    f"CREATE TABLE usage (id {ROW_ID}, {ROW_TYPES}, UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
-    "CREATE TABLE usage_rollups (" + ", ".join(
-        f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
-        for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
-    """CREATE TABLE meters (
-        owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
+    f"CREATE TABLE usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
+    f"""CREATE TABLE meters (
+        owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER},
         PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE processes (
-        process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
-    "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
-    """CREATE TABLE refusals (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
-        count BIGINT NOT NULL, data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE audit (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
-        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
-    """CREATE TABLE sessions (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL)""",
+    f"CREATE TABLE rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE processes (
+        process {STRING} PRIMARY KEY, host {STRING}, pid {INTEGER}, start {STRING}, beats {INTEGER})""",
+    f"CREATE TABLE open_requests (process {STRING}, reserved {STRING}, {ROW_TYPES}, PRIMARY KEY (response_id))",
+    f"""CREATE TABLE refusals (
+        id {ROW_ID}, time_ms {INTEGER}, key_id {INTEGER}, code {STRING}, count {INTEGER}, data {STRING})""",
+    f"CREATE TABLE counters (name {STRING} PRIMARY KEY, value {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE audit (
+        id {ROW_ID}, time_ms {INTEGER}, who {STRING}, action {STRING}, name {STRING}, before {STRING}, after {STRING})""",
+    f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
 BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
@@ -7349,11 +7352,11 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
+    """Passed to functions that write; used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Returns the number of rows it changed."""
+        """The number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
@@ -7366,7 +7369,7 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
+        """Runs a part of the transaction, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
@@ -7391,7 +7394,7 @@ FILE_TROUBLE = {            # SQLite's primary result code -> message for the op
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file. The message does not disclose its folder."""
+    """The message does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
         reason = error.strerror or ""       # str() would give the path
@@ -7401,7 +7404,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """True if the database failed, not the statement it was given."""
+    """Not one of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7414,7 +7417,7 @@ def database_errors(path: str) -> Iterator[None]:
 
 
 def create_file(path: str) -> None:
-    """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
+    """For this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
@@ -7445,18 +7448,18 @@ class Database:
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
+        """Runs it in a transaction, which is rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Like `write`, but on the calling thread: for use without a running loop."""
+        """The same on the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
+        """Waits for what is in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
         self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
@@ -7482,8 +7485,7 @@ class Database:
                 os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
-        v00083, or another program's."""
+        """Creates the schema, or upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7518,7 +7520,7 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
+    """Creates the schema and moves the rows of an older one into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
@@ -7540,8 +7542,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned.
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows included.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -7566,7 +7567,7 @@ def take_over_old_tables(tx: Transaction) -> None:
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
     tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
                f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
@@ -7576,15 +7577,14 @@ def take_over_old_tables(tx: Transaction) -> None:
             request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
-    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
 
 
 # --- 8.4 prices ---
 #
-# A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
-# USD per thousand searches; "-" where there is none.
+# A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
+# thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
+ONE = 1_000_000             # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
@@ -7597,7 +7597,7 @@ DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated mode
 
 
 class Price(NamedTuple):
-    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
+    """In pico-dollars: per token, per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7609,7 +7609,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7635,7 +7635,7 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0                               # with more input than this (0: none) the whole request costs `long`
+    over: int = 0                               # with more input than this a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
@@ -7667,7 +7667,7 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table, parsed when it is first asked for."""
+    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -7679,15 +7679,11 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
             if kind.startswith("over"):         # the row's own comes last
                 over, long = int(kind[4:]), scaled(base, factors.pop(kind))
             elif kind.startswith("from"):
-                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
-                changes.append((day, scaled(base, factors.pop(kind))))
+                changes.append((day_of(kind[4:]), scaled(base, factors.pop(kind))))
         ends = factors.pop("ends", "")
         source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
-
-
-EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
@@ -7701,8 +7697,8 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
-    name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, of its family, the one configured for the requested name, zero at a free
+    provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -7720,7 +7716,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """Nano-dollars: the whole sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -7760,16 +7756,15 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 COLUMNS = ", ".join(USAGE_COLUMNS)
-ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
+ADD_TO_ROLLUPS = (insertion("usage_rollups", ROLLUP_COLUMNS)
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
-DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 
 
 def to_storable(value: Any) -> int | str:
-    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
+    """An absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -7793,28 +7788,32 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
                        for owner in (f"key {row.key_id}", f"account {row.account_id}")]
     tx.execute_many(ADD_TO_ROLLUPS, rollups)
     tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
+    if sign < 0:
+        tx.execute_many("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0 "
+                        "AND started_ms = ?", {place[:1] for place in rollups})
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Inserts rows and adds them to the sums; returns them as stored."""
+    """Returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
     return storable
 
 
+def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
+    return [UsageRow(*row) for row in tx.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM {query}", values)]
+
+
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
-    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
+    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
+    the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
         if found and found[0][0] == "interrupted" != rows[-1].error_code:
-            guessed = [UsageRow(*row) for row in tx.read(
-                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
-            upsert_rollups(tx, guessed, -1)
+            upsert_rollups(tx, read_rows(tx, "usage WHERE response_id = ?", response_id), -1)
             tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
         elif found:
             del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -7822,7 +7821,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """Deletes open requests and releases what they had reserved."""
+    """Releases what they had reserved."""
     for response_id in response_ids:
         for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
@@ -7831,7 +7830,7 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The final row of an open request whose process died: billed for its estimated input."""
+    """The row of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
@@ -7839,8 +7838,7 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(
-        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
@@ -7850,24 +7848,23 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # --- 8.6 limits ---
 #
 # A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
-# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
-# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
-# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
+# its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
+# of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
 RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
+LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused
 WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    """One bound on what a key may use."""
     owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
     unit: str               # nanos | requests | tokens | open
     maximum: int            # 0 for prepaid credit, whose bound is its balance
     kind: str               # key | account | credit | open | rate
     owner_id: int
     since_day: int          # of a meter: it counts what was spent since then
+
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -7879,14 +7876,11 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
-    day = int(now_s // 86400)
-    if period == "month":
-        start = datetime.date.fromordinal(day + EPOCH).replace(day=1)
-        end = (start + datetime.timedelta(days=31)).replace(day=1)
-        return start.toordinal() - EPOCH, end.toordinal() - EPOCH
-    monday = day - (day + 3) % 7        # day 0 was a Thursday
-    return {"day": (day, day + 1), "week": (monday, monday + 7), "total": (0, 0)}[period]
+    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
+    day, now = int(now_s // 86400), time.gmtime(now_s)
+    monday, first = day - now.tm_wday, day - now.tm_mday + 1
+    month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
+    return {"day": (day, day + 1), "week": (monday, monday + 7), "month": month, "total": (0, 0)}[period]
 
 
 @functools.lru_cache(4096)
@@ -7948,26 +7942,27 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
 GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
+RETRY_S = 0.25              # between two attempts of a failing ledger to write
+SETTLE_WAIT_S = 2.0         # how long an answer waits for it
 BEAT_S = 10.0               # how often a process with open requests says that it lives
 KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
 DEAD_S = 60.0               # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
+OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
-Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
+Unsaved: TypeAlias = OpenRow | Settlement
 
 
 def host_name() -> str:
-    """Names the host and PID namespace: where process ids are comparable."""
+    """Where process ids are comparable: the host and PID namespace."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """Start time of a running process, "" if unknown: process ids are reused."""
+    """When a process that runs was started, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -7988,32 +7983,31 @@ class Ledger:
     """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    healthy = True
+    trouble = ""                # why the keys could not be read last time; "" if they could
+    secret = b""                # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
+    revision = 0                # of the keys
+    flushed: asyncio.Future[LedgerError | None] | None = None       # when the next commit is done; None: not yet asked for
+    flushed_at = 0.0            # when the one before was begun
+    flushing: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    maintaining: asyncio.Task[None] | None = None
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
-        self.db = db
-        self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read last time; "" if they could
-        self.secret = b""                   # authenticates what clients carry for us
-        # keys
+        self.db, self.max_unsaved = db, max_unsaved
         self.keys: dict[int, Key] = {}      # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
-        self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
-        self.revision = 0
-        # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
-        self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
+        self.pending: dict[str, OpenRow] = {}           # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
-        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
-        self.flushed_at = 0.0                               # when the one before was begun
-        self.flushing: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.maintaining: asyncio.Task[None] | None = None
+        # what one commit of each half second writes
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of /metrics
+        self.refusals: dict[Row, JSON] = {}
+        self.notes: dict[str, str] = {}                 # settings: the last error of each provider
         self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
-        self.refusals: dict[Row, JSON] = {}             # not yet in the database
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8035,7 +8029,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads the keys that any process has changed, and which providers are disabled."""
+        """Reads what any process has changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -8067,7 +8061,7 @@ class Ledger:
         raise unauthorized(reason)
 
     def list_keys(self) -> list[Key]:
-        """All keys, revoked ones too, oldest first."""
+        """Oldest first, revoked ones too."""
         return sorted(self.keys.values(), key=lambda key: key.id)
 
     def available(self) -> bool:
@@ -8080,9 +8074,8 @@ class Ledger:
         """Starts the background work of a server."""
         self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
 
-    def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
-        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
-        LedgerError: nothing may be sent."""
+    def begin(self, response_id: str, row: OpenRow) -> None:
+        """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
         self.pending[response_id] = self.unsaved[response_id] = row
@@ -8105,10 +8098,9 @@ class Ledger:
                         await asyncio.shield(self.schedule_flush())
         return response_id not in self.unsaved
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
+    async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
-        LimitExceeded: nothing is reserved."""
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
@@ -8145,7 +8137,7 @@ class Ledger:
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
-        failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
+        failed for SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
@@ -8169,7 +8161,7 @@ class Ledger:
         return written
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
-        """Done when what waits now is in the database, or when that has failed."""
+        """Done when what waits now is written, or that has failed."""
         loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
@@ -8181,7 +8173,7 @@ class Ledger:
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
+        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
@@ -8243,7 +8235,7 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left and closes the database."""
+        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -8294,7 +8286,7 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -8315,7 +8307,7 @@ class Ledger:
     # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
+        """Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
@@ -8352,7 +8344,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
+        """Commits a change together with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8362,7 +8354,7 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
+        """A new key or account; BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
@@ -8376,7 +8368,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -8417,8 +8409,14 @@ def in_usd(values: JSON) -> JSON:
 # --- 8.8 what one request may use, and what it costs ---
 
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
+    """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
     request_id, endpoint, session and client."""
+    reserved_output = 0             # output tokens whose cost is reserved
+    charged_output = 0              # output tokens charged to a rate
+    max_output_tokens = 0           # of the answer
+    exhausted = False               # the last extension failed or was cut short
+    max_price = ""                  # the price that reservations are made at
+    first = "", "", Usage()         # the target that is asked first, and what goes into it
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8429,15 +8427,9 @@ class Reservation:
         self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
-        self.reserved_output = 0                        # output tokens whose cost is reserved
-        self.charged_output = 0                         # output tokens charged to a rate
-        self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # the last extension failed or was cut short
-        self.max_price = ""                             # the price that reservations are made at
-        self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
-        """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
+        """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
@@ -8446,7 +8438,7 @@ class Reservation:
                    key=lambda text: price_of(text) or ())
 
     def row(self, provider: str, model: str, usage: Usage, **more: Any) -> UsageRow:
-        """Of an attempt: what it used and costs."""
+        """Of an attempt."""
         price, key = self.price(provider, model, usage), self.key
         return UsageRow(
             self.response_id, started_ms=self.started_ms, key_id=key.id, model=self.model, account_id=key.account_id,
@@ -8459,9 +8451,8 @@ class Reservation:
         return self.row(*self.first, status="in flight")
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
-        """Reserves before anything is sent, and begins the request; `wanted` is the client's max_output_tokens, 0 for none.
-        Returns the one that must be sent upstream where the money is enough for no more, 0 where it is. LimitExceeded says
-        no."""
+        """Before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the one that must be sent
+        upstream where the money is enough for no more, 0 where it is; LimitExceeded says no."""
         self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
             self.ledger.begin(self.response_id, self.open_row)
@@ -8476,14 +8467,13 @@ class Reservation:
         return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
-        """Input at the dearer of its two prices: it may be written to the cache."""
+        """Input may be written to the cache, at the dearer price."""
         rate, multiplier = price_of(price), self.key.multiplier
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
-        there is too little of something."""
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -8517,8 +8507,8 @@ class Reservation:
         return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
 
     async def extend(self, written: int) -> bool:
-        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
-        exceed max_output_tokens, and some servers ignore it."""
+        """Keeps the reservation ahead of the output; False: it is used up. Thinking can exceed max_output_tokens, and some
+        servers ignore it."""
         while not self.covers(written):
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
@@ -8560,8 +8550,7 @@ RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a min
 
 
 def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> GatewayError:
-    """The error for a limit that is used up (DESIGN section 8). Codex shows the text of invalid_prompt alone; the ledger
-    keeps the true code."""
+    """Codex shows the text of invalid_prompt alone; the ledger keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
         rate = RATES[no.limit.unit].format(no.limit.maximum)
@@ -8575,8 +8564,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        day = datetime.date.fromordinal(reset + EPOCH)
-        message += f"; it resets on {day.day} {day:%B}." if reset else "."
+        when = time.strftime("%d %B", time.gmtime(reset * 86400)).lstrip("0")
+        message += f"; it resets on {when}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
@@ -8592,8 +8581,8 @@ async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: 
 
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
-    """Each with its limit a month (None: none), the multiplier of its prices in millionths, whether it is prepaid (1: refused
-    when its credit is used up), and the sums of its credit and of what it has spent."""
+    """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
+    credit is used up), and the sums of its credit and of what it has spent."""
     credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
     spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
     names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
@@ -8663,13 +8652,9 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
     return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
 
 
-def day_text(day: int) -> str:
-    return datetime.date.fromordinal(day + EPOCH).isoformat()
-
-
 def month_bounds(text: str) -> tuple[int, int]:
     """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
-    first, after = period_bounds("month", (datetime.date.fromisoformat(text + "-01").toordinal() - EPOCH) * 86400)
+    first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
 
@@ -8689,7 +8674,7 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    """The parts in units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
@@ -8705,7 +8690,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
@@ -8733,7 +8718,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
+    """Removes the rows of whole days; their sums stay, and with them every balance."""
     def run(tx: Transaction) -> int:
         tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
                    "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))
@@ -8755,16 +8740,16 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 
 # === 9. upstream ===
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
-# and whether the request had been sent, which routing needs; it never holds a key.
+# One exchange with a provider. An error says in which phase it happened and whether the request had been sent; it never holds
+# a key.
 
-READ_BYTES = 2**18          # of one read: with 256 KiB a large body costs 42 % less CPU than with 64 KiB
+READ_BYTES = 2**18          # of one read: a large body costs 42 % less CPU than with 64 KiB
 WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
 HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
 POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin; more are closed
-PUMPED_BYTES = 2**16        # of a stream, translated in one step: a larger read is left to the task, so that others run between
-INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
+POOL_SIZE = 256             # idle connections of one origin
+PUMPED_BYTES = 2**16        # of a stream, translated in one step: with a larger read other tasks must run between
+INFLATE_BYTES = 2**14       # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
@@ -8774,8 +8759,8 @@ def do_nothing() -> None:
 
 
 class StreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
-    on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
+    is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
@@ -8814,14 +8799,14 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 
 
 class StreamConnection:
-    """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
+    """Of either side: its streams, and the HTTP reader of the peer's messages."""
     http: RequestReader | ResponseReader
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         self.protocol, self.reader, self.writer = protocol, protocol.reader, writer
 
     async def receive(self) -> bool:
-        """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
+        """Feeds the HTTP reader; False at the end. OSError: the connection broke."""
         data = await self.reader.read(READ_BYTES)
         self.protocol.unread -= len(data)
         self.http.feed(data)
@@ -8831,12 +8816,11 @@ class StreamConnection:
         return self.writer.transport.get_write_buffer_size()
 
     def abort(self) -> None:
-        """Closes the socket now; unsent bytes are dropped."""
+        """Drops unsent bytes."""
         self.writer.transport.abort()
 
 
 class UpstreamConnection(StreamConnection):
-    """A connection to a provider."""
     http: ResponseReader
     answered = False                            # a byte of the answer has come
     expiry: asyncio.TimerHandle | None = None   # while it is idle
@@ -8856,12 +8840,12 @@ class UpstreamConnection(StreamConnection):
 
     @property
     def reusable(self) -> bool:
-        """It is open, and no unsolicited bytes have come."""
+        """No unsolicited bytes have come."""
         return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
 
 
 class TransportError(UpstreamError):
-    """An exchange that failed below HTTP: no connection, no TLS, or an incomplete answer."""
+    """No connection, no TLS, or an incomplete answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
@@ -8872,20 +8856,19 @@ class TransportError(UpstreamError):
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """A time limit of the provider's configuration was exceeded."""
+    """Of the provider's configuration."""
 
 
 # --- 9.1 endpoints and proxies ---
 
 class Proxy(NamedTuple):
-    """An HTTP proxy."""
     host: str
     port: int
     fields: tuple[tuple[str, str], ...]     # headers: its user and password
 
 
 class Origin(NamedTuple):
-    """The far end of a connection and the way to it. Requests to the same origin may share connections."""
+    """The far end of a connection and the way to it: requests to the same may share connections."""
     scheme: str
     host: str
     port: int
@@ -8898,7 +8881,7 @@ class Origin(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """The parts common to all requests to one base_url."""
+    """What all requests to one base_url have in common."""
     origin: Origin
     prefix: str                         # of the request target: the path, and before a proxy the whole URL
     fields: list[tuple[str, str]]       # headers
@@ -8909,8 +8892,8 @@ def is_loopback(host: str) -> bool:
 
 
 def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). In NO_PROXY a name
-    matches itself and what lies below it, a port may follow, `*` is everything."""
+    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). A name in NO_PROXY
+    matches what lies below it, too, and a port may follow."""
     for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
         if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
@@ -8923,7 +8906,7 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
 
 
 def parse_proxy(proxy: str) -> Proxy:
-    """A proxy's address, with or without a scheme. ValueError: it is not one of HTTP."""
+    """ValueError: it does not speak HTTP."""
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
@@ -8935,7 +8918,7 @@ def parse_proxy(proxy: str) -> Proxy:
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
-    """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
+    """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
@@ -8954,7 +8937,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
 # --- 9.2 one exchange ---
 
 def describe_error(error: BaseException) -> str:
-    """The system's message for an error, without addresses and paths."""
+    """Without addresses and paths."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
@@ -8975,7 +8958,7 @@ LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.E
 
 
 class Exchange:
-    """One request and its answer on one connection. Its holder calls close() in any case."""
+    """One request and its answer. Its holder calls close() in any case."""
     status = 0
     headers = NO_HEADERS
     connection: UpstreamConnection | None = None    # None after close()
@@ -8993,7 +8976,7 @@ class Exchange:
         self.total_due = self.loop.time() + provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
-        """Closes the connection and returns the error to raise. `limit`: the setting of a timeout, if it is one."""
+        """The error to raise; of a timeout, `limit` is its setting."""
         if self.connection is not None:
             self.connection.abort()
         where = self.origin.authority
@@ -9006,8 +8989,8 @@ class Exchange:
         return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
-        """The next part of the answer, by the deadline `due` of the setting `limit`, or that of total_timeout_s. Any failure,
-        cancellation too, closes the socket at once."""
+        """The next part of the answer, by the deadline `due` of the setting `limit`. Any failure, cancellation too, closes the
+        socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
         if self.loop.time() >= due:         # while bytes keep coming, no timer fires
@@ -9048,8 +9031,8 @@ class Exchange:
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
     async def read(self) -> bytes:
-        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
-        from this call: the time before it was spent on the client."""
+        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts from
+        this call: the time before was the client's."""
         connection, now = self.connection, self.loop.time()
         assert connection is not None
         if self.heard:
@@ -9094,7 +9077,7 @@ class Exchange:
             self.heard = False      # so read() raises the timeout
 
     def inflate(self) -> bytes:
-        """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
+        """The next slice of `compressed`; at the end of the body checks that it was complete."""
         if self.inflater is None:
             return b""
         piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
@@ -9119,8 +9102,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, reusable: bool = True) -> None:
-        """Returns the connection to the pool if the answer is complete and nothing followed it; else closes it. Reused with
-        unexpected bytes, it could hand one client's answer to another."""
+        """Returns the connection to the pool if the answer is complete and nothing followed it: reused with unexpected bytes,
+        it could hand one client's answer to another."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -9132,7 +9115,7 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """The whole answer was received, and the whole request sent. The decoder may have stopped at the last event."""
+        """Of answer and request. The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
                 await connection.receive()      # without waiting: the bytes are in the buffer
@@ -9144,7 +9127,7 @@ class Exchange:
 
 
 class Pump:
-    """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
+    """Gives the bytes of an answer to take() as the event loop receives them."""
 
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
         self.exchange, self.connection, self.take = exchange, connection, take
@@ -9201,8 +9184,8 @@ class ConnectionPool:
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. The provider may just be
-        closing a pooled connection: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
+        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. A pooled connection may
+        be closing: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
         endpoint = self.endpoint(provider)
         target = endpoint.prefix + path
         if provider.query_params:
@@ -9232,7 +9215,7 @@ class ConnectionPool:
         return self.endpoints[key]
 
     def acquire(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is open and has received nothing since its last answer."""
+        """The newest that is idle and can be reused."""
         connections = self.idle.get(origin, [])
         while connections:
             connection = connections.pop()
@@ -9246,7 +9229,7 @@ class ConnectionPool:
         return None
 
     def disable_reuse(self, origin: Origin) -> None:
-        """Unsolicited bytes could be read as the answer to another client's request."""
+        """They could be read as the answer to another client's request."""
         if origin not in self.not_reused:
             self.not_reused.add(origin)
             log.warning("%s sends unsolicited bytes; its connections are no longer reused", origin.authority)
@@ -9300,8 +9283,7 @@ class ConnectionPool:
         return connection
 
     async def addresses(self, host: str) -> list[str]:
-        """The addresses of a host. Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's
-        executor."""
+        """Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's executor."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         lookup = self.lookups.get(host)
@@ -9313,7 +9295,7 @@ class ConnectionPool:
         return await asyncio.wrap_future(lookup)
 
     async def open_tunnel(self, connection: UpstreamConnection, origin: Origin, proxy: Proxy) -> None:
-        """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
+        """After the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy.fields]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
@@ -9327,7 +9309,7 @@ class ConnectionPool:
         connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """A context that verifies, with the system's authorities or only those of ca_file."""
+        """Verifies with the system's authorities, or only those of ca_file."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9335,7 +9317,7 @@ class ConnectionPool:
         return self.contexts[ca_file]
 
     async def close(self) -> None:
-        """Closes the idle connections; open exchanges are closed by their holders."""
+        """Open exchanges are closed by their holders."""
         self.closed = True
         for connections in self.idle.values():
             for connection in connections:
@@ -11135,7 +11117,7 @@ def parse_day(text: str) -> int:
     """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
     if found := re.fullmatch(r"([0-9]{1,5})d", text):
         return int(time.time()) // 86400 - int(found[1]) + 1
-    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+    return day_of(text)
 
 
 def parse_expiry(text: str) -> dict[str, int]:

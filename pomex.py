@@ -4468,9 +4468,7 @@ class ChatMessages(TurnEncoder):
         self.out.append(message)
         form = self.settings.replay
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = [*itertools.chain(*pieces)]
-        if form == "reasoning_content":
-            reasoning = "".join(pieces)
+        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
@@ -4486,12 +4484,9 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            content: Any = result["output"]
-            others: list[JSON] = []
-            if not isinstance(content, str):
-                parts = self.encode_parts(content)
-                content = text_of(parts, "\n")
-                others = [part for part in parts if part["type"] != "text"]
+            parts = self.encode_parts(result["output"])
+            content: Any = text_of(parts, "\n")
+            others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
             elif others:                # elsewhere a tool message is only text
@@ -4521,9 +4516,7 @@ class ChatMessages(TurnEncoder):
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
-        return {
-            "type": "file",
-            "file": {"filename": name, "file_data": url}}
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
 # --- the answer
@@ -4710,29 +4703,12 @@ class ChatDecoder(ItemDecoder):
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
-    def on_event(self, event: Any) -> None:
-        chunk = as_dict(event)
-        self._chunk(chunk)
-        self._note_delta(chunk)
-
-    def _note_delta(self, chunk: JSON) -> None:
-        """Remembers a chunk with one text and nothing else of interest."""
-        choices = objects_in(chunk, "choices")
-        if len(choices) != 1 or self.tags.place == "inside":
-            return
-        delta = as_dict(choices[0].get("delta"))
-        fields = {**chunk, **choices[0], **delta}
-        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
-        channel = TEXT_CHANNELS.get(name)
-        in_tags = channel == "text" and self.tags.place
-        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
-            self.delta = TextDelta(name, self.texts[channel], None, channel)
-
     def whole(self, body: Any) -> None:
         super().whole(body)
         self.on_done()
 
-    def _chunk(self, chunk: JSON) -> None:
+    def on_event(self, event: Any) -> None:
+        chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
         holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
         counts = [holder["usage"] for holder in holders if holder.get("usage")]
@@ -4744,21 +4720,32 @@ class ChatDecoder(ItemDecoder):
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            raise classify_error([*errors, chunk][0])
+            raise classify_error(errors or chunk)
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = classify_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
-            if reason := choice.get("finish_reason"):
-                self._finish(choice, reason)
-        if usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
+            self._finish(choice)
+        if len(choices) == 1:
+            self._note_delta(chunk, choices[0])
+        elif usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
+
+    def _note_delta(self, chunk: JSON, choice: JSON) -> None:
+        """Remembers a chunk with one text and nothing else of interest."""
+        delta = object_in(choice, "delta")
+        fields = {**chunk, **choice, **delta}
+        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
+        channel = TEXT_CHANNELS.get(name)
+        in_tags = self.tags.place == "inside" or (channel == "text" and self.tags.place)
+        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
+            self.delta = TextDelta(name, self.texts[channel], None, channel)
 
     def _message(self, message: JSON, whole: bool) -> None:
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
-        self.streamed = self.streamed or not whole
+        self.streamed |= not whole
         snapshot = whole and self.streamed
         known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
         if snapshot:
@@ -4949,7 +4936,8 @@ class ChatDecoder(ItemDecoder):
         self._end_text()
         self._end_calls(last)
 
-    def _finish(self, choice: JSON, reason: Any) -> None:
+    def _finish(self, choice: JSON) -> None:
+        reason = choice.get("finish_reason")
         if isinstance(reason, dict):
             reason = reason.get("type") or reason.get("reason")
         if not reason:
@@ -4962,13 +4950,8 @@ class ChatDecoder(ItemDecoder):
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
         results = object_in(choice, "content_filter_results")      # from Azure
-        filters = [
-            name for name, result in results.items()
-            if as_dict(result).get("filtered")
-        ]
-        explanation = ""
-        if filters:
-            explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
+        filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
+        explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
         self._end_items(last=not outcome)
         self.sink.set_stop(self.stop)

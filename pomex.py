@@ -7525,7 +7525,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows included.
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day (also of pruned rows).
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])

@@ -7307,20 +7307,21 @@ class Database:
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none; does not overwrite an existing file."""
+        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
-            os.unlink(part)
-        try:
-            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy:
-                self.reader.backup(copy)
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            os.rename(part, path)
-        finally:
-            with contextlib.suppress(OSError):
+        with database_errors(path):
+            with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
                 os.unlink(part)
+            try:
+                os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                with contextlib.closing(sqlite3.connect(part)) as copy:
+                    self.reader.backup(copy)
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                os.rename(part, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
 
     def migrate(self) -> None:
         """Creates the schema, or upgrades an older file after copying it."""
@@ -7380,7 +7381,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 --------------------------------------------------------------------------
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows included.
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -8232,11 +8233,6 @@ class Ledger:
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
-    def backup(self, path: str) -> None:
-        """Makes a complete copy while servers run; does not overwrite an existing file."""
-        with database_errors(path):
-            self.db.copy(path)
-
 
 def in_usd(values: JSON) -> JSON:
     """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
@@ -8412,12 +8408,6 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 # --- 8.9 accounts and credit ----------------------------------------------------------------------
 
-async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
-                         who: str = "") -> None:
-    settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-    await ledger.create("account", name, now_s, who, settings)
-
-
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
     """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
     credit is used up), and the sums of its credit and of what it has spent."""
@@ -8491,7 +8481,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
+    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -11046,8 +11036,9 @@ async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await create_account(ledger, values["name"], values.get("prepaid", False), values.get("limit"),
-                         values.get("multiplier", ONE), time.time(), who)
+    await ledger.create("account", values["name"], time.time(), who, {
+        "prepaid": int(values.get("prepaid", False)), "limit_nanos": values.get("limit"),
+        "multiplier": values.get("multiplier", ONE)})
     return {}
 
 
@@ -12980,7 +12971,7 @@ async def run_audit(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_backup(ledger: Ledger, args: Args) -> None:
-    ledger.backup(args.file)
+    ledger.db.copy(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
 

@@ -6520,7 +6520,7 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
 
 def read_base_url(url: str) -> str:
     """The address without its last slash."""
-    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+    if urllib.parse.urlsplit(url).port == 0:  # above 65535 is a ValueError, too
         raise ValueError
     return url.rstrip("/")
 
@@ -6660,8 +6660,8 @@ class ProviderConfig:
         {}, "capability overrides by model-name prefix", items=OBJECT,
         wanted='a table of tables, like { "name" = { key = value } }')
     free: bool = option(False, "its models cost nothing where they have no price")
-    local: bool = False         # base_url is on this machine or its private network
-    key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
+    local: bool = False   # base_url is on this machine or its private network
+    key_source: str = ""  # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
 
 
 class Target(NamedTuple):
@@ -6712,7 +6712,7 @@ class Config:
     providers: dict[str, ProviderConfig]
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
-    path: str = ""                      # of the file; "" without one
+    path: str = ""  # of the file; "" without one
 
     @property
     def warnings(self) -> list[str]:
@@ -6727,7 +6727,7 @@ SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConf
 NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}       # filled in layer 14
+BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}  # filled in layer 14
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
@@ -6756,7 +6756,7 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     elif kind is bool:
         value = {"true": True, "false": False}.get(text, text)
     else:
-        with contextlib.suppress(ValueError):       # check reports the mistake
+        with contextlib.suppress(ValueError):  # check reports the mistake
             value = kind(text)
     return check(value, spec, path)
 
@@ -6778,7 +6778,7 @@ def no_file(path: str) -> str:
     raise OSError(errno.ENOENT, "no files here")
 
 
-REFERENCE = ("env:", "file:")       # any other secret is a literal
+REFERENCE = ("env:", "file:")  # any other secret is a literal
 PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
@@ -6792,7 +6792,7 @@ class ConfigFile:
         self.read_file = read_file
         try:
             self.toml: JSON = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, deeply nested brackets
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
             where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
             raise ConfigError(where) from None
@@ -6885,7 +6885,7 @@ def is_private(url: str) -> bool:
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
-    except ValueError:      # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
+    except ValueError:  # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
         domains = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
         return "." not in host or host.endswith(domains)
 
@@ -6897,9 +6897,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(config_fields(ProviderConfig), *path)
     if values.keys() & {"base_url", "api_key", "api_keys"}:
-        values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
+        values.setdefault("env_key", "")  # a built-in provider's key goes to no other address
     if "base_url" in values:
-        values.setdefault("relay", "normalise")     # no other server is trusted to behave like the original
+        values.setdefault("relay", "normalise")  # no other server is trusted to behave like the original
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
@@ -6933,7 +6933,7 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         return {}
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
-    keys: dict[str, str] = {}           # key -> its source
+    keys: dict[str, str] = {}  # key -> its source
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
@@ -7016,7 +7016,7 @@ def load_config(
             tokens.append(check(source.secret(token), ADMIN_TOKEN, ""))
     server["admin_token"] = tuple(tokens)
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    if not name:            # without a file, the state folder holds the database
+    if not name:  # without a file, the state folder holds the database
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
         state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
         database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
@@ -7079,11 +7079,11 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
-KEY_RANDOM = 28             # base62 characters, 166 bits, of which lists show 48
-KEY_CHECK = 4               # of a checksum over those
+KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
+KEY_CHECK = 4    # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
@@ -7098,19 +7098,19 @@ class Key:
     id: int
     name: str
     digest: str = field(repr=False)
-    hint: str               # "sk-rh-7Qm2…Ja1U"
+    hint: str  # "sk-rh-7Qm2…Ja1U"
     created_s: int
-    expires_s: int          # 0: never
-    revoked_s: int          # 0: active
+    expires_s: int  # 0: never
+    revoked_s: int  # 0: active
     account_id: int
-    models: str             # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
-    period: str             # of the budget: day | week | month | total
-    rpm: int                # requests a minute; 0: any number, as below
-    tpm: int                # tokens a minute
-    concurrent: int         # requests open at once
-    allow_unpriced: int     # 1: models without a price are served in spite of its budget
-    account: str            # its account's name, and what that says
+    period: str          # of the budget: day | week | month | total
+    rpm: int             # requests a minute; 0: any number, as below
+    tpm: int             # tokens a minute
+    concurrent: int      # requests open at once
+    allow_unpriced: int  # 1: models without a price are served in spite of its budget
+    account: str         # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -7126,11 +7126,11 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-KEY_COLUMNS = tuple(Key.__annotations__)[:15]       # the others are its account's
-KEY_SETTINGS = KEY_COLUMNS[5:]                      # these may change
+KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
+KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes: other processes look for it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -7138,43 +7138,43 @@ class UsageRow(NamedTuple):
     """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
-    started_ms: int                 # Unix time
+    started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str                      # as the client asked for it
-    attempt: int = 0                # its number, from 1
-    final: int = 1                  # 0: a failed attempt that is billed all the same
+    model: str        # as the client asked for it
+    attempt: int = 0  # its number, from 1
+    final: int = 1    # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""                # of its request, one of RESULTS
+    served_model: str = ""     # the model that the answer names, where it is another
+    status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""           # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway; "": the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count, if they are not
-    tier: str = ""                  # the service tier, as the provider says
-    session: str = ""               # the client's name of the conversation
-    client: str = ""                # its User-Agent
-    input: int = 0                  # tokens, as in Usage
+    error: str = ""                # the reason of a failure, in words
+    terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
+    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
+    tier: str = ""                 # the service tier, as the provider says
+    session: str = ""              # the client's name of the conversation
+    client: str = ""               # its User-Agent
+    input: int = 0                 # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
-    multiplier: int = 1_000_000     # of the account, in millionths
+    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # by the cache
-    asked_ms: int = 0               # from the request: to the newest upstream call,
-    answering_ms: int = 0           # to the head of its answer,
-    first_ms: int = 0               # to the first output; 0: none came
-    total_ms: int = 0               # and to the end
-    attempts: int = 0               # requests sent upstream
-    upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
+    saved_nanos: int = 0   # by the cache
+    asked_ms: int = 0      # from the request: to the newest upstream call,
+    answering_ms: int = 0  # to the head of its answer,
+    first_ms: int = 0      # to the first output; 0: none came
+    total_ms: int = 0      # and to the end
+    attempts: int = 0      # requests sent upstream
+    upstream_id: str = ""  # the provider's request id
+    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -7238,7 +7238,7 @@ def day_of(text: str) -> int:
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
-BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
+BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
     (r"(bearer)? \Z", "No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this "
      "shell, then start codex again."),
     (r"(?!bearer )", "The Authorization header must read: Bearer sk-rh-…"),
@@ -7246,7 +7246,7 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
      'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'),
     (r"bearer (?i:bearer) ", 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'),
     (r"bearer (sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ)", "This looks like another provider's key. "
-     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),      # of vendors; and JWTs
+     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),  # of vendors; and JWTs
     (r"bearer (?!sk-rh-)", "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"),
     (r"bearer sk-rh-x+\Z",
      "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."),
@@ -7275,7 +7275,7 @@ def unauthorized(sentence: str) -> Unauthorized:
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
-NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
+NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not codex exec
 
 
 # --- 8.2 the database ---
@@ -7283,7 +7283,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5
-APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
 STRING = "TEXT NOT NULL DEFAULT ''"
@@ -7323,10 +7323,10 @@ SCHEMA = (
     f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -7356,8 +7356,8 @@ class Transaction:
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - returned to the caller
-            if not self.connection.in_transaction:      # e.g. a full disk ended it
+        except Exception as error:  # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:  # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7365,7 +7365,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7380,7 +7380,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
     """The message does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        reason = error.strerror or ""       # str() would give the path
+        reason = error.strerror or ""  # str() would give the path
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
@@ -7395,7 +7395,7 @@ def is_database_failure(error: Exception) -> bool:
 def database_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, OSError, RuntimeError) as error:        # RuntimeError: its thread has ended
+    except (sqlite3.Error, OSError, RuntimeError) as error:  # RuntimeError: its thread has ended
         raise database_trouble(path, error) from error
 
 
@@ -7403,7 +7403,7 @@ def create_file(path: str) -> None:
     """For this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
+    with contextlib.suppress(OSError):  # it belongs to another user, whose choice it is
         for suffix in ("", "-wal", "-shm"):
             os.chmod(path + suffix, 0o600)
 
@@ -7445,27 +7445,28 @@ class Database:
         """Waits for what is in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
+        self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none; does not overwrite an existing file."""
+        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
-            os.unlink(part)
-        try:
-            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy:
-                self.reader.backup(copy)
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            os.rename(part, path)
-        finally:
-            with contextlib.suppress(OSError):
+        with database_errors(path):
+            with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
                 os.unlink(part)
+            try:
+                os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                with contextlib.closing(sqlite3.connect(part)) as copy:
+                    self.reader.backup(copy)
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                os.rename(part, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
 
     def migrate(self) -> None:
         """Creates the schema, or upgrades an older file after copying it."""
@@ -7504,10 +7505,10 @@ class Database:
 
 def create_tables(tx: Transaction) -> None:
     """Creates the schema and moves the rows of an older one into it."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
-    for kind, name in found:            # triggers, tables, indexes
+    for kind, name in found:  # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
         tx.execute(statement)
@@ -7525,7 +7526,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day (also of pruned rows).
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -7536,9 +7537,9 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
-    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
-    names = [column[0] for column in cursor.description]
-    return (dict(zip(names, row)) for row in cursor)
+    cursor = tx.connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return map(dict, cursor.execute("SELECT * FROM old_" + query, values))
 
 
 def take_over_old_tables(tx: Transaction) -> None:
@@ -7568,7 +7569,7 @@ def take_over_old_tables(tx: Transaction) -> None:
 # thousand searches; "-" where there is none.
 
 ONE = 1_000_000             # a multiplier of 1
-PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
+PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
@@ -7576,7 +7577,7 @@ USUAL = {       # defaults for all models of a provider; a row of the table over
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")  # a dated model costs what its family does
 
 
 class Price(NamedTuple):
@@ -7602,7 +7603,7 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000        # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # a token is priced per million, a search per thousand
     return Price(*picos)
 
 
@@ -7618,12 +7619,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0                               # with more input than this a request costs `long`; 0: none does
+    over: int = 0  # with more input than this a request costs `long`; 0: none does
     long: str = ""
-    changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
-    ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it is defined, for people
+    changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
+    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
+    ends: str = ""                             # the day its provider retires the model
+    source: str = ""                           # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7633,7 +7634,7 @@ class PriceSchedule(NamedTuple):
         if self.over and input_tokens > self.over:
             text = self.long
         beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
-        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
+        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5  # day 0 was a Thursday
         for tier in (tiers + " peak" * peak).split():
             text = scaled(text, self.factors[tier]) if tier in self.factors else text
         return text
@@ -7659,7 +7660,7 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
         over, long, changes = 0, "", []
         for kind in [*factors]:
-            if kind.startswith("over"):         # the row's own comes last
+            if kind.startswith("over"):  # the row's own comes last
                 over, long = int(kind[4:]), scaled(base, factors.pop(kind))
             elif kind.startswith("from"):
                 changes.append((day_of(kind[4:]), scaled(base, factors.pop(kind))))
@@ -7834,19 +7835,19 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused
-WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
+RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str               # nanos | requests | tokens | open
-    maximum: int            # 0 for prepaid credit, whose bound is its balance
-    kind: str               # key | account | credit | open | rate
+    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str     # nanos | requests | tokens | open
+    maximum: int  # 0 for prepaid credit, whose bound is its balance
+    kind: str     # key | account | credit | open | rate
     owner_id: int
-    since_day: int          # of a meter: it counts what was spent since then
+    since_day: int  # of a meter: it counts what was spent since then
 
 
 @dataclass(eq=False)
@@ -7889,7 +7890,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
     if limit.kind != "open":
         spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
                         "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
-        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",     # long over
+        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",  # long over
                    (limit.owner, limit.since_day - 62))
     tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
     return spent, 0
@@ -7922,18 +7923,18 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 # --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
-OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25              # between two attempts of a failing ledger to write
-SETTLE_WAIT_S = 2.0         # how long an answer waits for it
-BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0               # without a beat a process of another host is dead
+KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
+GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
+RETRY_S = 0.25       # between two attempts of a failing ledger to write
+SETTLE_WAIT_S = 2.0  # how long an answer waits for it
+BEAT_S = 10.0        # how often a process with open requests says that it lives
+KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
+DEAD_S = 60.0        # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
 OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
 
@@ -7953,7 +7954,7 @@ def start_of(pid: int) -> str:
 
 
 def has_ended(pid: int, start: str) -> bool:
-    if sys.platform == "win32":         # there os.kill would end it
+    if sys.platform == "win32":  # there os.kill would end it
         return False
     try:
         os.kill(pid, 0)
@@ -7971,7 +7972,7 @@ class Ledger:
     secret = b""                # authenticates what clients carry for us
     disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
     revision = 0                # of the keys
-    flushed: asyncio.Future[LedgerError | None] | None = None       # when the next commit is done; None: not yet asked for
+    flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
     flushed_at = 0.0            # when the one before was begun
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
@@ -7979,18 +7980,18 @@ class Ledger:
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db, self.max_unsaved = db, max_unsaved
-        self.keys: dict[int, Key] = {}      # by id, revoked ones too
+        self.keys: dict[int, Key] = {}  # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
-        self.pending: dict[str, OpenRow] = {}           # begun, not settled
+        self.pending: dict[str, OpenRow] = {}  # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
         # what one commit of each half second writes
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of /metrics
+        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
-        self.notes: dict[str, str] = {}                 # settings: the last error of each provider
-        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
+        self.notes: dict[str, str] = {}                # settings: the last error of each provider
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8031,7 +8032,7 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
-            await self.refresh()                # another process may have made it just now
+            await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
@@ -8102,7 +8103,7 @@ class Ledger:
             if not held:
                 self.pending.pop(response_id, None)
             raise
-        except BaseException:       # it may have been written
+        except BaseException:  # it may have been written
             if not held:
                 self.abandon(response_id)
             raise
@@ -8160,9 +8161,9 @@ class Ledger:
         loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if self.pending or not self.healthy:        # others may join, or the database may heal
+                if self.pending or not self.healthy:  # others may join, or the database may heal
                     await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
-                    if self.flushed is None:        # the ledger was closed
+                    if self.flushed is None:  # the ledger was closed
                         return
                 self.flushed_at = loop.time()
                 flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
@@ -8187,7 +8188,7 @@ class Ledger:
 
     def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
                     ) -> None:
-        for write in writes:            # first: what a request reserves goes before its settlement
+        for write in writes:  # first: what a request reserves goes before its settlement
             write(tx)
         self.write_requests(unsaved, tx)
 
@@ -8235,7 +8236,7 @@ class Ledger:
             self.db.close()
         flushed, self.flushed = self.flushed, None
         if flushed is not None:
-            with contextlib.suppress(RuntimeError):     # its loop has ended
+            with contextlib.suppress(RuntimeError):  # its loop has ended
                 flushed.set_result(failure)
 
     # processes
@@ -8262,9 +8263,9 @@ class Ledger:
                 await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it too, where it is reported
+            except LedgerError:  # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
+            except Exception as error:  # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
@@ -8320,7 +8321,7 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
@@ -8343,7 +8344,7 @@ class Ledger:
 
         def run(tx: Transaction) -> None:
             tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")  # of a new key
         try:
             await self.change(who, f"{kind} created", name, run, settings)
         except sqlite3.IntegrityError:
@@ -8377,11 +8378,6 @@ class Ledger:
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
-    def backup(self, path: str) -> None:
-        """Makes a complete copy while servers run; does not overwrite an existing file."""
-        with database_errors(path):
-            self.db.copy(path)
-
 
 def in_usd(values: JSON) -> JSON:
     """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
@@ -8394,12 +8390,12 @@ def in_usd(values: JSON) -> JSON:
 class Reservation:
     """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
     request_id, endpoint, session and client."""
-    reserved_output = 0             # output tokens whose cost is reserved
-    charged_output = 0              # output tokens charged to a rate
-    max_output_tokens = 0           # of the answer
-    exhausted = False               # the last extension failed or was cut short
-    max_price = ""                  # the price that reservations are made at
-    first = "", "", Usage()         # the target that is asked first, and what goes into it
+    reserved_output = 0      # output tokens whose cost is reserved
+    charged_output = 0       # output tokens charged to a rate
+    max_output_tokens = 0    # of the answer
+    exhausted = False        # the last extension failed or was cut short
+    max_price = ""           # the price that reservations are made at
+    first = "", "", Usage()  # the target that is asked first, and what goes into it
 
     def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
                  named: Mapping[str, Any], asked_tier: str = "") -> None:
@@ -8408,7 +8404,7 @@ class Reservation:
         self.response_id, self.model, self.started_ms = response_id, model, started_ms
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS)
-        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
+        self.held: collections.Counter[Limit] = collections.Counter()  # what is reserved
         self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
@@ -8557,12 +8553,6 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 # --- 8.9 accounts and credit ---
 
-async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
-                         who: str = "") -> None:
-    settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-    await ledger.create("account", name, now_s, who, settings)
-
-
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
     """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
     credit is used up), and the sums of its credit and of what it has spent."""
@@ -8598,7 +8588,7 @@ KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {tab
                                 for table in ("key", "account"))
 REPORT_BY = {"model": "model", "provider": "provider", "endpoint": "endpoint", "day": f"started_ms / {DAY_MS}",
              "key": KEY_NAME_OF, "account": ACCOUNT_NAME_OF}
-ROW_SUMS = {        # of rows, what the same name sums of rollups
+ROW_SUMS = {  # of rows, what the same name sums of rollups
     "requests": "final", "failed": "CASE WHEN status = 'failed' THEN 1 ELSE 0 END",
     "estimated": "CASE WHEN estimated <> '' THEN 1 ELSE 0 END",
     "unpriced": "CASE WHEN final = 1 AND price = '' AND input + output > 0 THEN 1 ELSE 0 END"}
@@ -8636,7 +8626,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
+    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -8708,7 +8698,7 @@ async def prune(ledger: Ledger, before_day: int) -> int:
         return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
                           (before_day * DAY_MS,))
     gone = 0
-    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
+    while removed := await ledger.commit(run):  # a part at a time: running servers write in between
         gone += removed
     return gone
 
@@ -8726,13 +8716,13 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 # One exchange with a provider. An error says in which phase it happened and whether the request had been sent; it never holds
 # a key.
 
-READ_BYTES = 2**18          # of one read: a large body costs 42 % less CPU than with 64 KiB
-WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
-HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
-POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin
-PUMPED_BYTES = 2**16        # of a stream, translated in one step: with a larger read other tasks must run between
-INFLATE_BYTES = 2**14       # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
+READ_BYTES = 2**18        # of one read: a large body costs 42 % less CPU than with 64 KiB
+WRITE_HIGH_BYTES = 2**18  # unsent bytes of a connection before its writer waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25   # before the next address of a host is tried in parallel (RFC 8305 5)
+POOL_IDLE_S = 30.0        # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
+POOL_SIZE = 256           # idle connections of one origin
+PUMPED_BYTES = 2**16      # of a stream, translated in one step: with a larger read other tasks must run between
+INFLATE_BYTES = 2**14     # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
@@ -8747,18 +8737,18 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
-        self.reader = asyncio.StreamReader(buffer_bytes)        # which holds up to twice that
+        self.reader = asyncio.StreamReader(buffer_bytes)  # which holds up to twice that
         super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
-        self.unread = 0                         # bytes in the reader
+        self.unread = 0  # bytes in the reader
         self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
-        self.fault: Exception | None = None     # a reset: raised by the reader, it would hide the bytes before it
+        self.fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
         assert isinstance(transport, asyncio.Transport)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        with contextlib.suppress(OSError):      # a Unix socket has no such option
+        with contextlib.suppress(OSError):  # a Unix socket has no such option
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
 
@@ -8772,7 +8762,7 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
     def eof_received(self) -> bool:
         super().eof_received()
         self.on_end()
-        return False        # the transport closes itself
+        return False  # the transport closes itself
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fault = exc
@@ -8805,8 +8795,8 @@ class StreamConnection:
 
 class UpstreamConnection(StreamConnection):
     http: ResponseReader
-    answered = False                            # a byte of the answer has come
-    expiry: asyncio.TimerHandle | None = None   # while it is idle
+    answered = False                           # a byte of the answer has come
+    expiry: asyncio.TimerHandle | None = None  # while it is idle
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         super().__init__(protocol, writer)
@@ -8832,10 +8822,10 @@ class TransportError(UpstreamError):
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
-        self.phase = phase      # a key of PHASES
-        self.sent = sent        # the provider may have seen the request
-        self.brief = brief      # what went wrong, in a few words
-        self.where = where      # host:port
+        self.phase = phase  # a key of PHASES
+        self.sent = sent    # the provider may have seen the request
+        self.brief = brief  # what went wrong, in a few words
+        self.where = where  # host:port
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
@@ -8847,7 +8837,7 @@ class TransportTimeout(TransportError, UpstreamTimeout):
 class Proxy(NamedTuple):
     host: str
     port: int
-    fields: tuple[tuple[str, str], ...]     # headers: its user and password
+    fields: tuple[tuple[str, str], ...]  # headers: its user and password
 
 
 class Origin(NamedTuple):
@@ -8866,8 +8856,8 @@ class Origin(NamedTuple):
 class Endpoint(NamedTuple):
     """What all requests to one base_url have in common."""
     origin: Origin
-    prefix: str                         # of the request target: the path, and before a proxy the whole URL
-    fields: list[tuple[str, str]]       # headers
+    prefix: str                    # of the request target: the path, and before a proxy the whole URL
+    fields: list[tuple[str, str]]  # headers
 
 
 def is_loopback(host: str) -> bool:
@@ -8879,7 +8869,7 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
     matches what lies below it, too, and a port may follow."""
     for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
-        if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
+        if entry.count(":") == 1 or "]:" in entry:  # more colons without brackets: an IPv6 address
             name, _, wanted = entry.rpartition(":")
         name = name.strip("[]").lstrip(".")
         if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
@@ -8893,7 +8883,7 @@ def parse_proxy(proxy: str) -> Proxy:
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
-    port = url.port or 1080         # curl's default
+    port = url.port or 1080  # curl's default
     if url.username is None:
         return Proxy(url.hostname, port, ())
     pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
@@ -8912,7 +8902,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
     name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
     path = url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
-    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
+    if proxy and url.scheme == "http":  # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
     return Endpoint(origin, path, fields)
 
@@ -8937,21 +8927,21 @@ def overloaded(message: str, status: int = 503, code: str = "overloaded") -> Gat
 
 
 NO_HEADERS = Headers([])
-LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # not a provider's
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)  # not a provider's
 
 
 class Exchange:
     """One request and its answer. Its holder calls close() in any case."""
     status = 0
     headers = NO_HEADERS
-    connection: UpstreamConnection | None = None    # None after close()
+    connection: UpstreamConnection | None = None  # None after close()
     keep_alive = False
-    finished = False                # the body was read to its end
-    heard = True                    # the last piece held more than comments and pings: set by the caller of read()
-    idle_due = 0.0                  # when silence inside the answer becomes a timeout
-    paused_since = math.inf         # when the last piece was returned
+    finished = False         # the body was read to its end
+    heard = True             # the last piece held more than comments and pings: set by the caller of read()
+    idle_due = 0.0           # when silence inside the answer becomes a timeout
+    paused_since = math.inf  # when the last piece was returned
     inflater: ContentDecoder | None = None
-    compressed = b""                # bytes not inflated yet
+    compressed = b""  # bytes not inflated yet
 
     def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
         self.pool, self.provider, self.origin = pool, provider, origin
@@ -8976,7 +8966,7 @@ class Exchange:
         socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
-        if self.loop.time() >= due:         # while bytes keep coming, no timer fires
+        if self.loop.time() >= due:  # while bytes keep coming, no timer fires
             raise self.failed(phase, TimeoutError(), limit)
         timeout = asyncio.timeout_at(due)
         try:
@@ -9057,7 +9047,7 @@ class Exchange:
         if pump.error is not None:
             raise pump.error
         if not pump.stopped.done():
-            self.heard = False      # so read() raises the timeout
+            self.heard = False  # so read() raises the timeout
 
     def inflate(self) -> bytes:
         """The next slice of `compressed`; at the end of the body checks that it was complete."""
@@ -9101,7 +9091,7 @@ class Exchange:
         """Of answer and request. The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
-                await connection.receive()      # without waiting: the bytes are in the buffer
+                await connection.receive()  # without waiting: the bytes are in the buffer
             while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
@@ -9115,7 +9105,7 @@ class Pump:
     def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
         self.exchange, self.connection, self.take = exchange, connection, take
         self.stopped = exchange.loop.create_future()
-        self.error: Exception | None = None     # of take()
+        self.error: Exception | None = None  # of take()
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -9131,10 +9121,10 @@ class Pump:
         try:
             while isinstance(part := self.connection.http.next(), bytes) and self.take(part):
                 pass
-        except ProtocolError:           # the HTTP reader raises it again, for read()
+        except ProtocolError:  # the HTTP reader raises it again, for read()
             self.stop()
             return
-        except Exception as error:      # noqa: BLE001 - for the task to handle
+        except Exception as error:  # noqa: BLE001 - for the task to handle
             self.error = error
             self.stop()
             return
@@ -9157,13 +9147,13 @@ class ConnectionPool:
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest is last, and used first
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # in progress, by host
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}  # in progress, by host
         self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
         self.closed = False
-        self.secrets = re.compile(r"(?!)")              # never repeated from a provider's answer
+        self.secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
@@ -9192,7 +9182,7 @@ class ConnectionPool:
         if key not in self.endpoints:
             try:
                 self.endpoints[key] = endpoint_of(provider, self.environ)
-            except ValueError as error:     # of a proxy in the environment
+            except ValueError as error:  # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
                 raise TransportError(message, "connect", sent=False) from None
         return self.endpoints[key]
@@ -9206,7 +9196,7 @@ class ConnectionPool:
                 connection.expiry.cancel()
             if connection.reusable:
                 return connection
-            if not connection.writer.is_closing():      # a closing one may have received a 408
+            if not connection.writer.is_closing():  # a closing one may have received a 408
                 self.disable_reuse(origin)
             connection.abort()
         return None
@@ -9261,7 +9251,7 @@ class ConnectionPool:
             raise next(filter(None, reversed(errors)))
         opened = connection.writer.get_extra_info("socket")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
+        if hasattr(socket, "TCP_KEEPIDLE"):  # NATs drop silent connections after some minutes
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
@@ -9272,7 +9262,7 @@ class ConnectionPool:
         lookup = self.lookups.get(host)
         if lookup is None:
             self.lookups[host] = lookup = concurrent.futures.Future()
-            lookup.set_running_or_notify_cancel()       # waiters may be cancelled, the look-up may not
+            lookup.set_running_or_notify_cancel()  # waiters may be cancelled, the look-up may not
             lookup.add_done_callback(lambda _: self.lookups.pop(host))
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
@@ -9306,7 +9296,7 @@ class ConnectionPool:
             for connection in connections:
                 connection.abort()
         self.idle.clear()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
 
 def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
@@ -11190,8 +11180,9 @@ async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await create_account(ledger, values["name"], values.get("prepaid", False), values.get("limit"),
-                         values.get("multiplier", ONE), time.time(), who)
+    await ledger.create("account", values["name"], time.time(), who, {
+        "prepaid": int(values.get("prepaid", False)), "limit_nanos": values.get("limit"),
+        "multiplier": values.get("multiplier", ONE)})
     return {}
 
 
@@ -13086,7 +13077,7 @@ async def run_audit(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_backup(ledger: Ledger, args: Args) -> None:
-    ledger.backup(args.file)
+    ledger.db.copy(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
 

@@ -1211,7 +1211,8 @@ class AroundInput(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
     """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
-    then those of input items, in order."""
+    then those of input items, in order. A request of another client API is translated into this form; its
+    input and tools only on demand, by `translated()`."""
     body: JSON
     raw: bytes
     model: str
@@ -1223,6 +1224,8 @@ class ResponsesRequest:
     around: AroundInput = field(default=AroundInput(), compare=False)
     # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+    api: str = "responses"      # of CLIENT_APIS
+    given: JSON = field(default_factory=dict, compare=False)    # the client's own body, decoded
 
     @property
     def estimated_input(self) -> int:
@@ -1233,6 +1236,14 @@ class ResponsesRequest:
         """A field of the body; null counts as absent."""
         value = self.body.get(name)
         return default if value is None else value
+
+    def translated(self) -> ResponsesRequest:
+        """The request with its input and tools."""
+        if self.input:
+            return self
+        body = {**CLIENT_APIS[self.api].translate(self), **self.body}
+        whole = validate_request(body, self.raw, self.weight, None, self.around)
+        return dataclasses.replace(whole, model=self.model, memo=self.memo, api=self.api, given=self.given)
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""
@@ -1266,7 +1277,8 @@ MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string, which escapes quotes
+INPUT_ARRAYS = {        # by the field's name; never inside a JSON string, which escapes quotes
+    name: re.compile(rb'"%s"\s*:\s*\[' % name.encode()) for name in ("input", "messages")}
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 
 
@@ -1285,8 +1297,9 @@ def common_prefix(one: bytes, other: bytes) -> int:
 def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
     """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
     input items; else None. Only new text is decoded."""
+    name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
-    array = INPUT_ARRAY.search(raw, 0, shared)
+    array = INPUT_ARRAYS[name].search(raw, 0, shared)
     ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
     if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
         return None
@@ -1299,21 +1312,22 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
             body = strict_json(around)
     except (ValueError, RecursionError):
         return None
-    if body.get("input") != INPUT_MARK:
+    if body.get(name) != INPUT_MARK:
         return None
-    grown = {**body, "input": [*last.body["input"], *items[1:]]}
+    grown = {**body, name: [*last.given[name], *items[1:]]}
     weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
     return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
 
-def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field and its valid values. `last` is the
+def parse_request(raw: bytes, last: ResponsesRequest | None = None,
+                  api: str = "responses") -> ResponsesRequest:
+    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. `last` is the
     conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    grown = last and grown_body(raw, last)
+    grown = last and last.api == api and grown_body(raw, last)
     if grown:
         body, weight, around = grown
     else:
@@ -1326,6 +1340,10 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
                              code="invalid_json")
         last, weight, around = None, weigh_input(raw), AroundInput()
     try:
+        if api != "responses":
+            fields = CLIENT_APIS[api].fields(body)
+            return ResponsesRequest(fields, raw, fields["model"], fields.get("stream", False), "", [], [],
+                                    weight, around, last.memo if last else {}, api, body)
         return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
@@ -1370,7 +1388,8 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         tools=tools,
         weight=weight,
         around=around,
-        memo=last.memo if last else {})
+        memo=last.memo if last else {},
+        given=body)
 
 
 def instructions_text(body: JSON) -> str:
@@ -2034,19 +2053,71 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
 
 
 @dataclass(eq=False)
-class ResponseContext:
-    """The state that the attempts at one answer share. The client sees the output of only one."""
+class ClientAnswer:
+    """The state that the attempts at one answer share, and the frames of its stream in the client's API. The
+    client sees the output of only one attempt: no frame is asked for before its output has started."""
     request: ResponsesRequest
     id: str
     created_s: int
     profile: ClientProfile
     # set later, if at all
-    sequence = 0            # of the next event
     started = False
     max_chars = 32 << 20    # of one attempt's output
     max_items = 4096
     estimated_input = 0     # tokens
     secrets = re.compile(r"(?!)")   # a call id must not match it
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        """The frames that open the stream, or nothing if they have been sent; without an attempt, those that
+        need none."""
+        return b""
+
+    def heartbeat(self) -> bytes:
+        return b""
+
+    # what an Assembler reports: an item begins, a part of it begins, grows and ends, the item ends
+
+    def begin_item(self, item: Item) -> bytes:
+        return b""
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        return b""
+
+    def delta(self, item: Item, text: str) -> bytes:
+        """More text of the open part of an item, or of a call."""
+        return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        return b"".join([self.delta(item, text) for text in texts])
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        """A source of the open text; `item.annotations` has it, as the last one."""
+        return b""
+
+    def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
+        """`text` and the whole `part` as JSON text."""
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        """`rest`: the part of a call's `arguments` that no delta has brought; `json`: the whole item."""
+        return b""
+
+    def whole_item(self, index: int, json: str) -> bytes:
+        """An item that begins and ends at once, of a type that only Responses has."""
+        return b""
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The frames that end the stream, after the attempt has ended."""
+        raise NotImplementedError
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        """The whole answer as JSON text, for a client that does not stream."""
+        raise NotImplementedError
+
+
+class ResponsesAnswer(ClientAnswer):
+    """Events of the Responses API, numbered."""
+    sequence = 0            # of the next event
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2075,16 +2146,8 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
-    def frames(self, kind: str, events: list[str]) -> bytes:
-        """The frames of several events of a kind."""
-        before = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
-        numbered = enumerate(events, self.sequence)
-        self.sequence += len(events)
-        return "".join([f"{before}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
-
-    def start(self) -> bytes:
-        """response.created and .in_progress, or nothing if they have been sent."""
-        if self.started or not self.request.stream:
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
             return b""
         self.started = True
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
@@ -2092,6 +2155,82 @@ class ResponseContext:
     def heartbeat(self) -> bytes:
         """A data event: comments do not reset Codex's idle timer."""
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
+
+    def begin_item(self, item: Item) -> bytes:
+        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        if item.kind in CALL_FIELD:
+            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
+        fields = f'"output_index":{item.index},"item":{item.to_json("in_progress")}'
+        frames = [self.frame("response.output_item.added", fields)]
+        for step in HOSTED_STEPS.get(item.kind, ()):
+            frames.append(self.frame(f"response.{item.kind}.{step}", item.location_json))
+        return b"".join(frames)
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        number = len(item.parts[shape.container])
+        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.delta_event = f"{shape.delta}.delta"
+        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
+        return self.frame(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.frame(item.delta_event, item.delta_head + json_string(text))
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        before = f'event: {item.delta_event}\ndata: {{"type":"{item.delta_event}","sequence_number":'
+        numbered = enumerate(map(json_string, texts), self.sequence)
+        self.sequence += len(texts)
+        frames = [f"{before}{number},{item.delta_head}{text}}}\n\n" for number, text in numbered]
+        return "".join(frames).encode()
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.frame("response.output_text.annotation.added",
+                          f'{item.part_location_json},"annotation_index":{len(item.annotations) - 1},'
+                          f'"annotation":{item.annotations[-1]}')
+
+    def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
+        location_json = item.part_location_json
+        return (self.frame(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
+                + self.frame(f"{shape.event}.done", f'{location_json},"part":{part}'))
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        frames = self.delta(item, rest) if rest else b""
+        if item.kind in CALL_FIELD:
+            name = CALL_FIELD[item.kind]
+            more = f',"name":{json_string(item.tool.name)}' if item.tool and name == "arguments" else ""
+            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            frames += self.frame(f"response.{item.kind}_{name}.done", fields)
+        if item.kind in HOSTED_STEPS:
+            frames += self.frame(f"response.{item.kind}.completed", item.location_json)
+        return frames + self.frame("response.output_item.done", f'"output_index":{item.index},"item":{json}')
+
+    def whole_item(self, index: int, json: str) -> bytes:
+        fields = f'"output_index":{index},"item":{json}'
+        return (self.frame("response.output_item.added", fields)
+                + self.frame("response.output_item.done", fields))
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The rest of the output, the terminal event, [DONE]."""
+        frames, error, kind = self.start(attempt), attempt.error, attempt.status
+        if error and not self.profile.errors_as_events:
+            frames += self.frame("error", f'"error":{dumps(error.body()["error"])}')
+        if kind == "incomplete" and self.profile.incomplete_as_completed:
+            kind = "completed"
+        return frames + self.frame(f"response.{kind}", f'"response":{attempt.body(now_s)}') + DONE_FRAME
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        error, usage = attempt.error, attempt.usage
+        assert usage is not None
+        return self.response(
+            attempt.status,
+            attempt.output(),
+            completed_at=now_s if attempt.status == "completed" else None,
+            error={"code": error.code, "message": str(error)} if error else None,
+            incomplete_details=(
+                {"reason": attempt.incomplete_reason} if attempt.status == "incomplete" else None),
+            usage=usage_object(usage),
+        )
 
 
 def usage_object(usage: Usage) -> JSON:
@@ -2160,7 +2299,7 @@ class Attempt(Sink):
     unbilled = False         # the provider refused the request and will not bill it
     estimated_input = 0      # tokens; 0 if no provider was called
 
-    def __init__(self, answer: ResponseContext) -> None:
+    def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
         self.out: list[bytes] = []
         self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
@@ -2177,10 +2316,12 @@ class Attempt(Sink):
         self.out.clear()
         return block
 
-    def emit(self, kind: str, fields: str) -> None:
+    def emit(self, frames: Callable[..., bytes], *arguments: Any) -> None:
+        """Adds frames of the answer, if it is streamed."""
         answer = self.answer
         if answer.request.stream:
-            self.out.append(answer.start() + answer.frame(kind, fields))
+            self.out.append(answer.start(self))
+            self.out.append(frames(*arguments))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
@@ -2252,27 +2393,12 @@ class Attempt(Sink):
         return "[" + ",".join(self.items[index] for index in sorted(self.items)) + "]"
 
     def body(self, now_s: int) -> str:
-        """The whole response object, after finish()."""
-        assert self.usage is not None
-        return self.answer.response(
-            self.status,
-            self.output(),
-            completed_at=now_s if self.status == "completed" else None,
-            error={"code": self.error.code, "message": str(self.error)} if self.error else None,
-            incomplete_details={"reason": self.incomplete_reason} if self.status == "incomplete" else None,
-            usage=usage_object(self.usage),
-        )
+        """The whole answer as JSON text, after finish()."""
+        return self.answer.body(self, now_s)
 
     def terminal(self, now_s: int) -> bytes:
-        """The last frames: the rest of the output, the terminal event, [DONE]."""
-        error = self.error
-        if error and not self.answer.profile.errors_as_events:
-            self.emit("error", f'"error":{dumps(error.body()["error"])}')
-        kind = self.status
-        if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
-            kind = "completed"
-        self.emit(f"response.{kind}", f'"response":{self.body(now_s)}')
-        return self.take_output() + DONE_FRAME
+        """The last frames, after finish()."""
+        return self.take_output() + self.answer.terminal(self, now_s)
 
 
 # --- 5.7 the assembler: from decoder calls to events ----------------------------------------------
@@ -2332,6 +2458,7 @@ class Item:
     upstream_part = 0       # the provider's number for it
     delta_event = ""
     delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
+    delta_tail = ""         # what follows it
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
@@ -2374,7 +2501,7 @@ class Item:
 class Assembler(Attempt):
     """The Sink that makes Responses events: numbered, with each item complete, in order and once."""
 
-    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str]) -> None:
+    def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
@@ -2449,18 +2576,16 @@ class Assembler(Attempt):
         texts = list(filter(None, texts))
         item.text += texts
         if self.answer.request.stream:
-            deltas = [item.delta_head + json_string(text) for text in texts]
-            self.out.append(self.answer.frames(item.delta_event, deltas))
+            self.out.append(self.answer.deltas(item, texts))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
         if item is None or item.shape is not PARTS["text"]:
             return
-        text, number = dumps(annotation), len(item.annotations)
+        text = dumps(annotation)
         self.check_limits(len(text))
-        self.emit("response.output_text.annotation.added",
-                  f'{item.part_location_json},"annotation_index":{number},"annotation":{text}')
         item.annotations.append(text)
+        self.emit(self.answer.annotate, item, annotation)
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
@@ -2484,8 +2609,7 @@ class Assembler(Attempt):
         if parse_object(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
         self.check_limits(len(text), 1)
-        for step in ("added", "done"):
-            self.emit(f"response.output_item.{step}", f'"output_index":{index},"item":{text}')
+        self.emit(self.answer.whole_item, index, text)
         self.items[index] = text
 
     # items and their parts
@@ -2503,35 +2627,24 @@ class Assembler(Attempt):
     def item_added(self, item: Item) -> None:
         item.index, item.id = self.next_index, self.new_item_id(ID_PREFIX[item.kind])
         self.next_index += 1
-        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
-        if item.kind in CALL_FIELD:
-            item.delta_head = f'{item.location_json},"delta":'
-            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
-        self.emit("response.output_item.added",
-                  f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
-        for step in HOSTED_STEPS.get(item.kind, ()):
-            self.emit(f"response.{item.kind}.{step}", item.location_json)
+        self.emit(self.answer.begin_item, item)
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
-        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.parts.setdefault(shape.container, [])      # reasoning may have content, too
         item.shape, item.upstream_part = shape, upstream_part
-        item.delta_event = f"{shape.delta}.delta"
-        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
         item.text, item.annotations = [], []
-        self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+        self.emit(self.answer.begin_part, item, shape)
 
     def close_part(self, item: Item) -> None:
-        shape, location_json = item.shape, item.part_location_json
+        shape = item.shape
         if shape is None:
             return
         text = json_string("".join(item.text))
-        part_json = item.part_json(shape, text)
-        self.emit(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
-        self.emit(f"{shape.event}.done", f'{location_json},"part":{part_json}')
-        item.parts[shape.container].append(part_json)
+        part = item.part_json(shape, text)
+        self.emit(self.answer.end_part, item, shape, text, part)
+        item.parts[shape.container].append(part)
         item.shape = None
 
     def text_delta(self, item: Item, text: str) -> None:
@@ -2540,7 +2653,7 @@ class Assembler(Attempt):
             return
         item.text.append(text)
         if self.answer.request.stream:
-            self.out.append(self.answer.frame(item.delta_event, item.delta_head + json_string(text)))
+            self.out.append(self.answer.delta(item, text))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Finishes an item, but leaves a call with truncated arguments open."""
@@ -2549,17 +2662,11 @@ class Assembler(Attempt):
             return
         del self.open_items[key]
         self.close_part(item)
+        rest = ""
         if item.tool and item.kind in CALL_FIELD:
-            name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
-            self.text_delta(item, rest)
-            more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
-            self.emit(f"response.{item.kind}_{name}.done", fields)
-        if item.kind in HOSTED_STEPS:
-            self.emit(f"response.{item.kind}.completed", item.location_json)
         text = item.to_json(status, arguments)
-        self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
+        self.emit(self.answer.end_item, item, rest, arguments, text)
         self.items[item.index] = text
 
     # the end
@@ -2872,7 +2979,7 @@ class Passthrough(Attempt):
     DEFERRED_EVENTS: tuple[bytes, ...]      # one occurs in each unread event that may be needed later
     whole: Callable[[bytes], None]          # takes a response that came as one JSON object
 
-    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str], decoder: Any) -> None:
+    def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
@@ -2937,21 +3044,18 @@ class Passthrough(Attempt):
                 self.check_limits(len(block))
                 return
             self.output_started = True
-            self.out.append(self.answer.start())
+            if self.answer.request.stream:
+                self.out.append(self.answer.start(self))
             block, most = b"".join(self.withheld), len(self.withheld)
-        self.send(block, most)
+        if self.answer.request.stream:
+            self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
     def send(self, block: bytes, most: int) -> None:
-        """Numbers the events, continuing from our last one."""
-        if not self.answer.request.stream:
-            return
-        numbers = itertools.count(self.answer.sequence)
-        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
-        self.answer.sequence = next(numbers)
+        """Adds the events to the output, changed where the client's API promises something of ours."""
 
     def end(self) -> None:
         """The body ended cleanly. If every item is done, that counts as an end."""
@@ -2976,12 +3080,19 @@ class ResponsesPassthrough(Passthrough):
         rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
     DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
     streamed_items = math.inf                   # the number of items that came before the final response
+    answer: ResponsesAnswer
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         cache_options = self.answer.request.get("prompt_cache_options", {})
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
+
+    def send(self, block: bytes, most: int) -> None:
+        """Numbers the events, continuing from our last one."""
+        numbers = itertools.count(self.answer.sequence)
+        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
+        self.answer.sequence = next(numbers)
 
     def on_response_created(self, event: JSON, frame: bytes) -> None:
         """Ignores the upstream's first events: ours are sent."""
@@ -3128,6 +3239,37 @@ class ResponsesPassthrough(Passthrough):
             response["completed_at"] = now_s            # by the clock of created_at
         response.pop("output", None)
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
+
+
+# --- 5.10 the table -------------------------------------------------------------------------------
+
+def openai_error(error: GatewayError, request_id: str) -> JSON:
+    return error.body()
+
+
+class ClientApi(NamedTuple):
+    """An API that clients speak. Its name is also that of the wire whose providers speak it."""
+    endpoint: str
+    history: str                    # the field of the body that holds the conversation
+    answer: type[ClientAnswer]
+    error: Callable[[GatewayError, str], JSON] = openai_error     # its body, with the request's id
+    # of another API than Responses: checks the body and returns all its fields but the conversation, the
+    # instructions and the tools, as those of Responses; and these three, when a target needs them
+    fields: Callable[[JSON], JSON] = dict
+    translate: Callable[[ResponsesRequest], JSON] = lambda request: {}
+    # paths of Responses fields -> the API's own, for messages
+    own_names: Mapping[str, str] = {}
+
+
+CLIENT_APIS: dict[str, ClientApi] = {
+    "responses": ClientApi("/v1/responses", "input", ResponsesAnswer),
+}
+
+
+def api_of(path: str) -> str:
+    """The client API that a path belongs to; Responses for any other path."""
+    found = (name for name, api in CLIENT_APIS.items() if path.startswith(api.endpoint))
+    return next(found, "responses")
 
 
 # === 6. providers =================================================================================
@@ -3678,7 +3820,8 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     if envelopes:
         spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
         outside = spliced
-    exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
+    exact = (models == 1 and opened == len(envelopes) and body is request.given
+             and body.get("store", False) is False)
     if exact and not dropped and not LETTER_ESCAPE.search(outside):
         return spliced
     body = {**body, "model": model, "store": False}
@@ -6176,11 +6319,11 @@ class TranslatedStream(Assembler):
 @dataclass(slots=True)
 class EncodeContext:
     """One request for one target: the input of an encoder, and of a decoder after it."""
-    answer: ResponseContext
+    answer: ClientAnswer
     envelope: Envelope
     provider: str               # its name in envelopes
     model: str                  # the provider's own name for it
-    passthrough: bool           # a Responses upstream's bytes pass unchanged
+    passthrough: bool           # an upstream that speaks the client's API gets its own bytes
     dialect: str
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
     # overrides of the known properties of models, by prefix
@@ -6263,12 +6406,18 @@ class WireApi(NamedTuple):
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
     vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
+    # for clients that speak this API: their own body with little changed, and the reader of the answer
+    relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
+            ctx.dropped = []
+            if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
+                body, attempt = self.relay(ctx)
+                return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
+                                    self.headers(ctx.request.given))
+            ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
-            if ctx.passthrough and self.encode is encode_responses:
-                return self._pass(ctx, items)
             return self._translate(ctx, items)
         except RecursionError:
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
@@ -6296,9 +6445,10 @@ class WireApi(NamedTuple):
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         body = self.encode(ctx)
+        own_names = CLIENT_APIS[request.api].own_names
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
-                ctx.dropped.append(path)
+                ctx.dropped.append(own_names.get(path, path))
         dropped = list(dict.fromkeys(ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
@@ -6310,23 +6460,25 @@ class WireApi(NamedTuple):
             headers=self.headers(body),
             frames=() if path else demo_frames(ctx))
 
-    def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
-        """Sends the client's own bytes up and the upstream's bytes down."""
-        # nothing is stored there: a reasoning item with only its id would be a 404 in every later turn
-        items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
-        if len(items) < len(unsealed):
-            ctx.dropped.append("input:reasoning")
-        body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
-        decoder = ResponsesDecoder(ToolMap(()))
-        attempt = ResponsesPassthrough(ctx.answer, ctx.seal, decoder)
-        return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
+
+def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, and the upstream's bytes come down."""
+    unsealed, dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
+    ctx.dropped += dropped
+    # nothing is stored there: a reasoning item with only its id would be a 404 in every later turn
+    items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
+    if len(items) < len(unsealed):
+        ctx.dropped.append("input:reasoning")
+    body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
+    return body, ResponsesPassthrough(ctx.answer, ctx.seal, ResponsesDecoder(ToolMap(())))
 
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
         decoder=ResponsesDecoder,
-        repairs=RESPONSES_REPAIRS),
+        repairs=RESPONSES_REPAIRS,
+        relay=relay_responses),
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
@@ -9211,7 +9363,8 @@ UNREADABLE = "The gateway could not read the provider's answer."
 PACED_BYTES = 1 << 13           # a larger read is part of a burst, which costs the task no more than the pump
 MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
-                             r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
+                             r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent|"
+                             r"anthropic-(?:beta|version)|x-app|x-claude-code-session-id")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
                   ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
@@ -9550,6 +9703,7 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
                          "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
     if len(found) == 1:
         return found
+    request = request.translated()
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
     found = [each for tier in enabled for each in sorted(tier, key=score, reverse=True)]
     sticky = sticky_candidate(found, envelope, headers.get("x-codex-turn-state"), request.input)
@@ -9596,7 +9750,7 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: its head, its blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
+    def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
         self.streaming: bool = answer.request.stream
         self.attempt = Attempt(answer)                  # the newest
@@ -9655,7 +9809,7 @@ class ClientStream:
     async def _beat(self) -> None:
         with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
             if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
-                await self.send(self.answer.heartbeat() if self.answer.started else self.answer.start())
+                await self.send(self.answer.start() or self.answer.heartbeat())
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -9831,7 +9985,8 @@ class Router:
             if provider.wire_api == "demo":
                 exchange: Exchange = DemoExchange(call.frames)
             else:
-                headers = [*fields, *call.headers]
+                sent = {name for name, _ in fields}
+                headers = [*fields, *(header for header in call.headers if header[0] not in sent)]
                 exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
             reusable = False
             client.answering_ms = client.elapsed_ms()
@@ -9930,8 +10085,9 @@ async def read_error_body(exchange: Exchange) -> bytes:
 def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
     """Encodes the request for a target. An encoder's exception is caused by the client's input, so it is no target's fault."""
     provider = target.provider
-    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
-                        provider.prompt_cache, provider.overrides, down.client.attempts + 1)
+    passes = provider.relay == "bytes" or provider.wire_api != "responses"
+    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, passes, provider.dialect, provider.prompt_cache,
+                        provider.overrides, down.client.attempts + 1)
     try:
         return WIRES[provider.wire_api].call(ctx)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -10029,10 +10185,7 @@ def sample_line(name: str, labels: Sequence[str], values: Sequence[str], sample:
 
 # === 11. handlers =================================================================================
 #
-# One function an endpoint, and at the end the table of routes. To follow one request, begin at `responses`.
-
-ENDPOINT = "/v1/responses"
-
+# One function an endpoint, and at the end the table of routes. To follow one request, begin at `generate`.
 
 class Gateway:
     """The state that requests share, under one configuration."""
@@ -10089,12 +10242,22 @@ class Gateway:
     async def key(self, client: Client) -> Key:
         headers = client.head.headers
         try:
-            return await self.ledger.authorise(headers.get("authorization"), client.started_s)
+            return await self.ledger.authorise(authorization(headers), client.started_s)
         except Unauthorized as error:
             if headers.get("originator") != "codex-tui":
                 raise
             raise unauthorized(f"{error} Newer Codex keeps the key of its first start in a background server: run {NEW_KEY} "
                                "in the shell that has the right key.") from None
+
+
+def authorization(headers: Headers) -> str:
+    """The Authorization header, or Anthropic's x-api-key in its form. Unauthorized: they hold different keys."""
+    given, key = headers.get("authorization"), headers.get("x-api-key").strip()
+    if not key:
+        return given
+    if given and given[7:].strip(" \t") != key:
+        raise unauthorized("x-api-key and Authorization hold two different keys. Send one of them.")
+    return f"Bearer {key}"
 
 
 NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself unless its provider is named \"OpenAI\": set "
@@ -10175,13 +10338,13 @@ def conversation_hint(headers: Headers, raw: bytes) -> str:
     return named or (found[1].decode("latin-1") if found else "")
 
 
-async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
-    """One request, from its body to its terminal event. `key`: used instead of the one in its headers."""
+async def generate(api: str, gateway: Gateway, client: Client, key: Key | None = None) -> None:
+    """One request of an API in CLIENT_APIS, from its body to its end. `key`: used instead of the one in its headers."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
     conversation = key.id, session
-    request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation))
+    request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation), api)
     gateway.memo.put(conversation, request)
     profile = client_profile(headers.get("originator"), headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
@@ -10190,7 +10353,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
-    if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
+    if api == "responses" and request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
@@ -10202,8 +10365,8 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
             raise price_unknown(key, candidates[0])
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
                                                  request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as many as the money is enough for
-            answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
+            # as many as the money is enough for
+            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": cap})
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
@@ -10224,11 +10387,12 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
                   session: str) -> ClientStream:
     """The answer, and its reservation: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": header_value(user_agent, 200),
+    api = CLIENT_APIS[request.api]
+    named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
                               int(client.started_s * 1000), named, request.get("service_tier", ""))
-    answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
+    answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
     return ClientStream(client, answer, config, reservation)
@@ -10385,7 +10549,7 @@ async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, ke
         return
     if key is None:
         with contextlib.suppress(GatewayError):
-            key = await gateway.ledger.authorise(head.headers.get("authorization"), client.started_s)
+            key = await gateway.ledger.authorise(authorization(head.headers), client.started_s)
     method, path, name, number = sanitize(head.method), sanitize(head.path), key.name if key else "", key.id if key else 0
     client.note = f"{name or '- '} {method} {path}  {sanitize(str(error), 400)}"
     gateway.ledger.refuse(number, {
@@ -11461,7 +11625,7 @@ async def playground(gateway: Gateway, request: AdminRequest) -> None:
     if key is None:
         await ledger.create_key(PLAY_KEY, time.time(), request.who)
         key = ledger.list_keys()[-1]
-    await responses(gateway, request.client, key)
+    await generate("responses", gateway, request.client, key)
 
 
 async def live_events(gateway: Gateway, request: AdminRequest) -> None:
@@ -11516,7 +11680,7 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
 }
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
-    f"POST {ENDPOINT}": responses,
+    **{f"POST {api.endpoint}": functools.partial(generate, name) for name, api in CLIENT_APIS.items()},
     "GET /v1/models": models,
     "GET /v1/models/*": model,
     "GET /v1/key": key_facts,
@@ -11681,7 +11845,8 @@ class Client:
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if self.sent_bytes:
             return
-        kind, body = "application/json", json.dumps(error.body())
+        error_body = CLIENT_APIS[api_of(self.head.path)].error
+        kind, body = "application/json", json.dumps(error_body(error, self.request_id))
         if error.plain:
             kind, body = "text/plain; charset=utf-8", str(error)
         await self.answer(error.status, [("content-type", kind), *error.headers], body.encode())

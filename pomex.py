@@ -136,7 +136,7 @@ JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that
 log = logging.getLogger("pomex")
 
 
-# === 1. errors and constants ======================================================================
+# === 1. errors and constants ===
 
 VERSION = "v00083"      # the product's own numbering; the first release with the terminal-event fallback
 
@@ -208,7 +208,7 @@ class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
-# --- JSON -----------------------------------------------------------------------------------------
+# --- JSON ---
 
 dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 json_string = json.encoder.encode_basestring_ascii
@@ -265,7 +265,7 @@ def only_dicts(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-# === 2. stream events =============================================================================
+# === 2. stream events ===
 #
 # A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
 # and reads no clock.
@@ -379,7 +379,7 @@ class Sink:
         """Reports an error inside the upstream's stream. It overrides any evidence of an end."""
 
 
-# === 3. HTTP/1.1 ==================================================================================
+# === 3. HTTP/1.1 ===
 #
 # Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
 # alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
@@ -460,7 +460,7 @@ NEED_DATA: Final = Signal.NEED_DATA
 END: Final = Signal.END
 Head = TypeVar("Head", RequestHead, ResponseHead)
 
-# --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
+# --- grammar (RFC 9110 5, RFC 9112, RFC 3986) ---
 
 CRLF = b"\r\n"
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -573,7 +573,7 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
         length=length)
 
 
-# --- readers --------------------------------------------------------------------------------------
+# --- readers ---
 
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
@@ -774,7 +774,7 @@ class ResponseReader(Reader[ResponseHead]):
             yield END
 
 
-# --- writers --------------------------------------------------------------------------------------
+# --- writers ---
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 HeaderFields: TypeAlias = "Iterable[tuple[str, str]]"     # names and values
@@ -810,7 +810,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# --- content codings ------------------------------------------------------------------------------
+# --- content codings ---
 
 MAX_MEMBERS = 1024          # a body of countless empty gzip members costs work and gives no output
 INFLATE_SLICE = 65536       # zlib copies the rest of its input at each member's end
@@ -866,7 +866,7 @@ class ContentDecoder:
         return data
 
 
-# === 4. SSE =======================================================================================
+# === 4. SSE ===
 #
 # Server-sent events (WHATWG HTML 9.2.6), whole events at a time. Line ends are ASCII, so each event can be
 # decoded by itself.
@@ -963,10 +963,10 @@ def sse_frame(type: str, data: str) -> bytes:
     return f"{name}data: {data}\n\n".encode("utf-8", "replace")
 
 
-# === 5. the Responses API =========================================================================
+# === 5. the Responses API ===
 # This layer makes every `response.*` event and ends every stream, once.
 
-# --- 5.1 the request ------------------------------------------------------------------------------
+# --- 5.1 the request ---
 
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -1239,7 +1239,7 @@ class ResponsesRequest:
 
     def translated(self) -> ResponsesRequest:
         """The request with its input and tools."""
-        if self.input:
+        if self.input or self.api == "responses":
             return self
         body = {**CLIENT_APIS[self.api].translate(self), **self.body}
         whole = validate_request(body, self.raw, self.weight, None, self.around)
@@ -1407,7 +1407,7 @@ def text_of(content: Any, separator: str = "") -> str:
     return separator.join(text for text in texts if isinstance(text, str))
 
 
-# --- 5.2 the envelope of reasoning ----------------------------------------------------------------
+# --- 5.2 the envelope of reasoning ---
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
@@ -1473,7 +1473,7 @@ def unseal_items(items: list[JSON], envelope: Envelope,
     return kept, dropped
 
 
-# --- 5.3 tools for providers that know only functions ---------------------------------------------
+# --- 5.3 tools for providers that know only functions ---
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
 SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's names begin with a letter or _
@@ -1710,7 +1710,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
-# --- 5.4 history for providers that know only functions --------------------------------------------
+# --- 5.4 history for providers that know only functions ---
 
 class Turn(NamedTuple):
     """Consecutive plain items of one role, and the outputs of its calls."""
@@ -1977,7 +1977,7 @@ def read_attachment(part: JSON) -> Attachment | None:
     return Attachment(mime, name, detail, data=data, text=text)
 
 
-# --- 5.5 client profiles --------------------------------------------------------------------------
+# --- 5.5 client profiles ---
 
 class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard."""
@@ -2002,7 +2002,7 @@ def client_profile(originator: str, user_agent: str) -> ClientProfile:
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
-# --- 5.6 the answer, one per client request -------------------------------------------------------
+# --- 5.6 the answer, one per client request ---
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
@@ -2401,7 +2401,7 @@ class Attempt(Sink):
         return self.take_output() + self.answer.terminal(self, now_s)
 
 
-# --- 5.7 the assembler: from decoder calls to events ----------------------------------------------
+# --- 5.7 the assembler: from decoder calls to events ---
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
@@ -2727,7 +2727,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
-# --- 5.8 the items of a Responses upstream --------------------------------------------------------
+# --- 5.8 the items of a Responses upstream ---
 
 # type of a part, or of .delta and .done events -> channel, kind of item, field of the whole text
 TEXTS: dict[str, tuple[PartType, str, str]] = {
@@ -2960,7 +2960,7 @@ def is_incomplete_call(item: JSON) -> bool:
     return item.get("status") == "incomplete" or parse_object(arguments) is None
 
 
-# --- 5.9 passthrough ------------------------------------------------------------------------------
+# --- 5.9 passthrough ---
 #
 # If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
 # patterns, and a method for each type of parsed event: on_response_created for `response.created`.
@@ -3241,7 +3241,7 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
-# --- 5.10 the table -------------------------------------------------------------------------------
+# --- 5.10 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3272,7 +3272,7 @@ def api_of(path: str) -> str:
     return next(found, "responses")
 
 
-# === 6. providers =================================================================================
+# === 6. providers ===
 #
 # One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
 # that is fed one event at a time and calls a Sink. Then the table.
@@ -3288,7 +3288,7 @@ def objects_in(holder: JSON, name: str) -> list[JSON]:
     return only_dicts(holder.get(name))
 
 
-# --- 6.0 errors of providers ----------------------------------------------------------------------
+# --- 6.0 errors of providers ---
 #
 # A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
 # because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
@@ -3791,7 +3791,7 @@ class TurnEncoder:
         return text_block(text) if text else {}
 
 
-# --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
+# --- 6.1 responses: OpenAI's own API and its dialects ---
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 # an escaped ASCII letter, digit, "-" or "." may hide a key or an envelope
@@ -4296,7 +4296,7 @@ def search_action(queries: list[str]) -> JSON:
         "queries": queries}
 
 
-# --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
+# --- 6.2 chat: Chat Completions and its dialects ---
 #
 # One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
 # accepts every server's stream differences, so it has hardly a branch by dialect.
@@ -5013,7 +5013,7 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     yield "refusal", text_of(message.get("refusal"))
 
 
-# --- 6.3 messages: Anthropic -----------------------------------------------------------------------
+# --- 6.3 messages: Anthropic ---
 #
 # ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
 # return byte for byte: each is one reasoning item with the block in its envelope.
@@ -5637,7 +5637,7 @@ def messages_usage(counts: JSON) -> Usage:
         **billing_facts(counts))
 
 
-# --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
+# --- 6.4 gemini: Google's generateContent ---
 #
 # A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
 # further parts. A thought signature belongs to one part and must come back on that very part: it travels in
@@ -6139,7 +6139,7 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         model=model[:200])
 
 
-# --- 6.5 demo: a provider that works offline -------------------------------------------------------
+# --- 6.5 demo: a provider that works offline ---
 #
 # It speaks Chat Completions to the gateway, so everything else runs as with a real provider.
 
@@ -6208,7 +6208,7 @@ def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
     return "", {"name": tool["name"], "arguments": dumps(arguments)}
 
 
-# --- 6.6 the table ---------------------------------------------------------------------------------
+# --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
 MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
@@ -6505,7 +6505,7 @@ WIRES: dict[str, WireApi] = {
 }
 
 
-# === 7. configuration =============================================================================
+# === 7. configuration ===
 #
 # pomex.toml as frozen dataclasses. A field made by `option` is a key of the file; the others are derived.
 
@@ -6752,7 +6752,7 @@ def config_fields(section: type[Any]) -> Fields:
     return {key.name: key.metadata["spec"] for key in keys if key.metadata}
 
 
-# --- 7.1 the file ---------------------------------------------------------------------------------
+# --- 7.1 the file ---
 
 def check_text(text: str, spec: Field, path: str) -> Any:
     """Converts and checks the text of a variable or an argument."""
@@ -6879,7 +6879,7 @@ class ConfigFile:
             raise ValueError(f"that file cannot be read ({reason}).") from None
 
 
-# --- 7.2 providers and models ---------------------------------------------------------------------
+# --- 7.2 providers and models ---
 
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
@@ -7003,7 +7003,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     return prices
 
 
-# --- 7.3 the whole configuration ------------------------------------------------------------------
+# --- 7.3 the whole configuration ---
 
 ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
                     wanted="at least 16 characters, without spaces, and no API key")
@@ -7075,7 +7075,7 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     return found
 
 
-# === 8. ledger ====================================================================================
+# === 8. ledger ===
 #
 # Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
 #
@@ -7200,7 +7200,7 @@ def result_of(status: str, terminal_by: str, attempts: int) -> str:
     return "ended by gateway" if terminal_by == "gateway" else "failed over" if attempts > 1 else status
 
 
-# --- 8.1 keys -------------------------------------------------------------------------------------
+# --- 8.1 keys ---
 
 def key_check(body: str) -> str:
     """The last characters of a key whose random part is `body`."""
@@ -7277,7 +7277,7 @@ def unauthorized(sentence: str) -> Unauthorized:
 NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
 
 
-# --- 8.2 the database -----------------------------------------------------------------------------
+# --- 8.2 the database ---
 #
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
@@ -7528,7 +7528,7 @@ def create_tables(tx: Transaction) -> None:
     tx.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-# --- 8.3 files of v00083 --------------------------------------------------------------------------
+# --- 8.3 files of v00083 ---
 #
 # In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
 # stayed when its rows were pruned.
@@ -7569,7 +7569,7 @@ def take_over_old_tables(tx: Transaction) -> None:
     tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
 
 
-# --- 8.4 prices -----------------------------------------------------------------------------------
+# --- 8.4 prices ---
 #
 # A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
 # USD per thousand searches; "-" where there is none.
@@ -7745,7 +7745,7 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
     return int(number)
 
 
-# --- 8.5 usage rows -------------------------------------------------------------------------------
+# --- 8.5 usage rows ---
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
@@ -7837,7 +7837,7 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
         log.warning("ledger: %d requests of an ended process are marked as interrupted", len(rows))
 
 
-# --- 8.6 limits -----------------------------------------------------------------------------------
+# --- 8.6 limits ---
 #
 # A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
 # its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
@@ -7933,7 +7933,7 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
     return 0, 0.0
 
 
-# --- 8.7 the ledger -------------------------------------------------------------------------------
+# --- 8.7 the ledger ---
 
 KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
@@ -8404,7 +8404,7 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-# --- 8.8 what one request may use, and what it costs ----------------------------------------------
+# --- 8.8 what one request may use, and what it costs ---
 
 class Reservation:
     """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
@@ -8573,7 +8573,7 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
     return error
 
 
-# --- 8.9 accounts and credit ----------------------------------------------------------------------
+# --- 8.9 accounts and credit ---
 
 async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
                          who: str = "") -> None:
@@ -8610,7 +8610,7 @@ async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: 
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
 
 
-# --- 8.10 reports and care ------------------------------------------------------------------------
+# --- 8.10 reports and care ---
 
 KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {table}s.id = {table}_id), '')"
                                 for table in ("key", "account"))
@@ -8743,7 +8743,7 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
              "after": json.loads(after)} for before, after, *row in rows]
 
 
-# === 9. upstream ==================================================================================
+# === 9. upstream ===
 #
 # One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
 # and whether the request had been sent, which routing needs; it never holds a key.
@@ -8865,7 +8865,7 @@ class TransportTimeout(TransportError, UpstreamTimeout):
     """A time limit of the provider's configuration was exceeded."""
 
 
-# --- 9.1 endpoints and proxies --------------------------------------------------------------------
+# --- 9.1 endpoints and proxies ---
 
 class Proxy(NamedTuple):
     """An HTTP proxy."""
@@ -8941,7 +8941,7 @@ def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoin
     return Endpoint(origin, path, fields)
 
 
-# --- 9.2 one exchange -----------------------------------------------------------------------------
+# --- 9.2 one exchange ---
 
 def describe_error(error: BaseException) -> str:
     """The system's message for an error, without addresses and paths."""
@@ -9174,7 +9174,7 @@ class Pump:
             self.stopped.set_result(None)
 
 
-# --- 9.3 connections ------------------------------------------------------------------------------
+# --- 9.3 connections ---
 
 class ConnectionPool:
     """All connections to providers of this process."""
@@ -9353,7 +9353,7 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
     return UpstreamConnection(protocol, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
 
 
-# === 10. routing ==================================================================================
+# === 10. routing ===
 #
 # The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
@@ -9370,7 +9370,7 @@ STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-
                   ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
 
 
-# --- 10.1 names -----------------------------------------------------------------------------------
+# --- 10.1 names ---
 
 class Candidate(NamedTuple):
     """A target with one of its provider's keys. Retries and circuits are per candidate."""
@@ -9517,7 +9517,7 @@ class ModelFacts(NamedTuple):
     max_output: int = 0
 
 
-# --- 10.2 retries and circuit breakers -------------------------------------------------------------
+# --- 10.2 retries and circuit breakers ---
 #
 # Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
@@ -9648,7 +9648,7 @@ class CircuitBreakers:
         return any(self.state(id, now) != "closed" for id in self.circuits)
 
 
-# --- 10.3 affinity --------------------------------------------------------------------------------
+# --- 10.3 affinity ---
 #
 # A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
 # else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
@@ -9710,7 +9710,7 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
     return sorted(found, key=lambda each: each is not sticky)
 
 
-# --- 10.4 the answer to the client ----------------------------------------------------------------
+# --- 10.4 the answer to the client ---
 
 class FailedAttempt(NamedTuple):
     """One failed try of a target, for the client and the log."""
@@ -9817,7 +9817,7 @@ class ClientStream:
             self.timer = None
 
 
-# --- 10.5 the loop --------------------------------------------------------------------------------
+# --- 10.5 the loop ---
 
 Result = TypeVar("Result")
 LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
@@ -10106,7 +10106,7 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-# --- 10.6 metrics ---------------------------------------------------------------------------------
+# --- 10.6 metrics ---
 #
 # The ledger keeps the counters, by (metric, label values...): they are those of all processes.
 
@@ -10183,7 +10183,7 @@ def sample_line(name: str, labels: Sequence[str], values: Sequence[str], sample:
     return f"{name}{{{pairs}}} {number}" if pairs else f"{name} {number}"
 
 
-# === 11. handlers =================================================================================
+# === 11. handlers ===
 #
 # One function an endpoint, and at the end the table of routes. To follow one request, begin at `generate`.
 
@@ -10298,7 +10298,7 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
                       "/admin.", status=404, code="not_found")
 
 
-# --- 11.1 POST /v1/responses ----------------------------------------------------------------------
+# --- 11.1 POST /v1/responses ---
 
 def new_response_id(now_s: float) -> str:
     """In order of time: inserting its row takes 4 us, with a random id 20."""
@@ -10564,7 +10564,7 @@ def short_count(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
-# --- 11.2 models ----------------------------------------------------------------------------------
+# --- 11.2 models ---
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
@@ -10661,7 +10661,7 @@ async def model(gateway: Gateway, client: Client) -> JSON:
     return model_object(gateway, name)
 
 
-# --- 11.3 health ----------------------------------------------------------------------------------
+# --- 11.3 health ---
 
 async def health(gateway: Gateway, client: Client) -> JSON:
     """The process answers. No key, no database, no provider."""
@@ -10687,7 +10687,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await client.answer(status, JSON_HEADERS, dumps({"status": word, "checks": words}).encode())
 
 
-# --- 11.4 key limits, metrics, the page --------------------------------------------------------------
+# --- 11.4 key limits, metrics, the page ---
 
 async def key_facts(gateway: Gateway, client: Client) -> JSON:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
@@ -10734,7 +10734,7 @@ async def show_page(gateway: Gateway, client: Client) -> None:
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
 
 
-# --- 11.5 usage log and sums ------------------------------------------------------------------------
+# --- 11.5 usage log and sums ---
 #
 # `key_id` narrows each answer to one key, for its holder; 0 is every key.
 
@@ -10880,7 +10880,7 @@ def csv_line(cells: Iterable[object]) -> str:
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
-# --- 11.6 live state and events --------------------------------------------------------------------
+# --- 11.6 live state and events ---
 
 FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
 POLL_S = 1.0
@@ -10971,7 +10971,7 @@ def codex_block(url: str, model: str) -> list[str]:
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
 
-# --- 11.7 access to the dashboard and the admin API --------------------------------------------------
+# --- 11.7 access to the dashboard and the admin API ---
 
 LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
 ADDRESSES_KEPT = 1000
@@ -11102,7 +11102,7 @@ async def check_token(gateway: Gateway, client: Client, token: str, link: bool =
                          code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
 
 
-# --- 11.8 operations: what the command line and the admin API both do ----------------------------------
+# --- 11.8 operations: what the command line and the admin API both do ---
 
 class Argument(NamedTuple):
     """A member of an admin body, or an argument of a command."""
@@ -11291,7 +11291,7 @@ def body_fields(operation: Operation) -> list[Argument]:
     return [*fields.values()]
 
 
-# --- 11.9 the admin API, and all routes -------------------------------------------------------------
+# --- 11.9 the admin API, and all routes ---
 
 OVERVIEWS_KEPT = 16
 EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
@@ -11696,7 +11696,7 @@ ROUTES: dict[str, Handler] = {
 }
 
 
-# === 12. server ===================================================================================
+# === 12. server ===
 #
 # Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
 # leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
@@ -11861,7 +11861,7 @@ def request_id_for(wanted: str) -> str:
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
-# --- 12.1 one connection --------------------------------------------------------------------------
+# --- 12.1 one connection ---
 
 class Connection(StreamConnection):
     """One client connection and the task that answers its requests, one after the other."""
@@ -12085,7 +12085,7 @@ class Connection(StreamConnection):
         self.writer.close()
 
 
-# --- 12.2 the server ------------------------------------------------------------------------------
+# --- 12.2 the server ---
 
 def connections_allowed_by_files() -> int:
     """The limit set by the open files of the process: a stream takes two."""
@@ -12307,7 +12307,7 @@ class Server:
         return not self.connections
 
 
-# --- 12.3 systemd ---------------------------------------------------------------------------------
+# --- 12.3 systemd ---
 #
 # It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
 
@@ -12363,7 +12363,7 @@ async def feed_watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
-# --- 12.4 a running gateway -----------------------------------------------------------------------
+# --- 12.4 a running gateway ---
 
 # Settings that only a restart changes: a running server keeps its port, and its ledger.
 RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
@@ -12442,7 +12442,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         yield server
 
 
-# === 13. command line =============================================================================
+# === 13. command line ===
 #
 # Results go to stdout, all else to stderr, so that pipes work. A line says what happened and, if it is bad, what
 # to do. The first key is shown once and only on a terminal; elsewhere it goes to a file of mode 600.
@@ -12455,7 +12455,7 @@ Args: TypeAlias = argparse.Namespace
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
 SAME_GATEWAY: dict[str, str] = {}       # --config, --host and --port of this process, where given
 
-# --- 13.1 configuration --------------------------------------------------------------------------
+# --- 13.1 configuration ---
 
 def command(words: str) -> str:
     """A command for this program, to be typed as it is: with what this process was told, so it finds the same gateway."""
@@ -12516,7 +12516,7 @@ def config_warnings(config: Config) -> list[str]:
     return warnings
 
 
-# --- 13.2 this machine ----------------------------------------------------------------------------
+# --- 13.2 this machine ---
 
 @contextlib.asynccontextmanager
 async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = None) -> AsyncIterator[Exchange]:
@@ -12605,7 +12605,7 @@ async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config
     return dataclasses.replace(config, providers=providers), found
 
 
-# --- 13.3 texts -----------------------------------------------------------------------------------
+# --- 13.3 texts ---
 
 def say(*lines: str) -> None:
     """To whoever started the program; of a server that logs JSON each line is a record of its log."""
@@ -12707,7 +12707,7 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
     return models
 
 
-# --- 13.4 serve -----------------------------------------------------------------------------------
+# --- 13.4 serve ---
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of the access log), or for its message."""
@@ -12924,7 +12924,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
     return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
 
 
-# --- 13.5 check and models ------------------------------------------------------------------------
+# --- 13.5 check and models ---
 
 def run_check(args: Args) -> int:
     config = read_config(args)
@@ -12993,7 +12993,7 @@ def run_models(args: Args) -> None:
             say(f"and any other model of {name}, as {name}/NAME")
 
 
-# --- 13.6 keys, accounts and bills ----------------------------------------------------------------
+# --- 13.6 keys, accounts and bills ---
 
 def of_ledger(run: Callable[[Ledger, Args], Coroutine[Any, Any, int | None]]) -> Callable[[Args], int | None]:
     def run_with(args: Args) -> int | None:
@@ -13167,7 +13167,7 @@ async def run_backup(ledger: Ledger, args: Args) -> None:
     say(f"Copied to {args.file} (only you can read it).")
 
 
-# --- 13.7 the first five minutes ------------------------------------------------------------------
+# --- 13.7 the first five minutes ---
 
 async def login_link(ledger: Ledger, url: str) -> str:
     return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, time.time())}"
@@ -13555,7 +13555,7 @@ def run_doctor(args: Args) -> int:
     return 1 if problems else 0
 
 
-# --- 13.8 a gateway that runs ---------------------------------------------------------------------
+# --- 13.8 a gateway that runs ---
 
 LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
@@ -13706,7 +13706,7 @@ async def run_reload(ledger: Ledger, args: Args) -> int:
     return 0
 
 
-# --- 13.9 several processes -----------------------------------------------------------------------
+# --- 13.9 several processes ---
 #
 # The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
 # worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports once
@@ -13891,7 +13891,7 @@ class Workers:
         notify("READY=1")
 
 
-# --- 13.10 the table of commands -------------------------------------------------------------------
+# --- 13.10 the table of commands ---
 
 def run_help(args: Args) -> int:
     return main([*args.topic, "--help"])
@@ -14100,7 +14100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-# === 14. data =====================================================================================
+# === 14. data ===
 
 # A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
 # cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:

@@ -425,6 +425,8 @@ class MessagesReader:
             return
         step = {"message_start": self.start, "content_block_start": self.open, "content_block_delta": self.delta,
                 "content_block_stop": self.close, "message_delta": self.stop, "message_stop": self.end}.get(kind)
+        if step is None and self.passed:
+            return
         need(step is not None, f"an event that nobody knows: {kind}")
         need((kind == "message_start") == (not self.result.ids), f"{kind} where message_start belongs, or twice")
         need(not self.result.end or kind == "message_stop", f"{kind} after the stop_reason")

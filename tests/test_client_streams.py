@@ -480,7 +480,7 @@ def test_an_error_event_in_another_form_is_found(new: JSON, complaint: str) -> N
 
 
 def test_blocks_of_the_future_are_borne_where_an_upstreams_bytes_pass() -> None:
-    told = [START, opened(0, "new", x=1), adds(0, "new_delta", x=1), closed(0), ended("end_turn"), STOP]
+    told = [START, {"type": "new"}, opened(0, "new", x=1), adds(0, "new_delta", x=1), closed(0), ended("end_turn"), STOP]
     assert check_messages_stream(messages_bytes(told), model=MODEL, passed=True).content == [{"type": "new", "x": 1}]
     with pytest.raises(Violation):
         check_messages_stream(messages_bytes(told), model=MODEL)

@@ -1,0 +1,427 @@
+"""Every recorded exchange and field case, on every provider wire, as clients of Chat Completions and of Messages get it.
+
+What they must have is what a Responses client has of the same bytes: the text, the calls in their order, the reasoning,
+the counts, and an end that says the same. The readers of client_streams.py judge the form.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import streams
+from client_streams import (
+    Result,
+    Violation,
+    check_chat_completion,
+    check_chat_stream,
+    check_message,
+    check_messages_stream,
+)
+
+import pomex
+
+JSON = dict[str, Any]
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+if not (SHARED / "recorded").is_dir() or not (SHARED / "cases").is_dir():
+    pytest.skip("the recorded exchanges are not beside the repository", allow_module_level=True)
+
+APIS = ("chat", "messages")
+MODEL = "m/x"
+ENVELOPE = pomex.Envelope(b"s" * 32, "a")
+WIRE_OF = {"chat": "chat", "anthropic": "messages", "gemini": "gemini", "responses": "responses"}      # of a folder
+UPSTREAM_MODEL = {"chat": "m", "messages": "claude-opus-4-8", "gemini": "gemini-3.5-flash", "responses": "m"}
+DIALECTS = {"kimi": "moonshot", "llamacpp": "llama.cpp", "copilot": "openai", "tool": "mistral"}
+BREAK = pomex.UpstreamTimeout("silent")
+# what each API says for the end of a Responses answer
+ENDS = {
+    "chat": {"completed": ("stop", "tool_calls"), "max_output_tokens": ("length",), "content_filter": ("content_filter",),
+             "failed": ("error",)},
+    "messages": {"completed": ("end_turn", "tool_use", "stop_sequence"), "failed": ("error",), "content_filter": ("refusal",),
+                 "max_output_tokens": ("max_tokens", "model_context_window_exceeded")},
+}
+# events that no decoder knows, before each that it knows
+UNKNOWN = {
+    "chat": b': comment\n\ndata: {"type":"ping"}\n\ndata: {"choices":[]}\n\n',
+    "messages": b': comment\n\nevent: new_event\ndata: {"type":"new_event","index":0}\n\n',
+    "gemini": b': comment\n\ndata: {"newField":1}\n\n',
+    "responses": b'event: response.new.delta\ndata: {"type":"response.new.delta","output_index":0,"delta":5}\n\n: comment\n\n',
+}
+
+
+# --- where the bytes come from
+
+class Source(NamedTuple):
+    """An upstream's answer."""
+    name: str
+    wire: str
+    dialect: str
+    raw: bytes
+
+    @property
+    def blocks(self) -> list[bytes]:
+        """The events, each with its empty line."""
+        return [block + b"\n\n" for block in self.raw.replace(b"\r\n", b"\n").split(b"\n\n") if block.strip()]
+
+
+def dialect_of(name: str) -> str:
+    first = name.split("-")[0]
+    return DIALECTS.get(first, first if first in pomex.DIALECTS else "generic")
+
+
+def recorded(file: str) -> Iterator[Source]:
+    """Not those whose calls are of a kind that no provider is offered, or come in Vertex's pieces."""
+    for folder, wire in WIRE_OF.items():
+        for path in sorted((SHARED / "recorded" / folder).glob(f"*/{file}")):
+            name, raw = path.parent.name, path.read_bytes()
+            status = json.loads((path.parent / "meta.json").read_bytes())["status"]
+            foreign = b"partialArgs" in raw or b'"custom_tool_call"' in raw or name == "openai-custom-tool-call"
+            if status == 200 and not foreign:
+                yield Source(f"{wire}-{name}", wire, dialect_of(name) if wire == "chat" else "", raw)
+
+
+def cases(file: str) -> Iterator[Source]:
+    for path in sorted((SHARED / "cases").glob(f"*/{file}")):
+        meta = json.loads((path.parent / "meta.json").read_bytes())
+        if meta["status"] == 200:
+            yield Source(path.parent.name, meta["wire_api"], meta["dialect"], path.read_bytes())
+
+
+STREAMS = [*recorded("response.sse"), *cases("upstream.sse")]
+WHOLES = [*recorded("response.json"), *cases("upstream.json")]
+
+
+# --- a client's request and its answer
+
+def request_body(api: str, names: Iterable[str], stream: bool, search: bool, include_usage: bool) -> JSON:
+    """The same question in the form of each API: functions with these names, and web search."""
+    functions = [{"name": name, "description": "d", "parameters": {"type": "object", "properties": {}}} for name in names]
+    body: JSON = {"model": MODEL, "stream": stream}
+    said = [{"role": "user", "content": "hello"}]
+    tools: list[JSON]
+    if api == "responses":
+        body |= {"input": "hello"}
+        tools = [{"type": "function", **function} for function in functions] + [{"type": "web_search"}] * search
+    elif api == "chat":
+        body |= {"messages": said} | ({"web_search_options": {}} if search else {})
+        body |= {"stream_options": {"include_usage": True}} if stream and include_usage else {}
+        tools = [{"type": "function", "function": function} for function in functions]
+    else:
+        body |= {"messages": said, "max_tokens": 4000}
+        tools = [{"name": f["name"], "description": "d", "input_schema": f["parameters"]} for f in functions]
+        tools += [{"type": "web_search_20250305", "name": "web_search"}] * search
+    return body | ({"tools": tools} if tools else {})
+
+
+def attempt_of(source: Source, api: str, names: Iterable[str], stream: bool = True, passthrough: bool = False,
+               include_usage: bool = True) -> Any:
+    body = request_body(api, names, stream, b"web_search" in source.raw, include_usage)
+    request = pomex.parse_request(json.dumps(body).encode(), None, api)
+    answer = pomex.CLIENT_APIS[api].answer(request, "resp_0123456789ab", 1_790_000_000, pomex.STANDARD)
+    model = UPSTREAM_MODEL[source.wire]
+    context = pomex.EncodeContext(answer, ENVELOPE, "p", model, passthrough, source.dialect)
+    return pomex.WIRES[source.wire].call(context).attempt
+
+
+def run(attempt: Any, pieces: Iterable[bytes], error: pomex.GatewayError | None = None) -> bytes:
+    """What the client gets of these pieces; `error`: how the connection broke, if it did."""
+    raw = b""
+    try:
+        for piece in pieces:
+            attempt.feed(piece)
+            raw += attempt.take_output()
+        if error is None:
+            attempt.end()
+    except pomex.GatewayError as fault:
+        error = fault
+    attempt.finish(error)
+    return raw + bytes(attempt.terminal(1_790_000_002))
+
+
+def run_whole(attempt: Any, raw: bytes) -> Any:
+    """The attempt at the end of an answer that came as one JSON object."""
+    error = None
+    try:
+        attempt.whole(raw)
+    except pomex.GatewayError as fault:
+        error = fault
+    attempt.finish(error)
+    return attempt
+
+
+def check_stream(api: str, raw: bytes, names: Iterable[str] | None = None, passed: bool = False,
+                 include_usage: bool = True) -> Result:
+    tools = None if names is None else [{"name": name} for name in [*names, "web_search"]]
+    if api == "chat":
+        return check_chat_stream(raw, model=MODEL, include_usage=include_usage, tools=tools, passed=passed)
+    return check_messages_stream(raw, model=MODEL, tools=tools, passed=passed)
+
+
+def check_whole(api: str, body: str) -> Result:
+    check = check_chat_completion if api == "chat" else check_message
+    return check(body.encode(), model=MODEL)
+
+
+# --- what a Responses client has of it
+
+@dataclass
+class Expected:
+    end: str                    # "completed", "failed" or why it is incomplete
+    text: str
+    refusal: str
+    reasoning: str
+    sealed: int                 # thoughts that a later turn sends back
+    calls: list[tuple[str, Any]]
+    partial: list[str]          # names of calls that were cut
+    usage: JSON
+    code: str                   # of the error
+    billed: pomex.Usage
+
+
+def arguments(text: str) -> Any:
+    return json.loads(text or "{}")
+
+
+def expected_of(final: JSON, attempt: Any) -> Expected:
+    items = final["output"]
+    parts = [part for item in items if item["type"] == "message" for part in item["content"]]
+    thoughts = [item for item in items if item["type"] == "reasoning"]
+    calls = [item for item in items if item["type"] == "function_call"]
+    assert not [item["type"] for item in items if item["type"].endswith("tool_call")], "calls that are no functions"
+    return Expected(
+        (final["incomplete_details"] or {}).get("reason") or final["status"],
+        "".join(part.get("text", "") for part in parts),
+        "".join(part.get("refusal", "") for part in parts),
+        "".join(part["text"] for item in thoughts for part in [*item["summary"], *(item.get("content") or [])]),
+        sum(bool(item.get("encrypted_content")) for item in thoughts),
+        [(item["name"], arguments(item["arguments"])) for item in calls if item["status"] == "completed"],
+        [item["name"] for item in calls if item["status"] != "completed"],
+        final["usage"],
+        (final["error"] or {}).get("code", ""),
+        attempt.usage)
+
+
+@functools.cache
+def expected_of_stream(source: Source, count: int | None = None, broken: bool = False) -> Expected:
+    """Of the first `count` events."""
+    attempt = attempt_of(source, "responses", ())
+    raw = run(attempt, source.blocks[:count], BREAK if broken else None)
+    return expected_of(streams.check(raw), attempt)
+
+
+def expected_of_whole(source: Source) -> Expected:
+    attempt = run_whole(attempt_of(source, "responses", (), False), source.raw)
+    return expected_of(json.loads(attempt.body(2)), attempt)
+
+
+def names_of(expected: Expected) -> list[str]:
+    return list(dict.fromkeys([name for name, _ in expected.calls] + expected.partial))
+
+
+def compare_calls(got: Result, wanted: Expected, streamed: bool) -> None:
+    """A call that a limit cut is left out of a body. In a stream of Messages it may be a call without arguments, which
+    cannot be told from a whole one."""
+    calls = [(call.name, arguments(call.arguments)) for call in got.calls]
+    partial = [call.name for call in got.partial]
+    if streamed and wanted.partial:
+        assert [name for name, _ in calls] + partial == [name for name, _ in wanted.calls] + wanted.partial
+        assert all(given == {} for _, given in calls[len(wanted.calls):])
+        calls = calls[:len(wanted.calls)]
+    else:
+        assert partial == [] or partial == wanted.partial
+    assert calls == wanted.calls
+
+
+def compare(api: str, got: Result, wanted: Expected, streamed: bool = True) -> None:
+    assert got.end in ENDS[api][wanted.end], f"{got.end}, where Responses says {wanted.end}"
+    assert got.text + got.refusal == wanted.text + wanted.refusal
+    assert got.reasoning == wanted.reasoning
+    if got.error is not None:
+        assert api == "messages" or got.error["code"] == wanted.code
+        return
+    compare_calls(got, wanted, streamed)
+    assert len(got.signatures) >= wanted.sealed
+    compare_usage(api, got.usage, wanted.usage)
+
+
+def compare_passed(source: Source, got: Result, wanted: Expected) -> None:
+    """What passes has its own words for reasoning and counts; a paused turn is the client's to resume, and a Responses
+    client could not."""
+    assert got.end in ENDS[source.wire][wanted.end] or got.end == "pause_turn", f"{got.end} for {wanted.end}"
+    assert got.text == wanted.text or b"<think>" in source.raw
+    if got.error is None:
+        compare_calls(got, wanted, True)
+    if source.wire == "messages":
+        assert got.reasoning == wanted.reasoning and len(got.signatures) >= wanted.sealed
+
+
+def compare_usage(api: str, got: JSON | None, wanted: JSON) -> None:
+    assert got is not None
+    cached = wanted["input_tokens_details"]["cached_tokens"]
+    if api == "chat":
+        assert (got["prompt_tokens"], got["completion_tokens"]) == (wanted["input_tokens"], wanted["output_tokens"])
+        assert ((got.get("prompt_tokens_details") or {}).get("cached_tokens") or 0) == cached
+        return
+    read, written = (got.get(f"cache_{kind}_input_tokens") or 0 for kind in ("read", "creation"))
+    assert (got["input_tokens"] + read + written, got["output_tokens"]) == (wanted["input_tokens"], wanted["output_tokens"])
+    assert read == cached
+
+
+def ids(source: Source) -> str:
+    return source.name
+
+
+@pytest.fixture(params=APIS)
+def api(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# --- translated
+
+@pytest.mark.parametrize("source", STREAMS, ids=ids)
+class TestEveryStreamTranslated:
+    def test_holds_what_a_responses_client_gets(self, source: Source, api: str) -> None:
+        wanted = expected_of_stream(source)
+        names = names_of(wanted)
+        attempt = attempt_of(source, api, names)
+        compare(api, check_stream(api, run(attempt, [source.raw]), names), wanted)
+        assert attempt.usage == wanted.billed
+
+    def test_is_the_same_however_it_arrives(self, source: Source, api: str) -> None:
+        names = names_of(expected_of_stream(source))
+        wanted = check_stream(api, run(attempt_of(source, api, names), [source.raw]))
+        for pieces in arrivals(source):
+            assert check_stream(api, run(attempt_of(source, api, names), pieces)) == wanted
+
+    def test_ends_once_and_truly_wherever_it_is_cut(self, source: Source, api: str) -> None:
+        names = names_of(expected_of_stream(source))
+        for count in counts(source):
+            for broken in (False, True):
+                raw = run(attempt_of(source, api, names), source.blocks[:count], BREAK if broken else None)
+                compare(api, check_stream(api, raw), expected_of_stream(source, count, broken))
+
+    def test_is_one_body_for_a_client_that_does_not_stream(self, source: Source, api: str) -> None:
+        wanted = expected_of_stream(source)
+        attempt = attempt_of(source, api, names_of(wanted), stream=False)
+        run(attempt, [source.raw])
+        if wanted.end != "failed":          # else the client gets an error's status
+            compare(api, check_whole(api, attempt.body(1_790_000_002)), wanted, streamed=False)
+        assert (attempt.status == "failed") == (wanted.end == "failed")
+
+
+def arrivals(source: Source) -> Iterator[list[bytes]]:
+    """Byte by byte, event by event, with the other line ends, with events between that nobody knows."""
+    step = 1 if len(source.raw) < 10_000 else 61
+    yield [source.raw[n:n + step] for n in range(0, len(source.raw), step)]
+    yield source.blocks
+    yield [b"".join(source.blocks).replace(b"\n", b"\r\n")]
+    yield [piece for block in source.blocks for piece in (UNKNOWN[source.wire], block)]
+
+
+def counts(source: Source) -> list[int]:
+    """Every event of a short stream, some of a long one."""
+    total = len(source.blocks)
+    return [*range(0, total, 1 + total // 60), total]
+
+
+@pytest.mark.parametrize("source", STREAMS, ids=ids)
+def test_a_usage_comes_only_where_it_is_asked_for(source: Source) -> None:
+    names = names_of(expected_of_stream(source))
+    raw = run(attempt_of(source, "chat", names, include_usage=False), [source.raw])
+    assert check_stream("chat", raw, names, include_usage=False).usage is None
+
+
+@pytest.mark.parametrize("source", WHOLES, ids=ids)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_whole_answer_holds_what_a_responses_client_gets(source: Source, api: str, stream: bool) -> None:
+    wanted = expected_of_whole(source)
+    attempt = run_whole(attempt_of(source, api, names_of(wanted), stream), source.raw)
+    if stream:
+        raw = bytes(attempt.take_output() + attempt.terminal(2))
+        compare(api, check_stream(api, raw, names_of(wanted)), wanted)
+    elif wanted.end == "failed":
+        assert attempt.status == "failed"
+    else:
+        compare(api, check_whole(api, attempt.body(2)), wanted, streamed=False)
+
+
+# --- passed through: the upstream speaks the client's API
+
+def is_sound(source: Source) -> bool:
+    """Can the upstream's own bytes be taken for an answer? Those of some can not, and pass no better than they came."""
+    first = next((pomex.parse_object(data) for data in recorded_data(source.raw) if '"model"' in data), None) or {}
+    model = first.get("model") or first.get("message", {}).get("model")
+    try:
+        if source.wire == "chat":
+            usage = b'"usage":{' in source.raw.replace(b" ", b"")
+            check_chat_stream(source.raw, model=model, include_usage=usage, passed=True)
+        else:
+            check_messages_stream(source.raw, model=model, passed=True)
+    except Violation:
+        return False
+    return True
+
+
+def recorded_data(raw: bytes) -> list[str]:
+    return [line[5:].strip() for line in raw.decode().splitlines() if line.startswith("data:")]
+
+
+def is_sound_whole(source: Source) -> bool:
+    try:
+        (check_chat_completion if source.wire == "chat" else check_message)(source.raw, passed=True)
+    except Violation:
+        return False
+    return True
+
+
+PASSED = [source for source in STREAMS if source.wire in APIS and is_sound(source)]
+PASSED_WHOLE = [source for source in WHOLES if source.wire in APIS and is_sound_whole(source)]
+
+
+@pytest.mark.parametrize("source", PASSED, ids=ids)
+class TestEveryStreamPassedThrough:
+    def test_holds_what_a_responses_client_gets(self, source: Source) -> None:
+        wanted = expected_of_stream(source)
+        attempt = attempt_of(source, source.wire, names_of(wanted), passthrough=True)
+        raw = run(attempt, [source.raw])
+        compare_passed(source, check_stream(source.wire, raw, names_of(wanted), passed=True), wanted)
+        assert attempt.usage == wanted.billed or wanted.billed.estimated
+
+    def test_is_the_same_however_it_arrives(self, source: Source) -> None:
+        names = names_of(expected_of_stream(source))
+        attempt = functools.partial(attempt_of, source, source.wire, names, passthrough=True)
+        wanted = check_stream(source.wire, run(attempt(), [source.raw]), passed=True)
+        for pieces in list(arrivals(source))[:3 if source.wire == "chat" else 4]:       # what nobody knows passes, too
+            assert check_stream(source.wire, run(attempt(), pieces), passed=True) == wanted
+
+    def test_ends_once_and_truly_wherever_it_is_cut(self, source: Source) -> None:
+        wire, names = source.wire, names_of(expected_of_stream(source))
+        for count in counts(source):
+            for broken in (False, True):
+                attempt = attempt_of(source, wire, names, passthrough=True)
+                raw = run(attempt, source.blocks[:count], BREAK if broken else None)
+                compare_passed(source, check_stream(wire, raw, passed=True), expected_of_stream(source, count, broken))
+
+    def test_has_a_usage_only_where_the_client_expects_one(self, source: Source) -> None:
+        names = names_of(expected_of_stream(source))
+        attempt = attempt_of(source, source.wire, names, passthrough=True, include_usage=False)
+        got = check_stream(source.wire, run(attempt, [source.raw]), passed=True, include_usage=False)
+        assert (got.usage is None) == (source.wire == "chat" or not got.ids)
+
+
+@pytest.mark.parametrize("source", PASSED_WHOLE, ids=ids)
+def test_every_whole_answer_is_passed_through(source: Source) -> None:
+    wanted = expected_of_whole(source)
+    attempt = run_whole(attempt_of(source, source.wire, names_of(wanted), False, passthrough=True), source.raw)
+    check = check_chat_completion if source.wire == "chat" else check_message
+    compare_passed(source, check(attempt.body(2).encode(), model=MODEL, passed=True), wanted)
+    assert attempt.usage == wanted.billed or wanted.billed.estimated
+
+
+def test_there_are_answers_of_each_kind_to_pass_through() -> None:
+    assert {source.wire for source in PASSED} == {source.wire for source in PASSED_WHOLE} == set(APIS)
+    assert len(PASSED) > 40 and len(PASSED_WHOLE) > 10

@@ -1300,11 +1300,17 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
     name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAYS[name].search(raw, 0, shared)
-    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
-    if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
+    if array is None or LONE_SURROGATE.search(raw, shared):
         return None
-    start, body = array.end() - 1, last.around.body
+    start, body, same = array.end() - 1, last.around.body, last.given[name]
     try:
+        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":   # more here, the end there
+            # Claude Code moves its cache marks, so its messages differ in the last one
+            shared = raw.rfind(b',{"role":', start, shared)
+            if shared < 0 or last.api == "responses":
+                return None
+            changed, _ = STRICT_DECODER.raw_decode("[0" + last.raw[shared:].decode())
+            same = same[:1 - len(changed)]
         text = "[0" + raw[shared:].decode()
         items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
@@ -1314,7 +1320,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
         return None
     if body.get(name) != INPUT_MARK:
         return None
-    grown = {**body, name: [*last.given[name], *items[1:]]}
+    grown = {**body, name: [*same, *items[1:]]}
     weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
     return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
@@ -3910,6 +3916,7 @@ RESPONSES_REPAIRS: Repairs = {
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
+    r"encrypted content is not supported": lambda body: body.pop("include", None),      # by older models
 }
 
 
@@ -6418,9 +6425,25 @@ class WireApi(NamedTuple):
                                     self.headers(ctx.request.given))
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
+            if ctx.passthrough and self.encode is encode_responses:
+                return self._send_whole(ctx, items)
             return self._translate(ctx, items)
         except RecursionError:
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
+
+    def _send_whole(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
+        """Sends OpenAI's own API the request of a client of another API: nothing of it needs simplifying."""
+        request, own_names = ctx.request, CLIENT_APIS[ctx.request.api].own_names
+        for item in items:
+            item.update(item.pop("sealed_replay", {}))
+        body: JSON = {"model": ctx.model, "input": items, "store": False}
+        for name, value in request.body.items():
+            if name in REQUEST_FIELDS:
+                body.setdefault(name, value)
+            elif name not in CARRIED_BY_ALL and value not in NEUTRAL.get(name, ()):
+                ctx.dropped.append(own_names.get(name, name))
+        attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
+        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, list(dict.fromkeys(ctx.dropped)))
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -73,14 +74,15 @@ def dialect_of(name: str) -> str:
     return DIALECTS.get(first, first if first in pomex.DIALECTS else "generic")
 
 
-def recorded(file: str) -> Iterator[Source]:
-    """Not those whose calls are of a kind that no provider is offered, or come in Vertex's pieces."""
+def recorded(file: str, custom: bool = False) -> Iterator[Source]:
+    """Those with custom tools, which only OpenAI's own API is offered, or the others. Not those whose calls come in
+    Vertex's pieces, which nobody asks it to."""
     for folder, wire in WIRE_OF.items():
         for path in sorted((SHARED / "recorded" / folder).glob(f"*/{file}")):
             name, raw = path.parent.name, path.read_bytes()
             status = json.loads((path.parent / "meta.json").read_bytes())["status"]
-            foreign = b"partialArgs" in raw or b'"custom_tool_call"' in raw or name == "openai-custom-tool-call"
-            if status == 200 and not foreign:
+            is_custom = b'"custom_tool_call"' in raw or name == "openai-custom-tool-call"
+            if status == 200 and is_custom == custom and b"partialArgs" not in raw:
                 yield Source(f"{wire}-{name}", wire, dialect_of(name) if wire == "chat" else "", raw)
 
 
@@ -91,25 +93,112 @@ def cases(file: str) -> Iterator[Source]:
             yield Source(path.parent.name, meta["wire_api"], meta["dialect"], path.read_bytes())
 
 
-STREAMS = [*recorded("response.sse"), *cases("upstream.sse")]
+def sse(*events: JSON | str) -> bytes:
+    """The events, each named by its type if it has one."""
+    named = [(event.get("type", "") if isinstance(event, dict) else "", event) for event in events]
+    return "".join((f"event: {name}\n" if name else "") + f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+                   for name, event in named).encode()
+
+
+def chunk(finish: str | None = None, /, **delta: Any) -> JSON:
+    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def piece(index: int, text: str, call_id: str = "") -> JSON:
+    new = {"id": call_id, "type": "function"} if call_id else {}
+    return chunk(tool_calls=[{"index": index, **new, "function": {**({"name": f"look{index}"} if new else {}), "arguments": text}}])
+
+
+def item_event(kind: str, index: int, **fields: Any) -> JSON:
+    return {"type": f"response.{kind}", "output_index": index, **fields}
+
+
+def block_event(kind: str, index: int, **fields: Any) -> JSON:
+    return {"type": f"content_block_{kind}", "index": index, **fields}
+
+
+SAID = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello", "annotations": []}]}
+CALL = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": '{"a":1}', "status": "completed"}
+THOUGHT = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": "gAAA"}
+MESSAGE_START = {"type": "message_start", "message": {
+    "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None, "stop_sequence": None,
+    "usage": {"input_tokens": 5, "output_tokens": 1}}}
+# what no recording shows: (wire, bytes)
+MADE = {
+    "calls-told-in-turns": ("chat", sse(
+        chunk(role="assistant"), piece(0, '{"a":', "x1"), piece(1, '{"b":', "x2"), piece(0, "1}"), piece(1, "2}"),
+        chunk("tool_calls"), "[DONE]")),
+    "text-between-and-after-calls": ("chat", sse(
+        chunk(content="I look. "), piece(0, "{}", "x1"), chunk(content="And again. "), piece(1, '{"a":1}', "x2"),
+        chunk(content="Now."), chunk("tool_calls"), "[DONE]")),
+    "thoughts-between-texts": ("chat", sse(
+        chunk(reasoning_content="one "), chunk(content="Hel"), chunk(reasoning_content="two"), chunk(content="lo"), chunk("stop"))),
+    "thoughts-alone": ("chat", sse(chunk(reasoning_content="hm"), chunk("stop"), "[DONE]")),
+    "characters-in-halves": ("chat", sse(
+        chunk(content="a \ud83d"), chunk(content="\ude00 b"), piece(0, '{"a":"\ud83d', "x1"), piece(0, '\ude00"}'), chunk("tool_calls"))),
+    "raw-line-ends-in-arguments": ("chat", sse(piece(0, '{"a":"one\n', "x1"), piece(0, 'two"}'), chunk("tool_calls"), "[DONE]")),
+    "a-call-without-arguments": ("chat", sse(piece(0, "", "x1"), chunk("tool_calls"), "[DONE]")),
+    "ids-that-anthropic-refuses": ("chat", sse(piece(0, "{}", "functions.look:0"), piece(1, "{}", "x|y/z="), chunk("tool_calls"))),
+    "a-call-under-stop": ("chat", sse(piece(0, "{}", "x1"), chunk("stop"), "[DONE]")),
+    "half-a-call-under-stop": ("chat", sse(piece(0, '{"a":', "x1"), chunk("stop"), "[DONE]")),
+    "half-a-call-under-length": ("chat", sse(chunk(content="So."), piece(0, "{}", "x1"), piece(1, '{"a":', "x2"), chunk("length"))),
+    "white-space-alone": ("chat", sse(chunk(content="\n\n"), chunk("stop"), "[DONE]")),
+    "a-filter-before-a-word": ("chat", sse(chunk("content_filter"), "[DONE]")),
+    "a-filter-after-a-call": ("chat", sse(piece(0, "{}", "x1"), chunk("content_filter"), "[DONE]")),
+    "an-error-after-a-call": ("chat", sse(
+        chunk(content="So."), piece(0, "{}", "x1"), {"error": {"message": "boom", "code": "rate_limit_exceeded"}})),
+    "an-error-after-the-finish": ("chat", sse(chunk(content="So."), chunk("stop"), {"error": {"message": "boom"}})),
+    "a-burst": ("chat", sse(*[chunk(content=f"word{n} ") for n in range(200)], chunk("stop"), "[DONE]")),
+    "items-told-in-turns": ("responses", sse(
+        item_event("output_item.added", 0, item={**SAID, "content": []}),
+        item_event("output_text.delta", 0, content_index=0, delta="Hel"),
+        item_event("output_item.added", 1, item={**CALL, "arguments": ""}),
+        item_event("output_text.delta", 0, content_index=0, delta="lo"),
+        item_event("function_call_arguments.delta", 1, delta='{"a"'),
+        item_event("output_item.added", 2, item={**THOUGHT, "encrypted_content": None, "summary": []}),
+        item_event("reasoning_summary_text.delta", 2, summary_index=0, delta="hm"),
+        item_event("output_item.done", 0, item=SAID),
+        item_event("function_call_arguments.delta", 1, delta=":1}"),
+        item_event("output_item.done", 2, item=THOUGHT), item_event("output_item.done", 1, item=CALL),
+        {"type": "response.completed", "response": {"output": [SAID, CALL, THOUGHT], "usage": {"input_tokens": 5, "output_tokens": 3}}})),
+    "a-refusal-and-a-text": ("responses", sse({"type": "response.completed", "response": {"output": [
+        SAID, {**SAID, "content": [{"type": "refusal", "refusal": "No."}]}], "usage": {"input_tokens": 5, "output_tokens": 3}}})),
+    "blocks-told-in-turns": ("messages", sse(
+        MESSAGE_START,
+        block_event("start", 0, content_block={"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}}),
+        block_event("start", 1, content_block={"type": "tool_use", "id": "toolu_2", "name": "find", "input": {}}),
+        block_event("delta", 0, delta={"type": "input_json_delta", "partial_json": '{"a":'}),
+        block_event("delta", 1, delta={"type": "input_json_delta", "partial_json": '{"b":2}'}),
+        block_event("delta", 0, delta={"type": "input_json_delta", "partial_json": "1}"}),
+        block_event("stop", 0), block_event("stop", 1),
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None}, "usage": {"output_tokens": 9}},
+        {"type": "message_stop"})),
+}
+STREAMS = [*recorded("response.sse"), *cases("upstream.sse"),
+           *(Source(name, wire, "generic" if wire == "chat" else "", raw) for name, (wire, raw) in MADE.items())]
 WHOLES = [*recorded("response.json"), *cases("upstream.json")]
+# OpenAI's own API gets the requests of other clients whole, with custom tools
+SENT_WHOLE = [*(source for source in STREAMS if source.wire == "responses"), *recorded("response.sse", custom=True)]
 
 
 # --- a client's request and its answer
 
-def request_body(api: str, names: Iterable[str], stream: bool, search: bool, include_usage: bool) -> JSON:
-    """The same question in the form of each API: functions with these names, and web search."""
+def request_body(api: str, names: Iterable[str], stream: bool, search: bool, include_usage: bool, custom: bool) -> JSON:
+    """The same question in the form of each API: functions with these names, or custom tools, and web search."""
     functions = [{"name": name, "description": "d", "parameters": {"type": "object", "properties": {}}} for name in names]
     body: JSON = {"model": MODEL, "stream": stream}
     said = [{"role": "user", "content": "hello"}]
     tools: list[JSON]
     if api == "responses":
         body |= {"input": "hello"}
-        tools = [{"type": "function", **function} for function in functions] + [{"type": "web_search"}] * search
+        tools = [{"type": "custom", "name": f["name"]} if custom else {"type": "function", **f} for f in functions]
+        tools += [{"type": "web_search"}] * search
     elif api == "chat":
         body |= {"messages": said} | ({"web_search_options": {}} if search else {})
         body |= {"stream_options": {"include_usage": True}} if stream and include_usage else {}
-        tools = [{"type": "function", "function": function} for function in functions]
+        tools = [{"type": "custom", "custom": {"name": f["name"]}} if custom else {"type": "function", "function": f}
+                 for f in functions]
     else:
         body |= {"messages": said, "max_tokens": 4000}
         tools = [{"name": f["name"], "description": "d", "input_schema": f["parameters"]} for f in functions]
@@ -118,8 +207,8 @@ def request_body(api: str, names: Iterable[str], stream: bool, search: bool, inc
 
 
 def attempt_of(source: Source, api: str, names: Iterable[str], stream: bool = True, passthrough: bool = False,
-               include_usage: bool = True) -> Any:
-    body = request_body(api, names, stream, b"web_search" in source.raw, include_usage)
+               include_usage: bool = True, custom: bool = False) -> Any:
+    body = request_body(api, names, stream, b"web_search" in source.raw, include_usage, custom)
     request = pomex.parse_request(json.dumps(body).encode(), None, api)
     answer = pomex.CLIENT_APIS[api].answer(request, "resp_0123456789ab", 1_790_000_000, pomex.STANDARD)
     model = UPSTREAM_MODEL[source.wire]
@@ -154,8 +243,9 @@ def run_whole(attempt: Any, raw: bytes) -> Any:
 
 
 def check_stream(api: str, raw: bytes, names: Iterable[str] | None = None, passed: bool = False,
-                 include_usage: bool = True) -> Result:
-    tools = None if names is None else [{"name": name} for name in [*names, "web_search"]]
+                 include_usage: bool = True, custom: bool = False) -> Result:
+    kind = "custom" if custom else "function"
+    tools = None if names is None else [{"type": kind, kind: {"name": name}} for name in names]
     if api == "chat":
         return check_chat_stream(raw, model=MODEL, include_usage=include_usage, tools=tools, passed=passed)
     return check_messages_stream(raw, model=MODEL, tools=tools, passed=passed)
@@ -183,22 +273,25 @@ class Expected:
 
 
 def arguments(text: str) -> Any:
-    return json.loads(text or "{}")
+    """Equal if the JSON is; the input of a custom tool is text."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text
 
 
 def expected_of(final: JSON, attempt: Any) -> Expected:
     items = final["output"]
     parts = [part for item in items if item["type"] == "message" for part in item["content"]]
     thoughts = [item for item in items if item["type"] == "reasoning"]
-    calls = [item for item in items if item["type"] == "function_call"]
-    assert not [item["type"] for item in items if item["type"].endswith("tool_call")], "calls that are no functions"
+    calls = [item for item in items if item["type"] in ("function_call", "custom_tool_call")]
     return Expected(
         (final["incomplete_details"] or {}).get("reason") or final["status"],
         "".join(part.get("text", "") for part in parts),
         "".join(part.get("refusal", "") for part in parts),
         "".join(part["text"] for item in thoughts for part in [*item["summary"], *(item.get("content") or [])]),
         sum(bool(item.get("encrypted_content")) for item in thoughts),
-        [(item["name"], arguments(item["arguments"])) for item in calls if item["status"] == "completed"],
+        [(item["name"], arguments(item.get("arguments", item.get("input")))) for item in calls if item["status"] == "completed"],
         [item["name"] for item in calls if item["status"] != "completed"],
         final["usage"],
         (final["error"] or {}).get("code", ""),
@@ -206,9 +299,9 @@ def expected_of(final: JSON, attempt: Any) -> Expected:
 
 
 @functools.cache
-def expected_of_stream(source: Source, count: int | None = None, broken: bool = False) -> Expected:
-    """Of the first `count` events."""
-    attempt = attempt_of(source, "responses", ())
+def expected_of_stream(source: Source, count: int | None = None, broken: bool = False, custom: str = "") -> Expected:
+    """Of the first `count` events. `custom`: the custom tools, separated by spaces."""
+    attempt = attempt_of(source, "responses", custom.split(), custom=True)
     raw = run(attempt, source.blocks[:count], BREAK if broken else None)
     return expected_of(streams.check(raw), attempt)
 
@@ -347,6 +440,28 @@ def test_a_whole_answer_holds_what_a_responses_client_gets(source: Source, api: 
         assert attempt.status == "failed"
     else:
         compare(api, check_whole(api, attempt.body(2)), wanted, streamed=False)
+
+
+WITH_CALLS = [source for source in STREAMS if re.search(rb"tool_use|tool_calls|functionCall|function_call", source.raw)]
+
+
+@pytest.mark.parametrize("source", WITH_CALLS, ids=ids)
+def test_a_call_of_a_custom_tool_is_one_for_a_chat_client(source: Source) -> None:
+    names = names_of(expected_of_stream(source))
+    wanted = expected_of_stream(source, custom=" ".join(names))
+    raw = run(attempt_of(source, "chat", names, custom=True), [source.raw])
+    compare("chat", check_stream("chat", raw, names, custom=True), wanted)
+
+
+@pytest.mark.parametrize("api, source", [
+    pytest.param(api, source, id=f"{api}-{source.name}") for source in SENT_WHOLE for api in APIS
+    if api == "chat" or b'"custom_tool_call"' not in source.raw])      # Messages has no custom tools
+def test_an_answer_to_a_request_that_was_sent_whole_is_as_whole(source: Source, api: str) -> None:
+    wanted = expected_of_stream(source)
+    custom = b'"custom_tool_call"' in source.raw
+    names = names_of(wanted)
+    raw = run(attempt_of(source, api, names, passthrough=True, custom=custom), [source.raw])
+    compare(api, check_stream(api, raw, names, custom=custom), wanted)
 
 
 # --- passed through: the upstream speaks the client's API

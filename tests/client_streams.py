@@ -248,7 +248,8 @@ class ChatReader:
         need(len(self.result.ids) == 1, f"the id changes: {sorted(self.result.ids)}")
         need(len(self.created) == 1 or self.passed, "the time of creation changes")
         usage = chunk.get("usage")
-        need(usage is None or self.include_usage, "a usage that was not asked for")
+        beside = self.passed and chunk["choices"]       # some always send it with the finish_reason
+        need(usage is None or self.include_usage or beside, "a usage that was not asked for")
         need(len(chunk["choices"]) <= 1, "two choices")
         if chunk["choices"]:
             need(usage is None or self.passed, "a usage beside choices")

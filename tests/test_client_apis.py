@@ -261,9 +261,9 @@ def check_whole(api: str, body: str) -> Result:
 @dataclass
 class Expected:
     end: str                    # "completed", "failed" or why it is incomplete
-    text: str
-    refusal: str
-    reasoning: str
+    texts: list[str]            # of the parts
+    refusals: list[str]
+    reasoning: list[str]
     sealed: int                 # thoughts that a later turn sends back
     calls: list[tuple[str, Any]]
     partial: list[str]          # names of calls that were cut
@@ -287,9 +287,9 @@ def expected_of(final: JSON, attempt: Any) -> Expected:
     calls = [item for item in items if item["type"] in ("function_call", "custom_tool_call")]
     return Expected(
         (final["incomplete_details"] or {}).get("reason") or final["status"],
-        "".join(part.get("text", "") for part in parts),
-        "".join(part.get("refusal", "") for part in parts),
-        "".join(part["text"] for item in thoughts for part in [*item["summary"], *(item.get("content") or [])]),
+        [part["text"] for part in parts if "text" in part],
+        [part["refusal"] for part in parts if "refusal" in part],
+        [part["text"] for item in thoughts for part in [*item["summary"], *(item.get("content") or [])]],
         sum(bool(item.get("encrypted_content")) for item in thoughts),
         [(item["name"], arguments(item.get("arguments", item.get("input")))) for item in calls if item["status"] == "completed"],
         [item["name"] for item in calls if item["status"] != "completed"],
@@ -329,10 +329,21 @@ def compare_calls(got: Result, wanted: Expected, streamed: bool) -> None:
     assert calls == wanted.calls
 
 
+def compare_texts(api: str, got: Result, wanted: Expected) -> None:
+    """Parts that Chat does not tell apart may have an empty line between them. What another item says while a call is
+    open comes after it in Messages, and not at all if the call never ends."""
+    pairs = [(got.text, wanted.texts), (got.refusal, wanted.refusals), (got.reasoning, wanted.reasoning)]
+    if api == "chat":
+        assert all(said in ("".join(parts), "\n\n".join(parts)) for said, parts in pairs), pairs
+        return
+    open_call = got.error is not None and got.partial
+    for said, parts in [(got.text, wanted.texts + wanted.refusals), pairs[2]]:
+        assert said == "".join(parts) or (open_call and "".join(parts).startswith(said)), (said, parts)
+
+
 def compare(api: str, got: Result, wanted: Expected, streamed: bool = True) -> None:
     assert got.end in ENDS[api][wanted.end], f"{got.end}, where Responses says {wanted.end}"
-    assert got.text + got.refusal == wanted.text + wanted.refusal
-    assert got.reasoning == wanted.reasoning
+    compare_texts(api, got, wanted)
     if got.error is not None:
         assert api == "messages" or got.error["code"] == wanted.code
         return
@@ -345,13 +356,13 @@ def compare_passed(source: Source, got: Result, wanted: Expected) -> None:
     """What passes has its own words for reasoning and counts; a paused turn is the client's to resume, and a Responses
     client could not."""
     assert got.end in ENDS[source.wire][wanted.end] or got.end == "pause_turn", f"{got.end} for {wanted.end}"
-    text, rest = wanted.text.lstrip(), got.text.lstrip()
+    text, rest = "".join(wanted.texts).lstrip(), got.text.lstrip()
     assert b"<think>" in source.raw or rest.startswith(text)
     assert b"<think>" in source.raw or "<think>".startswith(rest.removeprefix(text))     # which a decoder waits for
     if got.error is None:
         compare_calls(got, wanted, True)
     if source.wire == "messages":
-        assert got.reasoning == wanted.reasoning and len(got.signatures) >= wanted.sealed
+        assert got.reasoning == "".join(wanted.reasoning) and len(got.signatures) >= wanted.sealed
 
 
 def compare_usage(api: str, got: JSON | None, wanted: JSON) -> None:
@@ -523,11 +534,10 @@ class TestEveryStreamPassedThrough:
                 raw = run(attempt, source.blocks[:count], BREAK if broken else None)
                 compare_passed(source, check_stream(wire, raw, passed=True), expected_of_stream(source, count, broken))
 
-    def test_has_a_usage_only_where_the_client_expects_one(self, source: Source) -> None:
+    def test_has_no_usage_chunk_that_nobody_asked_for(self, source: Source) -> None:
         names = names_of(expected_of_stream(source))
         attempt = attempt_of(source, source.wire, names, passthrough=True, include_usage=False)
-        got = check_stream(source.wire, run(attempt, [source.raw]), passed=True, include_usage=False)
-        assert (got.usage is None) == (source.wire == "chat" or not got.ids)
+        check_stream(source.wire, run(attempt, [source.raw]), passed=True, include_usage=False)
 
 
 @pytest.mark.parametrize("source", PASSED_WHOLE, ids=ids)
@@ -540,5 +550,6 @@ def test_every_whole_answer_is_passed_through(source: Source) -> None:
 
 
 def test_there_are_answers_of_each_kind_to_pass_through() -> None:
-    assert {source.wire for source in PASSED} == {source.wire for source in PASSED_WHOLE} == set(APIS)
-    assert len(PASSED) > 40 and len(PASSED_WHOLE) > 10
+    for api in APIS:
+        assert sum(source.wire == api for source in PASSED) > 20
+        assert sum(source.wire == api for source in PASSED_WHOLE) > 3

@@ -1084,6 +1084,11 @@ def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> N
             check_members(entry, known[kind], f"{path}[{index}]")
 
 
+def check_printable(name: str, path: str) -> None:
+    if not name.isprintable():
+        raise invalid_param(path, " holds characters that no name has.")
+
+
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
@@ -1114,7 +1119,7 @@ REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
     **dict.fromkeys(("input", "instructions"), Field((str, list))),
-    "model": Field(minimum=1, maximum=256),
+    "model": Field(minimum=1, maximum=256, inner=check_printable),
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
@@ -1362,8 +1367,6 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         value = body.get(name)
         if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
-    if not body["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -2088,7 +2091,8 @@ class ClientAnswer:
         return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
-        return b"".join([self.delta(item, text) for text in texts])
+        between = item.delta_tail + item.delta_head
+        return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
         """A source of the open text; `item.annotations` has it, as the last one."""
@@ -3019,14 +3023,17 @@ class Passthrough(Attempt):
 
     def read(self, data: str, frame: bytes) -> None:
         try:
-            event = json.loads(data)
-            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
-            if handler:
-                handler(event, frame)
-            else:                               # the type was a nested one
-                self.forward(frame)
+            self.read_event(json.loads(data), frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
+
+    def read_event(self, event: JSON, frame: bytes) -> None:
+        handler = getattr(self, f"on_{event['type']}".replace(".", "_"), self.pass_other)
+        handler(event, frame)
+
+    def pass_other(self, event: JSON, frame: bytes) -> None:
+        """Forwards an event whose type is not read: the one that PARSED_EVENTS found was a nested one."""
+        self.forward(frame)
 
     def pass_unread(self, block: bytes, most: int = 1) -> None:
         """Forwards at `most` that many events, and keeps them if they may be needed later."""
@@ -3241,7 +3248,482 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
-# --- 5.10 the table ---
+# --- 5.10 Chat Completions for clients ---
+
+def check_messages(messages: list[Any], path: str) -> None:
+    if not messages:
+        raise invalid_param(path, " is empty: send at least one message.")
+
+
+def check_chat_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, CHAT_PARTS, path)
+
+
+def check_image(link: Any, path: str) -> None:
+    if isinstance(link, dict):
+        check(link.get("url"), TEXT, f"{path}.url")
+
+
+ARRAY = Field((list,))
+CHAT_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in """model stream stream_options temperature top_p metadata
+    prompt_cache_key service_tier user safety_identifier reasoning""".split()},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
+    **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
+    "messages": Field((list,), inner=check_messages),
+    "n": Field((int,), 1, 128),
+    "stop": Field((str, list), items=TEXT),
+    "tools": ARRAY,
+    "tool_choice": REQUEST_FIELDS["tool_choice"],
+}
+CHAT_PARTS: dict[str, Fields] = {
+    "text": PART_TEXT,
+    "refusal": {"refusal": TEXT},
+    "image_url": {"image_url": Field((dict, str), inner=check_image)},
+    "file": {"file": OBJECT},
+}
+CHAT_ROLE = Field(choices=("assistant", "developer", "function", "system", "tool", "user"))
+CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
+CHAT_FORMAT = Field(choices=("text", "json_object", "json_schema"))
+CHAT_TOOL = Field(choices=("function", "custom"))
+CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
+# the fields of messages that are read, beside role and content
+REASONING_KEYS = ("reasoning_content", "reasoning", "reasoning_details")
+MESSAGE_KEYS = {
+    "assistant": ("refusal", "tool_calls", "function_call", *REASONING_KEYS),
+    "function": ("name",),
+    "tool": ("name", "tool_call_id")}
+# fields with another name or place in Responses, which `chat_fields` or `translate_chat` reads
+CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
+tools tool_choice verbosity web_search_options""".split())
+CHAT_OWN_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "input:reasoning": "messages.reasoning_content",
+    "reasoning.effort": "reasoning_effort",
+    "text.format": "response_format",
+    "text.verbosity": "verbosity",
+}
+ONLY_CHAT_SERVERS = {   # what no other wire can do
+    "n": "n must be 1 for this model: its provider gives one answer a request.",
+    "functions": "functions is deprecated. Send tools, which this model's provider knows.",
+    "function_call": "function_call is deprecated. Send tool_choice, which this model's provider knows.",
+}
+
+
+def chat_fields(given: JSON) -> JSON:
+    """The fields of a Chat Completions body in the form of ClientApi.fields."""
+    for name, spec in CHAT_FIELDS.items():
+        value = given.get(name)
+        if value is not None or name in ("model", "messages"):
+            check(value, spec, name)
+    for name in ("input", "instructions", "include", "text", "max_output_tokens"):
+        if name in given:
+            raise invalid_param(name, " is a field of the Responses API, which is at /v1/responses.")
+    fields = {name: value for name, value in given.items()
+              if name not in CHAT_MOVED and value not in (None, [], {})}
+    if limit := given.get("max_completion_tokens") or given.get("max_tokens"):
+        fields["max_output_tokens"] = limit
+    if isinstance(given.get("stop"), str):
+        fields["stop"] = [given["stop"]]
+    return fields
+
+
+def translate_chat(request: ResponsesRequest) -> JSON:
+    """The conversation and the tools of a Chat Completions body. `messages.NAME` stands for fields of messages
+    that have no place in an item: nothing takes them, so they are reported."""
+    given, memo = request.given, request.memo
+    items: list[JSON] = []
+    body: JSON = {"input": items, "include": ["reasoning.encrypted_content"]}
+    for index, message in enumerate(given["messages"]):
+        known = memo.get(id(message))
+        if known is None or known[0] is not message:
+            known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
+        items += known[1]
+        body |= known[2]
+    if not items:
+        raise invalid_param("messages", " hold no content.")
+    tools = [flat_tool(tool, f"tools[{index}]") for index, tool in enumerate(given.get("tools") or ())]
+    if (options := given.get("web_search_options")) is not None:
+        place = flatten(as_dict(options.get("user_location")))
+        tools.append({**options, "type": "web_search", "user_location": place})
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = flatten(choice)
+        choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
+    reasoning = {**(given.get("reasoning") or {})}
+    if given.get("reasoning_effort"):
+        reasoning["effort"] = given["reasoning_effort"]
+    if reasoning.get("effort"):
+        reasoning.setdefault("summary", "auto")
+    text = {"verbosity": given.get("verbosity"), "format": flat_format(given.get("response_format"))}
+    return {**body, "tools": tools, "tool_choice": choice, "reasoning": reasoning, "text": text}
+
+
+def flatten(given: JSON) -> JSON:
+    """{"type": T, T: {...}} in the form of Responses: {"type": T, ...}."""
+    kind = str(given.get("type"))
+    flat = {**as_dict(given.get(kind)), **given}
+    flat.pop(kind, None)
+    return flat
+
+
+def flat_format(shape: JSON | None) -> JSON | None:
+    """response_format as text.format."""
+    if shape is None:
+        return None
+    kind, path = check(shape.get("type"), CHAT_FORMAT, "response_format.type"), "response_format"
+    if kind == "json_schema":
+        check_members(shape, {kind: OBJECT}, path)
+        check_members(shape[kind], JSON_SCHEMA, f"{path}.{kind}")
+    return flatten(shape)
+
+
+def flat_tool(tool: Any, path: str) -> JSON:
+    """A tool as that of Responses."""
+    check(tool, OBJECT, path)
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind.startswith("web_search"):
+        return {**tool}
+    check(kind, CHAT_TOOL, f"{path}.type")
+    check_members(tool, {kind: OBJECT}, path)
+    check_members(tool[kind], TOOL_FIELDS[kind], f"{path}.{kind}")
+    flat = flatten(tool)
+    if flat.get("format"):              # of custom input: a grammar
+        flat["format"] = flatten(flat["format"])
+    return flat
+
+
+def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
+    """The items of a message, and its fields that have no place in them."""
+    check(message, OBJECT, path)
+    role, content = check(message.get("role"), CHAT_ROLE, f"{path}.role"), message.get("content")
+    if content is None and role in ("assistant", "function"):
+        content = []
+    check(content, CHAT_CONTENT, f"{path}.content")
+    if not isinstance(content, str):
+        content = [chat_part(part, role) for part in content]
+    read = {"role", "content", *MESSAGE_KEYS.get(role, ())}
+    lost = {f"messages.{name}": True for name, value in message.items() if value and name not in read}
+    if role in ("tool", "function"):
+        name = "tool_call_id" if role == "tool" else "name"
+        call_id = check(message.get(name), TEXT, f"{path}.{name}")
+        return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
+    if role != "assistant":
+        return [{"type": "message", "role": role, "content": content}], lost
+    if refusal := message.get("refusal"):
+        check(refusal, TEXT, f"{path}.refusal")
+        text = [{"type": "output_text", "text": content}] if isinstance(content, str) else content
+        content = [*text, {"type": "refusal", "refusal": refusal}]
+    items = [{"type": "message", "role": role, "content": content}] if content else []
+    calls = [*check(message.get("tool_calls") or [], ARRAY, f"{path}.tool_calls")]
+    if old := message.get("function_call"):     # its result has no other id than the name
+        calls.append({"id": as_dict(old).get("name"), "function": old})
+    for index, call in enumerate(calls):
+        place = f"{path}.tool_calls[{index}]"
+        check(call, OBJECT, place)
+        kind = check(call.get("type") or "function", CHAT_TOOL, f"{place}.type")
+        check_members(call, {"id": TEXT, kind: OBJECT}, place)
+        check_members(call[kind], ITEM_FIELDS[CALL_TYPES[kind]], f"{place}.{kind}")
+        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
+        others = call.keys() - {"id", "type", "index", kind}
+        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
+    sealed = [detail for detail in only_dicts(message.get("reasoning_details")) if is_sealed(detail)]
+    for detail in sealed:
+        at = detail.get("index")
+        made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
+        items.insert(at if isinstance(at, int) and at > 0 else 0, made)
+    if not sealed and any(map(message.get, REASONING_KEYS)):    # no provider takes it back: it is reported
+        items.insert(0, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text"}]})
+    return items, lost
+
+
+def chat_part(part: JSON, role: str) -> JSON:
+    """A part of a message as that of Responses; of another type unchanged."""
+    kind = part["type"]
+    if kind == "text":
+        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
+    if kind == "image_url":
+        link = part[kind]
+        link = {"url": link} if isinstance(link, str) else {**link}
+        return {**part, "type": "input_image", "image_url": link.pop("url"), **link}
+    return {**flatten(part), "type": "input_file"} if kind == "file" else part
+
+
+def is_sealed(detail: JSON) -> bool:
+    """Is an entry of reasoning_details an envelope of ours?"""
+    return str(detail.get("data")).startswith(ENVELOPE_PREFIX)
+
+
+CHAT_TEXTS = {      # type of a part -> the field of a message
+    "output_text": "content",
+    "refusal": "refusal",
+    "summary_text": "reasoning_content",
+    "reasoning_text": "reasoning_content",
+}
+FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
+
+
+def call_entry(item: JSON) -> JSON:
+    """A call's item as an entry of tool_calls."""
+    field = CALL_FIELD[item["type"]]
+    kind = "function" if field == "arguments" else "custom"
+    return {"id": item["call_id"], "type": kind, kind: {"name": item["name"], field: item[field]}}
+
+
+def detail_entry(sealed: str, index: int) -> JSON:
+    """An entry of reasoning_details. `index` is the item's place in the answer, where it returns to; the SDK
+    joins entries of one index."""
+    return {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+
+
+def image_entry(data: str) -> JSON:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def chat_usage_object(usage: Usage) -> JSON:
+    return {name.replace("input", "prompt").replace("output", "completion"): value
+            for name, value in usage_object(usage).items()}
+
+
+class ChatAnswer(ClientAnswer):
+    """Chunks of Chat Completions. Texts of one kind, which Chat does not separate, are joined by empty
+    lines."""
+    calls = 0               # begun in the stream
+    texts_begun: frozenset[str] = frozenset()
+    cited = False
+
+    def frame_fields(self, kind: str) -> JSON:
+        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
+        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
+
+    @functools.cached_property
+    def frame_head(self) -> str:
+        return f'data: {dumps(self.frame_fields("chat.completion.chunk"))[:-1]},"choices":['
+
+    @functools.cached_property
+    def delta_head(self) -> str:
+        return self.frame_head + '{"index":0,"delta":{'
+
+    def chunk(self, name: str, value: str) -> bytes:
+        """A chunk whose delta has one field; its value is JSON text."""
+        return f'{self.delta_head}"{name}":{value}{CHUNK_TAIL}'.encode()
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started or attempt is None or isinstance(attempt, Passthrough):
+            return b""
+        self.started = True
+        return self.chunk("role", '"assistant","content":""')
+
+    def heartbeat(self) -> bytes:
+        return b": keep-alive\n\n"
+
+    def begin_item(self, item: Item) -> bytes:
+        if item.kind not in CALL_FIELD or item.tool is None:
+            return b""
+        call = call_entry({"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")})
+        kind, field = call["type"], CALL_FIELD[item.kind]
+        item.delta_head = f'{self.delta_head}"tool_calls":[{{"index":{self.calls},"{kind}":{{"{field}":'
+        item.delta_tail = "}}]" + CHUNK_TAIL
+        frame = self.chunk("tool_calls", dumps([{"index": self.calls, **call}]))
+        self.calls += 1
+        return frame
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        name = CHAT_TEXTS[shape.type]
+        item.delta_head, item.delta_tail = f'{self.delta_head}"{name}":', CHUNK_TAIL
+        is_first = name not in self.texts_begun
+        self.texts_begun |= {name}
+        return b"" if is_first else self.delta(item, "\n\n")
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        self.cited = True       # the SDK takes only one list of them
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        frames = self.delta(item, rest) if rest else b""
+        if sealed := item.fields.get("encrypted_content"):
+            frames += self.chunk("reasoning_details", dumps([detail_entry(sealed, item.index)]))
+        if image := item.fields.get("result"):
+            frames += self.chunk("images", dumps([{"index": item.index, **image_entry(image)}]))
+        return frames
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
+        if attempt.error is not None:
+            return sse_frame("", dumps(attempt.error.body()))
+        frames, usage = self.start(attempt), attempt.usage
+        passed = attempt.passed if isinstance(attempt, ChatPassthrough) else ()
+        if self.cited:
+            frames += self.chunk("annotations", dumps(self.message(attempt)["annotations"]))
+        if "finish_reason" not in passed:
+            reason = self.finish_reason(attempt, self.calls > 0)
+            frames += self.chunk("", "").replace(b'"":', b"").replace(b"null", json_string(reason).encode())
+        if self.wants_usage and usage and "usage" not in passed:
+            frames += f'{self.frame_head}],"usage":{dumps(chat_usage_object(usage))}}}\n\n'.encode()
+        return frames + DONE_FRAME
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.request.get("stream_options", {}).get("include_usage"))
+
+    def finish_reason(self, attempt: Attempt, called: bool) -> str:
+        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
+
+    def message(self, attempt: Attempt) -> JSON:
+        """The finished items as one message. A truncated call is left out: no client can use it."""
+        lists = collections.defaultdict[str, list[Any]](list)
+        for index in sorted(attempt.items):
+            item = json.loads(attempt.items[index])
+            if item["type"] in CALL_FIELD and item.get("status") != "incomplete":
+                lists["tool_calls"].append(call_entry(item))
+            if sealed := item.get("encrypted_content"):
+                lists["reasoning_details"].append(detail_entry(sealed, index))
+            if item["type"] == "image_generation_call" and item.get("result"):
+                lists["images"].append(image_entry(item["result"]))
+            for part in only_dicts([*(item.get("summary") or ()), *(item.get("content") or ())]):
+                texts = lists[CHAT_TEXTS.get(part["type"], "")]
+                at = sum(map(len, texts)) + 2 * len(texts)
+                texts.append(part.get("text") or part.get("refusal") or "")
+                for given in only_dicts(part.get("annotations")):
+                    note = {name: value + at if name.endswith("_index") else value
+                            for name, value in given.items() if name != "type"}
+                    lists["annotations"].append({"type": given["type"], given["type"]: note})
+        del lists[""]
+        joined = {name: "\n\n".join(texts) if name in CHAT_TEXTS.values() else texts
+                  for name, texts in lists.items() if texts}
+        content = None if lists["tool_calls"] else ""
+        return {"role": "assistant", "content": content, "refusal": None, **joined}
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        usage, message = attempt.usage, self.message(attempt)
+        assert usage is not None
+        choice = {"index": 0, "message": message, "logprobs": None,
+                  "finish_reason": self.finish_reason(attempt, "tool_calls" in message)}
+        answer = {**self.frame_fields("chat.completion"), "choices": [choice], "usage": chat_usage_object(usage)}
+        if usage.tier in ("default", "flex", "scale", "priority"):
+            answer["service_tier"] = usage.tier
+        return dumps(answer)
+
+
+CHUNK_VALUE = (     # of a member that says nothing but text
+    rb'"(?:(?:id|object|created|model|provider|system_fingerprint|service_tier|obfuscation|index|role|content'
+    rb'|reasoning_content|reasoning)": ?(?:"(?:[^"\\\n]++|\\.)*+"|\d++|null)|\w++": ?null)')
+CHUNK_VALUES = rb"(?:" + CHUNK_VALUE + rb"(?:, ?|(?=[}\]])))*+"
+
+
+class ChatPassthrough(Passthrough):
+    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
+    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    PARSED_EVENTS = re.compile(rb"")
+    OUTPUT_EVENTS = re.compile(
+        rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
+        rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:data: \{' + CHUNK_VALUES + rb'"choices": ?\[\{' + CHUNK_VALUES + rb'"delta": ?\{' + CHUNK_VALUES
+        + rb'\}(?:, ?)?' + CHUNK_VALUES + rb'\}\](?:, ?)?' + CHUNK_VALUES + rb'\}\n\n)++')
+    DEFERRED_EVENTS = ()
+    answer: ChatAnswer
+    final_text = ""             # a whole answer, for the client
+    fail = Attempt.fail         # nothing follows
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.named = json_string(self.answer.request.given["model"]).encode()
+        self.choices_left = self.answer.request.get("n", 1)     # that have not finished
+        self.open_calls: set[Any] = set()
+        self.passed: set[str] = set()       # fields of the end that the client has
+        self.overhead = sys.maxsize         # bytes of a chunk without its text
+
+    # what the decoder reports
+
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        self.open_calls.add(key)
+
+    def done(self, key: Any = None, **fields: Any) -> None:
+        self.open_calls.discard(key)
+
+    def set_stop(self, stop: Stop) -> None:
+        self.choices_left -= 1
+        if stop.final or self.choices_left <= 0:
+            super().set_stop(stop)
+
+    # the events
+
+    def take_event(self, event: Event) -> None:
+        if event.event == "error" or event.data == "[DONE]":
+            self.decoder.feed(event.data, event.event)
+        elif not self.upstream_done:
+            self.read(event.data, sse_frame("", event.data))
+
+    def read_event(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        choices = only_dicts(event.get("choices"))
+        self.check_calls()
+        if self.error is not None or (event.get("usage") and not choices and not self.answer.wants_usage):
+            return
+        texts = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        self.overhead = min(self.overhead, len(frame) - size)
+        self.passed |= {name for each in (event, *choices) for name in ("finish_reason", "usage") if each.get(name)}
+        self.forward(frame)
+
+    def check_calls(self) -> None:
+        """Fails an answer that ended within a call; the calls of several choices are not told apart."""
+        if self.stop and not self.incomplete_reason and self.open_calls and self.answer.request.get("n", 1) == 1:
+            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
+
+    def forward(self, block: bytes, most: int = 1) -> None:
+        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
+        super().forward(block, most)
+        self.output_chars = self.passed_bytes
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(self.with_model(block))
+
+    def with_model(self, block: bytes) -> bytes:
+        return MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + self.named, block)
+
+    def close_open_items(self) -> None:
+        """An answer without output is passed when it is known to be none that failed."""
+        self.check_calls()
+        if self.error is None and self.withheld and not self.output_started and self.answer.request.stream:
+            self.send(b"".join(self.withheld), 0)
+
+    # an answer that came as one JSON object
+
+    def whole(self, data: bytes) -> None:
+        body = json.loads(data)
+        self.decoder.whole(body)
+        self.check_calls()
+        if self.error is not None:
+            raise self.error
+        self.upstream_done = self.output_started = True
+        self.output_chars = len(data)
+        self.check_limits()
+        self.final_text = self.with_model(data).decode("utf-8", "replace")
+        if self.answer.request.stream:
+            self.out.append(sse_frame("", dumps(chunk_of(json.loads(self.final_text)))))
+            self.passed.add("finish_reason")
+
+    def body(self, now_s: int) -> str:
+        return self.final_text
+
+
+def chunk_of(body: JSON) -> JSON:
+    """A whole answer as one chunk, without usage."""
+    chunk = {**body, "object": "chat.completion.chunk"}
+    chunk.pop("usage", None)
+    for choice in only_dicts(chunk.get("choices")):
+        choice["delta"] = as_dict(choice.pop("message", None))
+        for index, call in enumerate(only_dicts(choice["delta"].get("tool_calls"))):
+            call.setdefault("index", index)
+    return chunk
+
+
+# --- 5.11 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3259,10 +3741,17 @@ class ClientApi(NamedTuple):
     translate: Callable[[ResponsesRequest], JSON] = lambda request: {}
     # paths of Responses fields -> the API's own, for messages
     own_names: Mapping[str, str] = {}
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> why not
 
 
 CLIENT_APIS: dict[str, ClientApi] = {
     "responses": ClientApi("/v1/responses", "input", ResponsesAnswer),
+    "chat": ClientApi(
+        "/v1/chat/completions", "messages", ChatAnswer,
+        fields=chat_fields,
+        translate=translate_chat,
+        own_names=CHAT_OWN_NAMES,
+        untranslated=ONLY_CHAT_SERVERS),
 }
 
 
@@ -3602,7 +4091,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "truncation": ["disabled"],
     "include": [[], ["reasoning.encrypted_content"]],
-    **dict.fromkeys("temperature top_p".split(), [1]),
+    "logprobs": [False],
+    "modalities": [["text"]],
+    **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
@@ -3798,11 +4289,24 @@ ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
+def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
+    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    raw, around = request.raw, request.around
+    start, end = around.start or len(raw), len(raw) - around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named,
+        raw[:start] + b"\0" + raw[end:])
+    exact = models == 1 and not LETTER_ESCAPE.search(outside)
+    return outside.replace(b"\0", raw[start:end]), exact
+
+
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
-    raw, body = request.raw, request.body
+    body = request.body
     envelopes: dict[bytes, bytes] = {}      # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
@@ -3810,19 +4314,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
             if not dropped:         # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
-    named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
-    start, end = request.around.start or len(raw), len(raw) - request.around.behind
-    outside, models = MODEL_FIELD.subn(
-        lambda at: at[0].removesuffix(at[1]) + named.encode(),
-        raw[:start] + b"\0" + raw[end:])
-    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
-    if envelopes:
+    spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
+    if envelopes and exact:
         spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
-        outside = spliced
-    exact = (models == 1 and opened == len(envelopes) and body is request.given
-             and body.get("store", False) is False)
-    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        exact = opened == len(envelopes) and not LETTER_ESCAPE.search(spliced)
+    if exact and not dropped and body is request.given and body.get("store", False) is False:
         return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
@@ -3910,6 +4406,8 @@ RESPONSES_REPAIRS: Repairs = {
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
+    # a model that does not reason
+    "encrypted content is not supported": lambda body: body.pop("include", None),
 }
 
 
@@ -3944,9 +4442,13 @@ class Decoder:
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+    def feed(self, data: str, name: str = "") -> None:
+        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
+        alone may mark an error."""
         data = data.strip()
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data == "[DONE]":
             self.on_done()
         elif data:
@@ -4337,6 +4839,9 @@ SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
 CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+
+
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
@@ -4349,7 +4854,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
-    for path in ("temperature", "top_p", *dialect.passthrough_fields):
+    for path in (*SAMPLING_FIELDS, *dialect.passthrough_fields):
         body[path.rpartition(".")[2]] = ctx.take(path)
     if "prompt_cache_key" in body:
         body["prompt_cache_key"] = ctx.request.cache_key()
@@ -5097,8 +5602,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
         "metadata": without_empty({"user_id": user}),
+        "stop_sequences": ctx.take("stop"),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
+        body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
@@ -5712,6 +6219,17 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     return {"tools": tools, "toolConfig": config}
 
 
+GEMINI_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "stop": "stopSequences",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+
+
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
@@ -5737,8 +6255,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
-        "temperature": ctx.take("temperature"),
-        "topP": ctx.take("top_p"),
+        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
         "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
@@ -6290,16 +6807,10 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected. The event's name alone may mark an error."""
+        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
-        if event is None or self.upstream_done:
-            return
-        name, data = event
-        if name == "error":
-            error = parse_object(data) or {"message": plain_text(data)}
-            data = data if error.get("error") else dumps({"error": error})
-        if data:
-            self.decoder.feed(data)
+        if event and not self.upstream_done:
+            self.decoder.feed(event.data, event.event)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data)
@@ -6412,10 +6923,15 @@ class WireApi(NamedTuple):
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
             ctx.dropped = []
+            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+            ctx.settings = row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
                                     self.headers(ctx.request.given))
+            for name, why_not in CLIENT_APIS[ctx.request.api].untranslated.items():
+                if ctx.request.get(name, 1) != 1:
+                    raise BadRequest(why_not, param=name, code="unsupported_parameter")
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             return self._translate(ctx, items)
@@ -6424,9 +6940,6 @@ class WireApi(NamedTuple):
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-        ctx.settings = row._replace(**overrides)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6448,8 +6961,8 @@ class WireApi(NamedTuple):
         own_names = CLIENT_APIS[request.api].own_names
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
-                ctx.dropped.append(own_names.get(path, path))
-        dropped = list(dict.fromkeys(ctx.dropped))
+                ctx.dropped.append(path)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
@@ -6473,6 +6986,38 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     return body, ResponsesPassthrough(ctx.answer, ctx.seal, ResponsesDecoder(ToolMap(())))
 
 
+def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
+    request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    changes: JSON = {}
+    if request.stream:
+        changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
+    limit = request.get("max_output_tokens")
+    for name in [name for name in limits if given.get(name)] or [ctx.settings.max_tokens]:
+        changes[name] = min(given.get(name) or limit, limit) if limit else None
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = [without_envelopes(message, ctx) for message in given["messages"]]
+    changes = {name: value for name, value in changes.items() if value != given.get(name)}
+    body, exact = splice_model(request, ctx.model, changes)
+    if not exact or changes.keys() & given.keys():
+        body = dumps({**given, "model": ctx.model, **changes}).encode()
+    return body, ChatPassthrough(ctx.answer, ctx.seal, ChatDecoder(ToolMap(()), ctx.settings))
+
+
+def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
+    """A message without sealed reasoning: a chat server's own is never sealed, so it is another provider's."""
+    details = objects_in(as_dict(message), "reasoning_details")
+    sealed = list(filter(is_sealed, details))
+    for detail in sealed:
+        opened = ctx.envelope.open(detail["data"])
+        ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
+    if not sealed:
+        return message
+    kept = [detail for detail in details if detail not in sealed]
+    return {name: kept if name == "reasoning_details" else value for name, value in message.items()
+            if kept or name != "reasoning_details"}
+
+
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
@@ -6482,7 +7027,8 @@ WIRES: dict[str, WireApi] = {
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
-        models=DIALECTS),
+        models=DIALECTS,
+        relay=relay_chat),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=MessagesDecoder,
@@ -10264,9 +10810,8 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/(chat/)?completions", "wrong_wire_api",
-     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
-     "in Codex by wire_api = \"responses\"."),
+    (r"/v1/completions", "wrong_wire_api",
+     "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
     (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
      "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
      "it."),
@@ -10363,10 +10908,13 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
     try:
         if not payable:
             raise price_unknown(key, candidates[0])
+        choices = request.get("n", 1) if api == "chat" else 1
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
-                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
+                                                 request.get("max_output_tokens", 0) * choices,
+                                                 down.server.reserve_output_tokens):
             # as many as the money is enough for
-            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": cap})
+            limit = max(1, cap // choices)
+            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
@@ -14225,7 +14773,7 @@ glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 # full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
 # reasoning_split the thoughts stand in the text. DeepSeek: "Thinking mode does not support this tool_choice".
 fill_table(DIALECTS, Dialect(), """{
-"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}},
+"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}, "passthrough_fields": ["top_k"]},
 "generic together fireworks ollama lmstudio": {"like": ""},
 "vllm llama.cpp llamacpp": {"like": "", "efforts": {
     "gpt-oss": {"values": "low low low medium high"},
@@ -14244,21 +14792,21 @@ fill_table(DIALECTS, Dialect(), """{
     "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]},
 "deepseek": {"replay": "reasoning_content", "replay_always": true, "json_schema": false, "forced_choice": false,
     "efforts": {"": {"form": "thinking_effort", "values": "disabled low low high high high max"}}},
-"openrouter": {"replay": "reasoning_details", "files": true, "reasoning_within": true,
+"openrouter": {"replay": "reasoning_details", "files": true, "passthrough_fields": ["top_k"], "reasoning_within": true,
     "efforts": {"": {"form": "reasoning", "values": "none minimal low medium high xhigh"}}},
 "groq": {"like": "", "max_tokens": "max_completion_tokens", "tool_parts": true, "passthrough_fields": ["service_tier"],
     "efforts": {"gpt-oss": {"values": "low low low medium high"}, "qwen3": {"values": "none default"}}},
 "xai": {"efforts": {"mini": {"values": "low low low low high"}}},
 "mistral": {"replay": "thinking", "tool_parts": true, "short_ids": true,
     "efforts": {"small": {"values": "none high"}}},
-"cerebras": {"like": "", "max_tokens": "max_completion_tokens"},
+"cerebras": {"like": "", "max_tokens": "max_completion_tokens", "passthrough_fields": []},
 "moonshot": {"replay": "reasoning_content", "replay_always": true, "efforts": {
     "k3": {"values": "low low low high high high max"},
     "k2.": {"form": "thinking", "values": "disabled enabled"}}},
 "zai": {"replay": "reasoning_content", "tool_stream": true, "efforts": {
     "glm-5.3": {"values": "low low low high high max", "always": {"thinking": {"type": "enabled", "clear_thinking": false}}},
     "": {"form": "thinking", "values": "disabled enabled"}}},
-"minimax": {"like": "", "max_tokens": "max_completion_tokens", "replay": "reasoning_details", "efforts": {
+"minimax": {"like": "cerebras", "replay": "reasoning_details", "efforts": {
     "m3.1": {"values": "low low low medium high max", "always": {"reasoning_split": true}},
     "m3": {"form": "thinking", "values": "disabled adaptive", "always": {"reasoning_split": true}},
     "": {"always": {"reasoning_split": true}}}},

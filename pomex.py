@@ -3250,9 +3250,16 @@ class ResponsesPassthrough(Passthrough):
 
 # --- 5.10 Chat Completions for clients ---
 
-def check_messages(messages: list[Any], path: str) -> None:
-    if not messages:
-        raise invalid_param(path, " is empty: send at least one message.")
+def check_entry(entry: Any, known: Mapping[str, Fields], path: str, tag: str = "type") -> str:
+    """Checks an object by its type, which must be a known one, and returns the type."""
+    check(entry, OBJECT, path)
+    kind: str = check(entry.get(tag), Field(choices=known), f"{path}.{tag}")
+    check_members(entry, known[kind], path)
+    return kind
+
+
+def object_with(members: Fields) -> Field:
+    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
 
 
 def check_chat_content(content: Any, path: str) -> None:
@@ -3260,60 +3267,51 @@ def check_chat_content(content: Any, path: str) -> None:
         check_typed(content, CHAT_PARTS, path)
 
 
-def check_image(link: Any, path: str) -> None:
-    if isinstance(link, dict):
-        check(link.get("url"), TEXT, f"{path}.url")
-
-
-ARRAY = Field((list,))
 CHAT_FIELDS: Fields = {
-    **{name: REQUEST_FIELDS[name] for name in """model stream stream_options temperature top_p metadata
-    prompt_cache_key service_tier user safety_identifier reasoning""".split()},
+    **{name: REQUEST_FIELDS[name] for name in
+       "model stream stream_options service_tier prompt_cache_key reasoning tool_choice".split()},
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
     **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
     **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
-    "messages": Field((list,), inner=check_messages),
+    **dict.fromkeys(("messages", "tools"), Field((list,))),
     "n": Field((int,), 1, 128),
     "stop": Field((str, list), items=TEXT),
-    "tools": ARRAY,
-    "tool_choice": REQUEST_FIELDS["tool_choice"],
 }
-CHAT_PARTS: dict[str, Fields] = {
+CHAT_PARTS = {
     "text": PART_TEXT,
     "refusal": {"refusal": TEXT},
-    "image_url": {"image_url": Field((dict, str), inner=check_image)},
+    "image_url": {"image_url": object_with({"url": TEXT})},
     "file": {"file": OBJECT},
 }
-CHAT_ROLE = Field(choices=("assistant", "developer", "function", "system", "tool", "user"))
 CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
-CHAT_FORMAT = Field(choices=("text", "json_object", "json_schema"))
-CHAT_TOOL = Field(choices=("function", "custom"))
+MAYBE_CONTENT = CHAT_CONTENT._replace(types=(str, list, type(None)))
+CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are read
+    **dict.fromkeys(("developer", "system", "user"), {"content": CHAT_CONTENT}),
+    "assistant": {"content": MAYBE_CONTENT, "refusal": MAYBE_TEXT, "function_call": MAYBE_OBJECT,
+                  "tool_calls": Field((list, type(None)))},
+    "tool": {"content": CHAT_CONTENT, "tool_call_id": TEXT, "name": MAYBE_TEXT},
+    "function": {"content": MAYBE_CONTENT, "name": TEXT},
+}
 CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
-# the fields of messages that are read, beside role and content
-REASONING_KEYS = ("reasoning_content", "reasoning", "reasoning_details")
-MESSAGE_KEYS = {
-    "assistant": ("refusal", "tool_calls", "function_call", *REASONING_KEYS),
-    "function": ("name",),
-    "tool": ("name", "tool_call_id")}
-# fields with another name or place in Responses, which `chat_fields` or `translate_chat` reads
+CHAT_CALLS = {kind: {"id": TEXT, kind: object_with(ITEM_FIELDS[item])} for kind, item in CALL_TYPES.items()}
+CHAT_TOOLS = {kind: {kind: object_with(TOOL_FIELDS[kind])} for kind in CALL_TYPES}
+CHAT_FORMATS: dict[str, Fields] = {
+    "text": {}, "json_object": {}, "json_schema": {"json_schema": object_with(JSON_SCHEMA)}}
+REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "reasoning_details"))
+# fields with another name or place in Responses
 CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
 tools tool_choice verbosity web_search_options""".split())
 CHAT_OWN_NAMES = {
     "max_output_tokens": "max_tokens",
-    "input:reasoning": "messages.reasoning_content",
     "reasoning.effort": "reasoning_effort",
     "text.format": "response_format",
     "text.verbosity": "verbosity",
 }
-ONLY_CHAT_SERVERS = {   # what no other wire can do
-    "n": "n must be 1 for this model: its provider gives one answer a request.",
-    "functions": "functions is deprecated. Send tools, which this model's provider knows.",
-    "function_call": "function_call is deprecated. Send tool_choice, which this model's provider knows.",
-}
+ONLY_CHAT_SERVERS = {"n": "n = 1", "functions": "tools", "function_call": "tool_choice"}
 
 
 def chat_fields(given: JSON) -> JSON:
-    """The fields of a Chat Completions body in the form of ClientApi.fields."""
+    """ClientApi.fields of a Chat Completions body."""
     for name, spec in CHAT_FIELDS.items():
         value = given.get(name)
         if value is not None or name in ("model", "messages"):
@@ -3331,20 +3329,23 @@ def chat_fields(given: JSON) -> JSON:
 
 
 def translate_chat(request: ResponsesRequest) -> JSON:
-    """The conversation and the tools of a Chat Completions body. `messages.NAME` stands for fields of messages
-    that have no place in an item: nothing takes them, so they are reported."""
+    """ClientApi.translate. It adds fields `messages.NAME` for those of messages that have no place in an
+    item: no wire carries them, so they are reported."""
     given, memo = request.given, request.memo
-    items: list[JSON] = []
-    body: JSON = {"input": items, "include": ["reasoning.encrypted_content"]}
+    body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
     for index, message in enumerate(given["messages"]):
         known = memo.get(id(message))
         if known is None or known[0] is not message:
             known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
-        items += known[1]
+        body["input"] += known[1]
         body |= known[2]
-    if not items:
-        raise invalid_param("messages", " hold no content.")
-    tools = [flat_tool(tool, f"tools[{index}]") for index, tool in enumerate(given.get("tools") or ())]
+    if not body["input"]:
+        raise invalid_param("messages", " must hold some content.")
+    body["tools"] = tools = []
+    for index, tool in enumerate(given.get("tools") or ()):
+        check_entry(tool, CHAT_TOOLS, f"tools[{index}]")
+        flat = flatten(tool)
+        tools.append({**flat, "format": flatten(flat["format"])} if flat.get("format") else flat)
     if (options := given.get("web_search_options")) is not None:
         place = flatten(as_dict(options.get("user_location")))
         tools.append({**options, "type": "web_search", "user_location": place})
@@ -3352,13 +3353,15 @@ def translate_chat(request: ResponsesRequest) -> JSON:
     if isinstance(choice, dict):
         choice = flatten(choice)
         choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
-    reasoning = {**(given.get("reasoning") or {})}
-    if given.get("reasoning_effort"):
-        reasoning["effort"] = given["reasoning_effort"]
-    if reasoning.get("effort"):
-        reasoning.setdefault("summary", "auto")
-    text = {"verbosity": given.get("verbosity"), "format": flat_format(given.get("response_format"))}
-    return {**body, "tools": tools, "tool_choice": choice, "reasoning": reasoning, "text": text}
+    shape = given.get("response_format")
+    if shape is not None:
+        check_entry(shape, CHAT_FORMATS, "response_format")
+        shape = flatten(shape)
+    reasoning = {"effort": given.get("reasoning_effort"), **(given.get("reasoning") or {})}
+    if reasoning["effort"]:
+        reasoning = {"summary": "auto", **reasoning}
+    text = {"verbosity": given.get("verbosity"), "format": shape}
+    return {**body, "tool_choice": choice, "reasoning": reasoning, "text": text}
 
 
 def flatten(given: JSON) -> JSON:
@@ -3369,73 +3372,30 @@ def flatten(given: JSON) -> JSON:
     return flat
 
 
-def flat_format(shape: JSON | None) -> JSON | None:
-    """response_format as text.format."""
-    if shape is None:
-        return None
-    kind, path = check(shape.get("type"), CHAT_FORMAT, "response_format.type"), "response_format"
-    if kind == "json_schema":
-        check_members(shape, {kind: OBJECT}, path)
-        check_members(shape[kind], JSON_SCHEMA, f"{path}.{kind}")
-    return flatten(shape)
-
-
-def flat_tool(tool: Any, path: str) -> JSON:
-    """A tool as that of Responses."""
-    check(tool, OBJECT, path)
-    kind = tool.get("type")
-    if isinstance(kind, str) and kind.startswith("web_search"):
-        return {**tool}
-    check(kind, CHAT_TOOL, f"{path}.type")
-    check_members(tool, {kind: OBJECT}, path)
-    check_members(tool[kind], TOOL_FIELDS[kind], f"{path}.{kind}")
-    flat = flatten(tool)
-    if flat.get("format"):              # of custom input: a grammar
-        flat["format"] = flatten(flat["format"])
-    return flat
-
-
 def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
-    """The items of a message, and its fields that have no place in them."""
-    check(message, OBJECT, path)
-    role, content = check(message.get("role"), CHAT_ROLE, f"{path}.role"), message.get("content")
-    if content is None and role in ("assistant", "function"):
-        content = []
-    check(content, CHAT_CONTENT, f"{path}.content")
+    """The items of a message, and fields for what has no place in them."""
+    role = check_entry(message, CHAT_MESSAGES, path, "role")
+    content = message.get("content") or ""
     if not isinstance(content, str):
         content = [chat_part(part, role) for part in content]
-    read = {"role", "content", *MESSAGE_KEYS.get(role, ())}
-    lost = {f"messages.{name}": True for name, value in message.items() if value and name not in read}
+    refusal, sealed = message.get("refusal"), sealed_details(message)
+    unread = message.keys() - CHAT_MESSAGES[role].keys() - {"role"} - (REASONING_KEYS if sealed else set())
+    lost = {f"messages.{name}": True for name in unread if message[name]}
     if role in ("tool", "function"):
-        name = "tool_call_id" if role == "tool" else "name"
-        call_id = check(message.get(name), TEXT, f"{path}.{name}")
+        call_id = message["tool_call_id" if role == "tool" else "name"]
         return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
-    if role != "assistant":
-        return [{"type": "message", "role": role, "content": content}], lost
-    if refusal := message.get("refusal"):
-        check(refusal, TEXT, f"{path}.refusal")
-        text = [{"type": "output_text", "text": content}] if isinstance(content, str) else content
-        content = [*text, {"type": "refusal", "refusal": refusal}]
-    items = [{"type": "message", "role": role, "content": content}] if content else []
-    calls = [*check(message.get("tool_calls") or [], ARRAY, f"{path}.tool_calls")]
+    contents = content, refusal and [{"type": "refusal", "refusal": refusal}]
+    items = [{"type": "message", "role": role, "content": each} for each in contents if each]
+    calls = [*(message.get("tool_calls") or ())]
     if old := message.get("function_call"):     # its result has no other id than the name
-        calls.append({"id": as_dict(old).get("name"), "function": old})
+        calls.append({"id": old.get("name"), "type": "function", "function": old})
     for index, call in enumerate(calls):
-        place = f"{path}.tool_calls[{index}]"
-        check(call, OBJECT, place)
-        kind = check(call.get("type") or "function", CHAT_TOOL, f"{place}.type")
-        check_members(call, {"id": TEXT, kind: OBJECT}, place)
-        check_members(call[kind], ITEM_FIELDS[CALL_TYPES[kind]], f"{place}.{kind}")
+        kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
         items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
-        others = call.keys() - {"id", "type", "index", kind}
-        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
-    sealed = [detail for detail in only_dicts(message.get("reasoning_details")) if is_sealed(detail)]
+        lost |= {f"messages.tool_calls.{name}": True for name in call.keys() - {"id", "type", "index", kind}}
     for detail in sealed:
-        at = detail.get("index")
         made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
-        items.insert(at if isinstance(at, int) and at > 0 else 0, made)
-    if not sealed and any(map(message.get, REASONING_KEYS)):    # no provider takes it back: it is reported
-        items.insert(0, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text"}]})
+        items.insert(count(detail, "index"), made)
     return items, lost
 
 
@@ -3445,15 +3405,15 @@ def chat_part(part: JSON, role: str) -> JSON:
     if kind == "text":
         return {**part, "type": "output_text" if role == "assistant" else "input_text"}
     if kind == "image_url":
-        link = part[kind]
-        link = {"url": link} if isinstance(link, str) else {**link}
-        return {**part, "type": "input_image", "image_url": link.pop("url"), **link}
+        flat = flatten(part)
+        return {"image_url": flat.pop("url"), **flat, "type": "input_image"}
     return {**flatten(part), "type": "input_file"} if kind == "file" else part
 
 
-def is_sealed(detail: JSON) -> bool:
-    """Is an entry of reasoning_details an envelope of ours?"""
-    return str(detail.get("data")).startswith(ENVELOPE_PREFIX)
+def sealed_details(message: JSON) -> list[JSON]:
+    """The envelopes among a message's reasoning_details."""
+    return [detail for detail in only_dicts(message.get("reasoning_details"))
+            if str(detail.get("data")).startswith(ENVELOPE_PREFIX)]
 
 
 CHAT_TEXTS = {      # type of a part -> the field of a message
@@ -3466,56 +3426,47 @@ FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filt
 CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
 
 
-def call_entry(item: JSON) -> JSON:
-    """A call's item as an entry of tool_calls."""
-    field = CALL_FIELD[item["type"]]
-    kind = "function" if field == "arguments" else "custom"
-    return {"id": item["call_id"], "type": kind, kind: {"name": item["name"], field: item[field]}}
-
-
-def detail_entry(sealed: str, index: int) -> JSON:
-    """An entry of reasoning_details. `index` is the item's place in the answer, where it returns to; the SDK
-    joins entries of one index."""
-    return {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
-
-
-def image_entry(data: str) -> JSON:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-
-def chat_usage_object(usage: Usage) -> JSON:
-    return {name.replace("input", "prompt").replace("output", "completion"): value
-            for name, value in usage_object(usage).items()}
+def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
+    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK joins
+    streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
+    if field := CALL_FIELD.get(item["type"]):
+        kind = "function" if field == "arguments" else "custom"
+        return "tool_calls", {"id": item["call_id"], "type": kind, kind: {"name": item["name"], field: item[field]}}
+    if sealed := item.get("encrypted_content"):
+        return "reasoning_details", {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+    if image := item.get("result"):
+        link = {"url": f"data:image/png;base64,{image}"}
+        return "images", {"type": "image_url", "image_url": link, "index": index}
+    return "", {}
 
 
 class ChatAnswer(ClientAnswer):
-    """Chunks of Chat Completions. Texts of one kind, which Chat does not separate, are joined by empty
-    lines."""
+    """Chunks of Chat Completions. It does not separate texts of one kind: they are joined by empty lines."""
     calls = 0               # begun in the stream
     texts_begun: frozenset[str] = frozenset()
     cited = False
 
-    def frame_fields(self, kind: str) -> JSON:
+    def head(self, kind: str) -> JSON:
         name = f"chatcmpl-{self.id.removeprefix('resp_')}"
         return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
 
     @functools.cached_property
     def frame_head(self) -> str:
-        return f'data: {dumps(self.frame_fields("chat.completion.chunk"))[:-1]},"choices":['
+        return f'data: {dumps(self.head("chat.completion.chunk"))[:-1]},"choices":['
 
     @functools.cached_property
-    def delta_head(self) -> str:
+    def chunk_head(self) -> str:
         return self.frame_head + '{"index":0,"delta":{'
 
-    def chunk(self, name: str, value: str) -> bytes:
-        """A chunk whose delta has one field; its value is JSON text."""
-        return f'{self.delta_head}"{name}":{value}{CHUNK_TAIL}'.encode()
+    def chunk(self, name: str, value: Any) -> bytes:
+        """A chunk whose delta has one field."""
+        return f'{self.chunk_head}"{name}":{dumps(value)}{CHUNK_TAIL}'.encode()
 
     def start(self, attempt: Attempt | None = None) -> bytes:
         if self.started or attempt is None or isinstance(attempt, Passthrough):
             return b""
         self.started = True
-        return self.chunk("role", '"assistant","content":""')
+        return f'{self.chunk_head}"role":"assistant","content":""{CHUNK_TAIL}'.encode()
 
     def heartbeat(self) -> bytes:
         return b": keep-alive\n\n"
@@ -3523,17 +3474,17 @@ class ChatAnswer(ClientAnswer):
     def begin_item(self, item: Item) -> bytes:
         if item.kind not in CALL_FIELD or item.tool is None:
             return b""
-        call = call_entry({"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")})
-        kind, field = call["type"], CALL_FIELD[item.kind]
-        item.delta_head = f'{self.delta_head}"tool_calls":[{{"index":{self.calls},"{kind}":{{"{field}":'
-        item.delta_tail = "}}]" + CHUNK_TAIL
-        frame = self.chunk("tool_calls", dumps([{"index": self.calls, **call}]))
+        index, field = self.calls, CALL_FIELD[item.kind]
         self.calls += 1
-        return frame
+        given = {"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")}
+        name, call = chat_entry(given, index)
+        item.delta_head = f'{self.chunk_head}"{name}":[{{"index":{index},"{call["type"]}":{{"{field}":'
+        item.delta_tail = "}}]" + CHUNK_TAIL
+        return self.chunk(name, [{"index": index, **call}])
 
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
         name = CHAT_TEXTS[shape.type]
-        item.delta_head, item.delta_tail = f'{self.delta_head}"{name}":', CHUNK_TAIL
+        item.delta_head, item.delta_tail = f'{self.chunk_head}"{name}":', CHUNK_TAIL
         is_first = name not in self.texts_begun
         self.texts_begun |= {name}
         return b"" if is_first else self.delta(item, "\n\n")
@@ -3543,31 +3494,32 @@ class ChatAnswer(ClientAnswer):
         return b""
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
-        frames = self.delta(item, rest) if rest else b""
-        if sealed := item.fields.get("encrypted_content"):
-            frames += self.chunk("reasoning_details", dumps([detail_entry(sealed, item.index)]))
-        if image := item.fields.get("result"):
-            frames += self.chunk("images", dumps([{"index": item.index, **image_entry(image)}]))
-        return frames
+        if item.tool:
+            return self.delta(item, rest) if rest else b""
+        name, entry = chat_entry({"type": item.kind, **item.fields}, item.index)
+        return self.chunk(name, [entry]) if name else b""
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
         """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
         if attempt.error is not None:
             return sse_frame("", dumps(attempt.error.body()))
-        frames, usage = self.start(attempt), attempt.usage
-        passed = attempt.passed if isinstance(attempt, ChatPassthrough) else ()
+        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
         if self.cited:
-            frames += self.chunk("annotations", dumps(self.message(attempt)["annotations"]))
+            frames += self.chunk("annotations", self.message(attempt)["annotations"])
         if "finish_reason" not in passed:
-            reason = self.finish_reason(attempt, self.calls > 0)
-            frames += self.chunk("", "").replace(b'"":', b"").replace(b"null", json_string(reason).encode())
+            reason = json_string(self.finish_reason(attempt, self.calls > 0))
+            frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
         if self.wants_usage and usage and "usage" not in passed:
-            frames += f'{self.frame_head}],"usage":{dumps(chat_usage_object(usage))}}}\n\n'.encode()
+            frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
         return frames + DONE_FRAME
 
     @property
     def wants_usage(self) -> bool:
         return bool(self.request.get("stream_options", {}).get("include_usage"))
+
+    def usage(self, usage: Usage) -> JSON:
+        return {name.replace("input", "prompt").replace("output", "completion"): value
+                for name, value in usage_object(usage).items()}
 
     def finish_reason(self, attempt: Attempt, called: bool) -> str:
         return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
@@ -3577,65 +3529,58 @@ class ChatAnswer(ClientAnswer):
         lists = collections.defaultdict[str, list[Any]](list)
         for index in sorted(attempt.items):
             item = json.loads(attempt.items[index])
-            if item["type"] in CALL_FIELD and item.get("status") != "incomplete":
-                lists["tool_calls"].append(call_entry(item))
-            if sealed := item.get("encrypted_content"):
-                lists["reasoning_details"].append(detail_entry(sealed, index))
-            if item["type"] == "image_generation_call" and item.get("result"):
-                lists["images"].append(image_entry(item["result"]))
-            for part in only_dicts([*(item.get("summary") or ()), *(item.get("content") or ())]):
+            if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
+                name, entry = chat_entry(item, index)
+                lists[name].append(entry)
+            for part in only_dicts([*item.get("summary", ()), *item.get("content", ())]):
                 texts = lists[CHAT_TEXTS.get(part["type"], "")]
-                at = sum(map(len, texts)) + 2 * len(texts)
-                texts.append(part.get("text") or part.get("refusal") or "")
-                for given in only_dicts(part.get("annotations")):
-                    note = {name: value + at if name.endswith("_index") else value
+                begin = len("\n\n".join([*texts, ""]))
+                texts.append(part.get("text", part.get("refusal")))
+                for given in part.get("annotations", ()):
+                    note = {name: value + begin if name.endswith("_index") else value
                             for name, value in given.items() if name != "type"}
                     lists["annotations"].append({"type": given["type"], given["type"]: note})
-        del lists[""]
-        joined = {name: "\n\n".join(texts) if name in CHAT_TEXTS.values() else texts
-                  for name, texts in lists.items() if texts}
-        content = None if lists["tool_calls"] else ""
-        return {"role": "assistant", "content": content, "refusal": None, **joined}
+        message = {name: "\n\n".join(entries) if name in CHAT_TEXTS.values() else entries
+                   for name, entries in lists.items() if name}
+        content = None if "tool_calls" in message else ""
+        return {"role": "assistant", "content": content, "refusal": None, **message}
 
     def body(self, attempt: Attempt, now_s: int) -> str:
         usage, message = attempt.usage, self.message(attempt)
         assert usage is not None
-        choice = {"index": 0, "message": message, "logprobs": None,
-                  "finish_reason": self.finish_reason(attempt, "tool_calls" in message)}
-        answer = {**self.frame_fields("chat.completion"), "choices": [choice], "usage": chat_usage_object(usage)}
+        reason = self.finish_reason(attempt, "tool_calls" in message)
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        answer = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage(usage)}
         if usage.tier in ("default", "flex", "scale", "priority"):
             answer["service_tier"] = usage.tier
         return dumps(answer)
 
 
-CHUNK_VALUE = (     # of a member that says nothing but text
-    rb'"(?:(?:id|object|created|model|provider|system_fingerprint|service_tier|obfuscation|index|role|content'
-    rb'|reasoning_content|reasoning)": ?(?:"(?:[^"\\\n]++|\\.)*+"|\d++|null)|\w++": ?null)')
-CHUNK_VALUES = rb"(?:" + CHUNK_VALUE + rb"(?:, ?|(?=[}\]])))*+"
+CHUNK_VALUES = (    # members that say nothing but text
+    rb'(?:"(?:(?:id|object|created|model|provider|system_fingerprint|service_tier|obfuscation|index|role|content'
+    rb'|reasoning_content|reasoning)": ?(?:"(?:[^"\\\n]++|\\.)*+"|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+')
 
 
 class ChatPassthrough(Passthrough):
     """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
     arguments are not whole, and the usage chunk if the client did not ask for it."""
-    PARSED_EVENTS = re.compile(rb"")
     OUTPUT_EVENTS = re.compile(
         rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
-        rb'(?:data: \{' + CHUNK_VALUES + rb'"choices": ?\[\{' + CHUNK_VALUES + rb'"delta": ?\{' + CHUNK_VALUES
-        + rb'\}(?:, ?)?' + CHUNK_VALUES + rb'\}\](?:, ?)?' + CHUNK_VALUES + rb'\}\n\n)++')
+        rb'(?:data: \{%b"choices": ?\[\{%b"delta": ?\{%b\}(?:, ?)?%b\}\](?:, ?)?%b\}\n\n)++' % ((CHUNK_VALUES,) * 5))
     DEFERRED_EVENTS = ()
     answer: ChatAnswer
     final_text = ""             # a whole answer, for the client
+    overhead = sys.maxsize      # bytes of a chunk without its text
     fail = Attempt.fail         # nothing follows
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.named = json_string(self.answer.request.given["model"]).encode()
-        self.choices_left = self.answer.request.get("n", 1)     # that have not finished
+        self.choices_left = self.choices = self.answer.request.get("n", 1)
         self.open_calls: set[Any] = set()
         self.passed: set[str] = set()       # fields of the end that the client has
-        self.overhead = sys.maxsize         # bytes of a chunk without its text
 
     # what the decoder reports
 
@@ -3646,9 +3591,12 @@ class ChatPassthrough(Passthrough):
         self.open_calls.discard(key)
 
     def set_stop(self, stop: Stop) -> None:
+        """Takes the stop of the last choice. The calls of several ones are not told apart."""
         self.choices_left -= 1
         if stop.final or self.choices_left <= 0:
             super().set_stop(stop)
+        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
 
     # the events
 
@@ -3661,19 +3609,14 @@ class ChatPassthrough(Passthrough):
     def read_event(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
         choices = only_dicts(event.get("choices"))
-        self.check_calls()
-        if self.error is not None or (event.get("usage") and not choices and not self.answer.wants_usage):
+        if self.error is not None or (event.get("usage") and not (choices or self.answer.wants_usage)):
             return
-        texts = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
-        size = sum(len(text) for text in texts if isinstance(text, str))
+        values = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(value) for value in values if isinstance(value, str))
         self.overhead = min(self.overhead, len(frame) - size)
-        self.passed |= {name for each in (event, *choices) for name in ("finish_reason", "usage") if each.get(name)}
+        holders = event, *choices
+        self.passed |= {name for name in ("finish_reason", "usage") if any(each.get(name) for each in holders)}
         self.forward(frame)
-
-    def check_calls(self) -> None:
-        """Fails an answer that ended within a call; the calls of several choices are not told apart."""
-        if self.stop and not self.incomplete_reason and self.open_calls and self.answer.request.get("n", 1) == 1:
-            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
 
     def forward(self, block: bytes, most: int = 1) -> None:
         self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
@@ -3687,17 +3630,15 @@ class ChatPassthrough(Passthrough):
         return MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + self.named, block)
 
     def close_open_items(self) -> None:
-        """An answer without output is passed when it is known to be none that failed."""
-        self.check_calls()
-        if self.error is None and self.withheld and not self.output_started and self.answer.request.stream:
+        """Passes an answer without output when it is known not to have failed."""
+        if self.error is None and not self.output_started and self.answer.request.stream:
             self.send(b"".join(self.withheld), 0)
 
     # an answer that came as one JSON object
 
     def whole(self, data: bytes) -> None:
-        body = json.loads(data)
-        self.decoder.whole(body)
-        self.check_calls()
+        text = data.decode("utf-8", "replace")
+        self.decoder.whole(parse_object(text) or {})
         if self.error is not None:
             raise self.error
         self.upstream_done = self.output_started = True
@@ -3714,13 +3655,11 @@ class ChatPassthrough(Passthrough):
 
 def chunk_of(body: JSON) -> JSON:
     """A whole answer as one chunk, without usage."""
-    chunk = {**body, "object": "chat.completion.chunk"}
-    chunk.pop("usage", None)
-    for choice in only_dicts(chunk.get("choices")):
-        choice["delta"] = as_dict(choice.pop("message", None))
-        for index, call in enumerate(only_dicts(choice["delta"].get("tool_calls"))):
+    for choice in body["choices"]:
+        choice["delta"] = choice.pop("message")
+        for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
             call.setdefault("index", index)
-    return chunk
+    return {**body, "object": "chat.completion.chunk", "usage": None}
 
 
 # --- 5.11 the table ---
@@ -3741,7 +3680,7 @@ class ClientApi(NamedTuple):
     translate: Callable[[ResponsesRequest], JSON] = lambda request: {}
     # paths of Responses fields -> the API's own, for messages
     own_names: Mapping[str, str] = {}
-    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> why not
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
 
 
 CLIENT_APIS: dict[str, ClientApi] = {
@@ -6929,9 +6868,10 @@ class WireApi(NamedTuple):
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
                                     self.headers(ctx.request.given))
-            for name, why_not in CLIENT_APIS[ctx.request.api].untranslated.items():
+            for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
-                    raise BadRequest(why_not, param=name, code="unsupported_parameter")
+                    raise BadRequest(f"{name} works only at a Chat Completions server, which this model's provider "
+                                     f"is not. Send {instead}.", param=name, code="unsupported_parameter")
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             return self._translate(ctx, items)
@@ -7006,16 +6946,15 @@ def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 
 def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
     """A message without sealed reasoning: a chat server's own is never sealed, so it is another provider's."""
-    details = objects_in(as_dict(message), "reasoning_details")
-    sealed = list(filter(is_sealed, details))
+    sealed = sealed_details(as_dict(message))
     for detail in sealed:
         opened = ctx.envelope.open(detail["data"])
         ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
     if not sealed:
         return message
-    kept = [detail for detail in details if detail not in sealed]
-    return {name: kept if name == "reasoning_details" else value for name, value in message.items()
-            if kept or name != "reasoning_details"}
+    kept = [detail for detail in message["reasoning_details"] if detail not in sealed]
+    rest = {name: value for name, value in message.items() if name != "reasoning_details"}
+    return {**rest, "reasoning_details": kept} if kept else rest
 
 
 WIRES: dict[str, WireApi] = {

@@ -2990,7 +2990,7 @@ class Passthrough(Attempt):
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # until output begins
+        self.withheld: list[bytes] = []         # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -3054,6 +3054,7 @@ class Passthrough(Attempt):
             if self.answer.request.stream:
                 self.out.append(self.answer.start(self))
             block, most = b"".join(self.withheld), len(self.withheld)
+            self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
         self.passed_bytes += len(block)
@@ -3569,9 +3570,9 @@ class ChatPassthrough(Passthrough):
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
         rb'(?:data: \{%b"choices": ?\[\{%b"delta": ?\{%b\}(?:, ?)?%b\}\](?:, ?)?%b\}\n\n)++' % ((CHUNK_VALUES,) * 5))
-    DEFERRED_EVENTS = ()
     answer: ChatAnswer
     final_text = ""             # a whole answer, for the client
+    chars = 0                   # of text
     overhead = sys.maxsize      # bytes of a chunk without its text
     fail = Attempt.fail         # nothing follows
 
@@ -3583,6 +3584,12 @@ class ChatPassthrough(Passthrough):
         self.passed: set[str] = set()       # fields of the end that the client has
 
     # what the decoder reports
+
+    def text(self, text: str, channel: PartType = "text") -> None:
+        self.chars += len(text)
+
+    def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
+        self.chars += len(text)
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         self.open_calls.add(key)
@@ -3607,21 +3614,28 @@ class ChatPassthrough(Passthrough):
             self.read(event.data, sse_frame("", event.data))
 
     def read_event(self, event: JSON, frame: bytes) -> None:
+        before = self.chars
         self.decoder.read(event)
+        self.overhead = min(self.overhead, len(frame) - self.chars + before)
         choices = only_dicts(event.get("choices"))
         if self.error is not None or (event.get("usage") and not (choices or self.answer.wants_usage)):
             return
-        values = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
-        size = sum(len(value) for value in values if isinstance(value, str))
-        self.overhead = min(self.overhead, len(frame) - size)
         holders = event, *choices
         self.passed |= {name for name in ("finish_reason", "usage") if any(each.get(name) for each in holders)}
-        self.forward(frame)
+        if self.stop is None:
+            self.forward(frame)
+        else:                           # an error may follow
+            self.withheld.append(frame)
+            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
+            self.check_limits(len(frame))
+
+    def pass_unread(self, block: bytes, most: int = 1) -> None:
+        self.chars += max(0, len(block) - block.count(b"\n\n") * self.overhead)
+        self.forward(block, most)
 
     def forward(self, block: bytes, most: int = 1) -> None:
-        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
         super().forward(block, most)
-        self.output_chars = self.passed_bytes
+        self.output_chars = self.chars
 
     def send(self, block: bytes, most: int) -> None:
         self.out.append(self.with_model(block))
@@ -3630,8 +3644,8 @@ class ChatPassthrough(Passthrough):
         return MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + self.named, block)
 
     def close_open_items(self) -> None:
-        """Passes an answer without output when it is known not to have failed."""
-        if self.error is None and not self.output_started and self.answer.request.stream:
+        """Passes the end, or an answer without output, when it is known not to have failed."""
+        if self.error is None and self.answer.request.stream:
             self.send(b"".join(self.withheld), 0)
 
     # an answer that came as one JSON object

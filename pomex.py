@@ -3432,9 +3432,11 @@ def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
     streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
     if field := CALL_FIELD.get(item["type"]):
         kind = "function" if field == "arguments" else "custom"
-        return "tool_calls", {"id": item["call_id"], "type": kind, kind: {"name": item["name"], field: item[field]}}
+        call = {"name": item["name"], field: item[field]}
+        return "tool_calls", {"id": item["call_id"], "type": kind, kind: call}
     if sealed := item.get("encrypted_content"):
-        return "reasoning_details", {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+        detail = {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+        return "reasoning_details", detail
     if image := item.get("result"):
         link = {"url": f"data:image/png;base64,{image}"}
         return "images", {"type": "image_url", "image_url": link, "index": index}
@@ -3557,9 +3559,13 @@ class ChatAnswer(ClientAnswer):
         return dumps(answer)
 
 
-CHUNK_VALUES = (    # members that say nothing but text
-    rb'(?:"(?:(?:id|object|created|model|provider|system_fingerprint|service_tier|obfuscation|index|role|content'
-    rb'|reasoning_content|reasoning)": ?(?:"(?:[^"\\\n]++|\\.)*+"|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+')
+STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
+    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|obfuscation'
+    rb'|reasoning_content|reasoning)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+ARGUMENTS = (       # of a call that has begun
+    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
 
 
 class ChatPassthrough(Passthrough):
@@ -3569,8 +3575,11 @@ class ChatPassthrough(Passthrough):
         rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
-        rb'(?:data: \{%b"choices": ?\[\{%b"delta": ?\{%b\}(?:, ?)?%b\}\](?:, ?)?%b\}\n\n)++' % ((CHUNK_VALUES,) * 5))
+        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{(?:1|0)\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
+        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
+    DEFERRED_EVENTS = (b'"arguments"',)
     answer: ChatAnswer
+    theirs = ours = b'"model"'  # the provider's member, and the client's
     final_text = ""             # a whole answer, for the client
     chars = 0                   # of text
     overhead = sys.maxsize      # bytes of a chunk without its text
@@ -3608,16 +3617,28 @@ class ChatPassthrough(Passthrough):
     # the events
 
     def take_event(self, event: Event) -> None:
+        self.read_deferred()
         if event.event == "error" or event.data == "[DONE]":
             self.decoder.feed(event.data, event.event)
         elif not self.upstream_done:
             self.read(event.data, sse_frame("", event.data))
 
+    def read_deferred(self) -> None:
+        """Reads the arguments that passed unread; their text is counted."""
+        chars = self.chars
+        found = re.findall(ARGUMENTS, b"".join(self.deferred))
+        self.deferred.clear()
+        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
+            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
+            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
+            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+        self.chars = chars
+
     def read_event(self, event: JSON, frame: bytes) -> None:
         before = self.chars
         self.decoder.read(event)
         self.overhead = min(self.overhead, len(frame) - self.chars + before)
-        choices = only_dicts(event.get("choices"))
+        frame, choices = self.with_model(frame), only_dicts(event.get("choices"))
         if self.error is not None or (event.get("usage") and not (choices or self.answer.wants_usage)):
             return
         holders = event, *choices
@@ -3631,17 +3652,20 @@ class ChatPassthrough(Passthrough):
 
     def pass_unread(self, block: bytes, most: int = 1) -> None:
         self.chars += max(0, len(block) - block.count(b"\n\n") * self.overhead)
-        self.forward(block, most)
+        super().pass_unread(block, most)
 
     def forward(self, block: bytes, most: int = 1) -> None:
         super().forward(block, most)
         self.output_chars = self.chars
 
     def send(self, block: bytes, most: int) -> None:
-        self.out.append(self.with_model(block))
+        self.out.append(block.replace(self.theirs, self.ours))
 
     def with_model(self, block: bytes) -> bytes:
-        return MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + self.named, block)
+        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
+        if found := MODEL_FIELD.search(block):
+            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+        return block.replace(self.theirs, self.ours)
 
     def close_open_items(self) -> None:
         """Passes the end, or an answer without output, when it is known not to have failed."""

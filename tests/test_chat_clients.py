@@ -479,9 +479,9 @@ def test_hot_chunks_pass_unread(monkeypatch):
     raw, _ = read("chat", [frames(*TEXT[:2]), frames(*plain), frames(FINISH) + DONE])
     assert raw == as_given(frames(*TEXT[:2], *plain, FINISH) + DONE)
     assert seen == [*TEXT[:2], FINISH]
-    spaced = "".join(f"data: {json.dumps(event)}\n\n" for event in plain).encode()
+    first, spaced = ("".join(f"data: {json.dumps(event)}\n\n" for event in some).encode() for some in (TEXT[:2], plain))
     seen.clear()
-    raw, _ = read("chat", [frames(*TEXT[:2]), spaced, frames(FINISH) + DONE])
+    raw, _ = read("chat", [first, spaced, frames(FINISH) + DONE])
     assert seen == [*TEXT[:2], FINISH] and b"theirs" not in raw
     seen.clear()
     others = [chunk({"tool_calls": []}), chunk({"content": "x"}, "stop"), chunk({"content": "x"}, usage={"prompt_tokens": 1})]
@@ -493,6 +493,18 @@ def tool_chunks(*arguments, finish="tool_calls"):
     first = {"index": 0, "id": "c1", "type": "function", "function": {"name": "look", "arguments": ""}}
     rest = [chunk({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}) for piece in arguments]
     return [chunk({"role": "assistant", "content": None}), chunk({"tool_calls": [first]}), *rest, chunk({}, finish)]
+
+
+def test_arguments_pass_unread_and_are_read_at_the_end(monkeypatch):
+    seen, real = [], pomex.ChatDecoder.read
+    monkeypatch.setattr(pomex.ChatDecoder, "read", lambda self, event: seen.append(event) or real(self, event))
+    events = tool_chunks('{"a":', '"\\u00e9\\n"', "}")
+    raw, attempt = read("chat", [frames(*events) + DONE])
+    assert raw == as_given(frames(*events) + DONE) and len(seen) == 4
+    assert seen[2]["choices"][0]["delta"]["tool_calls"] == [{"index": 0, "function": {"arguments": '{"a":"\\u00e9\\n"}'}}]
+    events[3]["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] = '"'
+    raw, attempt = read("chat", [frames(*events) + DONE])
+    assert ends(raw) == (0, 1) and attempt.status == "failed"
 
 
 def test_calls_pass_and_half_ones_are_a_failure():
@@ -613,6 +625,22 @@ def test_requests_of_real_agents():
             body, dropped = up(wire, raw)
             assert not dropped, (path, wire, dropped)
     assert count > 10
+
+
+def recordings(kind):
+    return [path.read_bytes() for path in sorted((SHARED / "recorded" / kind).glob("*/response.sse"))]
+
+
+@pytest.mark.skipif(not (SHARED / "recorded").is_dir(), reason="../shared/recorded is not here")
+@pytest.mark.parametrize("kind, wire", [("chat", "chat"), ("anthropic", "messages"), ("gemini", "gemini"), ("responses", "responses")])
+def test_every_recording_has_one_end(kind, wire):
+    for stream in recordings(kind):
+        raw, attempt = read(wire, [stream], **ASKED)
+        finish = raw.replace(b'": "', b'":"').count(b'"finish_reason":"')
+        assert ends(raw) == ((0, 1) if attempt.error else (1, 0)) and bool(finish) == (attempt.error is None)
+        assert read(wire, [stream[at:at + 7] for at in range(0, len(stream), 7)], **ASKED)[0] == raw
+        for cut in range(0, len(stream), max(1, len(stream) // 20)):
+            assert sum(ends(read(wire, [stream[:cut]])[0])) == 1
 
 
 # --- through the gateway --------------------------------------------------------------------------

@@ -3023,17 +3023,14 @@ class Passthrough(Attempt):
 
     def read(self, data: str, frame: bytes) -> None:
         try:
-            self.read_event(json.loads(data), frame)
+            event = json.loads(data)
+            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
+            if handler:
+                handler(event, frame)
+            else:                               # the type was a nested one
+                self.forward(frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
-
-    def read_event(self, event: JSON, frame: bytes) -> None:
-        handler = getattr(self, f"on_{event['type']}".replace(".", "_"), self.pass_other)
-        handler(event, frame)
-
-    def pass_other(self, event: JSON, frame: bytes) -> None:
-        """Forwards an event whose type is not read: the one that PARSED_EVENTS found was a nested one."""
-        self.forward(frame)
 
     def pass_unread(self, block: bytes, most: int = 1) -> None:
         """Forwards at `most` that many events, and keeps them if they may be needed later."""
@@ -3423,13 +3420,14 @@ CHAT_TEXTS = {      # type of a part -> the field of a message
     "summary_text": "reasoning_content",
     "reasoning_text": "reasoning_content",
 }
+END_FIELDS = frozenset(("finish_reason", "usage"))
 FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
 
 
 def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
-    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK joins
-    streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
+    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK
+    joins streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
     if field := CALL_FIELD.get(item["type"]):
         kind = "function" if field == "arguments" else "custom"
         call = {"name": item["name"], field: item[field]}
@@ -3562,10 +3560,11 @@ class ChatAnswer(ClientAnswer):
 STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
 CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
     rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
-    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|obfuscation'
-    rb'|reasoning_content|reasoning)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|reasoning'
+    rb'|obfuscation|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
 ARGUMENTS = (       # of a call that has begun
-    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
+    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
 
 
 class ChatPassthrough(Passthrough):
@@ -3581,7 +3580,6 @@ class ChatPassthrough(Passthrough):
     answer: ChatAnswer
     theirs = ours = b'"model"'  # the provider's member, and the client's
     final_text = ""             # a whole answer, for the client
-    chars = 0                   # of text
     overhead = sys.maxsize      # bytes of a chunk without its text
     fail = Attempt.fail         # nothing follows
 
@@ -3593,12 +3591,6 @@ class ChatPassthrough(Passthrough):
         self.passed: set[str] = set()       # fields of the end that the client has
 
     # what the decoder reports
-
-    def text(self, text: str, channel: PartType = "text") -> None:
-        self.chars += len(text)
-
-    def add(self, key: Any, text: str, channel: PartType, part: int = 0) -> None:
-        self.chars += len(text)
 
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
         self.open_calls.add(key)
@@ -3618,31 +3610,25 @@ class ChatPassthrough(Passthrough):
 
     def take_event(self, event: Event) -> None:
         self.read_deferred()
-        if event.event == "error" or event.data == "[DONE]":
-            self.decoder.feed(event.data, event.event)
+        name, data = event
+        if name == "error" or data == "[DONE]":
+            self.decoder.feed(data, name)
         elif not self.upstream_done:
-            self.read(event.data, sse_frame("", event.data))
+            self.take_chunk(data)
 
-    def read_deferred(self) -> None:
-        """Reads the arguments that passed unread; their text is counted."""
-        chars = self.chars
-        found = re.findall(ARGUMENTS, b"".join(self.deferred))
-        self.deferred.clear()
-        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
-            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
-            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
-            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
-        self.chars = chars
-
-    def read_event(self, event: JSON, frame: bytes) -> None:
-        before = self.chars
-        self.decoder.read(event)
-        self.overhead = min(self.overhead, len(frame) - self.chars + before)
-        frame, choices = self.with_model(frame), only_dicts(event.get("choices"))
-        if self.error is not None or (event.get("usage") and not (choices or self.answer.wants_usage)):
+    def take_chunk(self, data: str) -> None:
+        chunk = parse_object(data)
+        if chunk is None:
+            raise UpstreamError("The provider sent an event that cannot be read.")
+        self.decoder.read(chunk)
+        choices = only_dicts(chunk.get("choices"))
+        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
             return
-        holders = event, *choices
-        self.passed |= {name for name in ("finish_reason", "usage") if any(each.get(name) for each in holders)}
+        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
+        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(text) for text in deltas if isinstance(text, str))
+        self.overhead = min(self.overhead, len(frame) - size)
+        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
         if self.stop is None:
             self.forward(frame)
         else:                           # an error may follow
@@ -3650,13 +3636,19 @@ class ChatPassthrough(Passthrough):
             self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
             self.check_limits(len(frame))
 
-    def pass_unread(self, block: bytes, most: int = 1) -> None:
-        self.chars += max(0, len(block) - block.count(b"\n\n") * self.overhead)
-        super().pass_unread(block, most)
+    def read_deferred(self) -> None:
+        """Reads the arguments that passed unread."""
+        found = re.findall(ARGUMENTS, b"".join(self.deferred))
+        self.deferred.clear()
+        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
+            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
+            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
+            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
 
     def forward(self, block: bytes, most: int = 1) -> None:
+        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
         super().forward(block, most)
-        self.output_chars = self.chars
+        self.output_chars = self.passed_bytes
 
     def send(self, block: bytes, most: int) -> None:
         self.out.append(block.replace(self.theirs, self.ours))
@@ -3683,21 +3675,18 @@ class ChatPassthrough(Passthrough):
         self.output_chars = len(data)
         self.check_limits()
         self.final_text = self.with_model(data).decode("utf-8", "replace")
-        if self.answer.request.stream:
-            self.out.append(sse_frame("", dumps(chunk_of(json.loads(self.final_text)))))
+        if self.answer.request.stream:              # as one chunk
+            body = json.loads(self.final_text)
+            for choice in body["choices"]:
+                choice["delta"] = choice.pop("message")
+                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
+                    call.setdefault("index", index)
+            body |= {"object": "chat.completion.chunk", "usage": None}
+            self.out.append(sse_frame("", dumps(body)))
             self.passed.add("finish_reason")
 
     def body(self, now_s: int) -> str:
         return self.final_text
-
-
-def chunk_of(body: JSON) -> JSON:
-    """A whole answer as one chunk, without usage."""
-    for choice in body["choices"]:
-        choice["delta"] = choice.pop("message")
-        for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
-            call.setdefault("index", index)
-    return {**body, "object": "chat.completion.chunk", "usage": None}
 
 
 # --- 5.11 the table ---
@@ -6900,16 +6889,17 @@ class WireApi(NamedTuple):
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
             ctx.dropped = []
-            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-            ctx.settings = row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
+            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
+            overrides = longest_prefix(ctx.overrides, ctx.model) or {}
+            ctx.settings = (row or Dialect())._replace(**overrides)
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
                                     self.headers(ctx.request.given))
             for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
-                    raise BadRequest(f"{name} works only at a Chat Completions server, which this model's provider "
-                                     f"is not. Send {instead}.", param=name, code="unsupported_parameter")
+                    sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
+                    raise BadRequest(sentence, param=name, code="unsupported_parameter")
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             return self._translate(ctx, items)
@@ -6983,7 +6973,7 @@ def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 
 
 def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
-    """A message without sealed reasoning: a chat server's own is never sealed, so it is another provider's."""
+    """A message without sealed reasoning, which is another provider's: a chat server's own is not sealed."""
     sealed = sealed_details(as_dict(message))
     for detail in sealed:
         opened = ctx.envelope.open(detail["data"])

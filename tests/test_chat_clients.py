@@ -682,7 +682,7 @@ def test_whole_answers_and_errors_through_the_gateway(tmp_path):
         status, _, raw = await post(world, "demo/ecko")
         assert status == 400 and told(raw)[0] == "model_not_found"
         status, _, raw = await post(world, "demo/echo", n=2)
-        assert status == 400 and "Send n = 1." in told(raw)[1] and json.loads(raw)["error"]["param"] == "n"
+        assert status == 400 and "send n = 1." in told(raw)[1] and json.loads(raw)["error"]["param"] == "n"
         status, _, raw = await post(world, "demo/echo", messages=[{"role": "user", "content": [{"type": "text"}]}])
         assert json.loads(raw)["error"]["param"] == "messages[0].content[0].text"
     run(tmp_path, scenario, {"c": ("chat", "bytes", [http_answer(200, ANSWER), http_answer(400, {"error": {"message": "bad field"}})])})

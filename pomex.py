@@ -3390,7 +3390,8 @@ def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
     for index, call in enumerate(calls):
         kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
         items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
-        lost |= {f"messages.tool_calls.{name}": True for name in call.keys() - {"id", "type", "index", kind}}
+        others = call.keys() - {"id", "type", "index", kind}
+        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
     for detail in sealed:
         made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
         items.insert(count(detail, "index"), made)
@@ -3533,7 +3534,7 @@ class ChatAnswer(ClientAnswer):
             if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
                 name, entry = chat_entry(item, index)
                 lists[name].append(entry)
-            for part in only_dicts([*item.get("summary", ()), *item.get("content", ())]):
+            for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
                 texts = lists[CHAT_TEXTS.get(part["type"], "")]
                 begin = len("\n\n".join([*texts, ""]))
                 texts.append(part.get("text", part.get("refusal")))
@@ -3560,8 +3561,8 @@ class ChatAnswer(ClientAnswer):
 STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
 CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
     rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
-    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|reasoning'
-    rb'|obfuscation|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
 ARGUMENTS = (       # of a call that has begun
     rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
     rb'"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
@@ -3574,7 +3575,7 @@ class ChatPassthrough(Passthrough):
         rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
-        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{(?:1|0)\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
+        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
         .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
     DEFERRED_EVENTS = (b'"arguments"',)
     answer: ChatAnswer
@@ -3609,6 +3610,8 @@ class ChatPassthrough(Passthrough):
     # the events
 
     def take_event(self, event: Event) -> None:
+        if not self.answer.request.stream:
+            raise UpstreamError("The provider streamed an answer that should have come whole.")
         self.read_deferred()
         name, data = event
         if name == "error" or data == "[DONE]":

@@ -583,6 +583,12 @@ def test_a_whole_answer_passes():
         assert whole(bad).status == "failed", bad
 
 
+def test_a_stream_that_nobody_asked_for_is_a_failure():
+    call = pomex.WIRES["chat"].call(context(parse()))
+    with pytest.raises(pomex.UpstreamError, match="should have come whole"):
+        call.attempt.feed(frames(*TEXT))
+
+
 def relayed(body, cap=0, dialect=""):
     request = parse(body)
     if cap:

@@ -1063,6 +1063,11 @@ def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> N
             check_members(entry, known[kind], f"{path}[{index}]")
 
 
+def check_printable(name: str, path: str) -> None:
+    if not name.isprintable():
+        raise invalid_param(path, " holds characters that no name has.")
+
+
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
@@ -1093,7 +1098,7 @@ REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
     **dict.fromkeys(("input", "instructions"), Field((str, list))),
-    "model": Field(minimum=1, maximum=256),
+    "model": Field(minimum=1, maximum=256, inner=check_printable),
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
@@ -1347,8 +1352,6 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         value = body.get(name)
         if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
-    if not body["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -2073,7 +2076,8 @@ class ClientAnswer:
         return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
-        return b"".join([self.delta(item, text) for text in texts])
+        between = item.delta_tail + item.delta_head
+        return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
         """A source of the open text; `item.annotations` has it, as the last one."""
@@ -2971,7 +2975,7 @@ class Passthrough(Attempt):
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # until output begins
+        self.withheld: list[bytes] = []         # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -3032,6 +3036,7 @@ class Passthrough(Attempt):
             if self.answer.request.stream:
                 self.out.append(self.answer.start(self))
             block, most = b"".join(self.withheld), len(self.withheld)
+            self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
         self.passed_bytes += len(block)
@@ -3226,7 +3231,453 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
-# --- 5.10 the table ---
+# --- 5.10 Chat Completions for clients ---
+
+def check_entry(entry: Any, known: Mapping[str, Fields], path: str, tag: str = "type") -> str:
+    """Checks an object by its type, which must be a known one, and returns the type."""
+    check(entry, OBJECT, path)
+    kind: str = check(entry.get(tag), Field(choices=known), f"{path}.{tag}")
+    check_members(entry, known[kind], path)
+    return kind
+
+
+def object_with(members: Fields) -> Field:
+    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
+
+
+def check_chat_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, CHAT_PARTS, path)
+
+
+CHAT_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in
+       "model stream stream_options service_tier prompt_cache_key reasoning tool_choice".split()},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
+    **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
+    **dict.fromkeys(("messages", "tools"), Field((list,))),
+    "n": Field((int,), 1, 128),
+    "stop": Field((str, list), items=TEXT),
+}
+CHAT_PARTS = {
+    "text": PART_TEXT,
+    "refusal": {"refusal": TEXT},
+    "image_url": {"image_url": object_with({"url": TEXT})},
+    "file": {"file": OBJECT},
+}
+CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
+MAYBE_CONTENT = CHAT_CONTENT._replace(types=(str, list, type(None)))
+CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are read
+    **dict.fromkeys(("developer", "system", "user"), {"content": CHAT_CONTENT}),
+    "assistant": {"content": MAYBE_CONTENT, "refusal": MAYBE_TEXT, "function_call": MAYBE_OBJECT,
+                  "tool_calls": Field((list, type(None)))},
+    "tool": {"content": CHAT_CONTENT, "tool_call_id": TEXT, "name": MAYBE_TEXT},
+    "function": {"content": MAYBE_CONTENT, "name": TEXT},
+}
+CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
+CHAT_CALLS = {kind: {"id": TEXT, kind: object_with(ITEM_FIELDS[item])} for kind, item in CALL_TYPES.items()}
+CHAT_TOOLS = {kind: {kind: object_with(TOOL_FIELDS[kind])} for kind in CALL_TYPES}
+CHAT_FORMATS: dict[str, Fields] = {
+    "text": {}, "json_object": {}, "json_schema": {"json_schema": object_with(JSON_SCHEMA)}}
+REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "reasoning_details"))
+# fields with another name or place in Responses
+CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
+tools tool_choice verbosity web_search_options""".split())
+CHAT_OWN_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "reasoning.effort": "reasoning_effort",
+    "text.format": "response_format",
+    "text.verbosity": "verbosity",
+}
+ONLY_CHAT_SERVERS = {"n": "n = 1", "functions": "tools", "function_call": "tool_choice"}
+
+
+def chat_fields(given: JSON) -> JSON:
+    """ClientApi.fields of a Chat Completions body."""
+    for name, spec in CHAT_FIELDS.items():
+        value = given.get(name)
+        if value is not None or name in ("model", "messages"):
+            check(value, spec, name)
+    for name in ("input", "instructions", "include", "text", "max_output_tokens"):
+        if name in given:
+            raise invalid_param(name, " is a field of the Responses API, which is at /v1/responses.")
+    fields = {name: value for name, value in given.items()
+              if name not in CHAT_MOVED and value not in (None, [], {})}
+    if limit := given.get("max_completion_tokens") or given.get("max_tokens"):
+        fields["max_output_tokens"] = limit
+    if isinstance(given.get("stop"), str):
+        fields["stop"] = [given["stop"]]
+    return fields
+
+
+def translate_chat(request: ResponsesRequest) -> JSON:
+    """ClientApi.translate. It adds fields `messages.NAME` for those of messages that have no place in an
+    item: no wire carries them, so they are reported."""
+    given, memo = request.given, request.memo
+    body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
+    for index, message in enumerate(given["messages"]):
+        known = memo.get(id(message))
+        if known is None or known[0] is not message:
+            known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
+        body["input"] += known[1]
+        body |= known[2]
+    if not body["input"]:
+        raise invalid_param("messages", " must hold some content.")
+    body["tools"] = tools = []
+    for index, tool in enumerate(given.get("tools") or ()):
+        check_entry(tool, CHAT_TOOLS, f"tools[{index}]")
+        flat = flatten(tool)
+        tools.append({**flat, "format": flatten(flat["format"])} if flat.get("format") else flat)
+    if (options := given.get("web_search_options")) is not None:
+        place = flatten(as_dict(options.get("user_location")))
+        tools.append({**options, "type": "web_search", "user_location": place})
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = flatten(choice)
+        choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
+    shape = given.get("response_format")
+    if shape is not None:
+        check_entry(shape, CHAT_FORMATS, "response_format")
+        shape = flatten(shape)
+    reasoning = {"effort": given.get("reasoning_effort"), **(given.get("reasoning") or {})}
+    if reasoning["effort"]:
+        reasoning = {"summary": "auto", **reasoning}
+    text = {"verbosity": given.get("verbosity"), "format": shape}
+    return {**body, "tool_choice": choice, "reasoning": reasoning, "text": text}
+
+
+def flatten(given: JSON) -> JSON:
+    """{"type": T, T: {...}} in the form of Responses: {"type": T, ...}."""
+    kind = str(given.get("type"))
+    flat = {**as_dict(given.get(kind)), **given}
+    flat.pop(kind, None)
+    return flat
+
+
+def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
+    """The items of a message, and fields for what has no place in them."""
+    role = check_entry(message, CHAT_MESSAGES, path, "role")
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = [chat_part(part, role) for part in content]
+    refusal, sealed = message.get("refusal"), sealed_details(message)
+    unread = message.keys() - CHAT_MESSAGES[role].keys() - {"role"} - (REASONING_KEYS if sealed else set())
+    lost = {f"messages.{name}": True for name in unread if message[name]}
+    if role in ("tool", "function"):
+        call_id = message["tool_call_id" if role == "tool" else "name"]
+        return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
+    contents = content, refusal and [{"type": "refusal", "refusal": refusal}]
+    items = [{"type": "message", "role": role, "content": each} for each in contents if each]
+    calls = [*(message.get("tool_calls") or ())]
+    if old := message.get("function_call"):     # its result has no other id than the name
+        calls.append({"id": old.get("name"), "type": "function", "function": old})
+    for index, call in enumerate(calls):
+        kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
+        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
+        others = call.keys() - {"id", "type", "index", kind}
+        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
+    for detail in sealed:
+        made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
+        items.insert(count(detail, "index"), made)
+    return items, lost
+
+
+def chat_part(part: JSON, role: str) -> JSON:
+    """A part of a message as that of Responses; of another type unchanged."""
+    kind = part["type"]
+    if kind == "text":
+        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
+    if kind == "image_url":
+        flat = flatten(part)
+        return {"image_url": flat.pop("url"), **flat, "type": "input_image"}
+    return {**flatten(part), "type": "input_file"} if kind == "file" else part
+
+
+def sealed_details(message: JSON) -> list[JSON]:
+    """The envelopes among a message's reasoning_details."""
+    return [detail for detail in only_dicts(message.get("reasoning_details"))
+            if str(detail.get("data")).startswith(ENVELOPE_PREFIX)]
+
+
+CHAT_TEXTS = {      # type of a part -> the field of a message
+    "output_text": "content",
+    "refusal": "refusal",
+    "summary_text": "reasoning_content",
+    "reasoning_text": "reasoning_content",
+}
+END_FIELDS = frozenset(("finish_reason", "usage"))
+FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
+
+
+def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
+    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK
+    joins streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
+    if field := CALL_FIELD.get(item["type"]):
+        kind = "function" if field == "arguments" else "custom"
+        call = {"name": item["name"], field: item[field]}
+        return "tool_calls", {"id": item["call_id"], "type": kind, kind: call}
+    if sealed := item.get("encrypted_content"):
+        detail = {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+        return "reasoning_details", detail
+    if image := item.get("result"):
+        link = {"url": f"data:image/png;base64,{image}"}
+        return "images", {"type": "image_url", "image_url": link, "index": index}
+    return "", {}
+
+
+class ChatAnswer(ClientAnswer):
+    """Chunks of Chat Completions. It does not separate texts of one kind: they are joined by empty lines."""
+    calls = 0               # begun in the stream
+    texts_begun: frozenset[str] = frozenset()
+    cited = False
+
+    def head(self, kind: str) -> JSON:
+        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
+        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
+
+    @functools.cached_property
+    def frame_head(self) -> str:
+        return f'data: {dumps(self.head("chat.completion.chunk"))[:-1]},"choices":['
+
+    @functools.cached_property
+    def chunk_head(self) -> str:
+        return self.frame_head + '{"index":0,"delta":{'
+
+    def chunk(self, name: str, value: Any) -> bytes:
+        """A chunk whose delta has one field."""
+        return f'{self.chunk_head}"{name}":{dumps(value)}{CHUNK_TAIL}'.encode()
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started or attempt is None or isinstance(attempt, Passthrough):
+            return b""
+        self.started = True
+        return f'{self.chunk_head}"role":"assistant","content":""{CHUNK_TAIL}'.encode()
+
+    def heartbeat(self) -> bytes:
+        return b": keep-alive\n\n"
+
+    def begin_item(self, item: Item) -> bytes:
+        if item.kind not in CALL_FIELD or item.tool is None:
+            return b""
+        index, field = self.calls, CALL_FIELD[item.kind]
+        self.calls += 1
+        given = {"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")}
+        name, call = chat_entry(given, index)
+        item.delta_head = f'{self.chunk_head}"{name}":[{{"index":{index},"{call["type"]}":{{"{field}":'
+        item.delta_tail = "}}]" + CHUNK_TAIL
+        return self.chunk(name, [{"index": index, **call}])
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        name = CHAT_TEXTS[shape.type]
+        item.delta_head, item.delta_tail = f'{self.chunk_head}"{name}":', CHUNK_TAIL
+        is_first = name not in self.texts_begun
+        self.texts_begun |= {name}
+        return b"" if is_first else self.delta(item, "\n\n")
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        self.cited = True       # the SDK takes only one list of them
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        if item.tool:
+            return self.delta(item, rest) if rest else b""
+        name, entry = chat_entry({"type": item.kind, **item.fields}, item.index)
+        return self.chunk(name, [entry]) if name else b""
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
+        if attempt.error is not None:
+            return sse_frame("", dumps(attempt.error.body()))
+        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
+        if self.cited:
+            frames += self.chunk("annotations", self.message(attempt)["annotations"])
+        if "finish_reason" not in passed:
+            reason = json_string(self.finish_reason(attempt, self.calls > 0))
+            frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
+        if self.wants_usage and usage and "usage" not in passed:
+            frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
+        return frames + DONE_FRAME
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.request.get("stream_options", {}).get("include_usage"))
+
+    def usage(self, usage: Usage) -> JSON:
+        return {name.replace("input", "prompt").replace("output", "completion"): value
+                for name, value in usage_object(usage).items()}
+
+    def finish_reason(self, attempt: Attempt, called: bool) -> str:
+        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
+
+    def message(self, attempt: Attempt) -> JSON:
+        """The finished items as one message. A truncated call is left out: no client can use it."""
+        lists = collections.defaultdict[str, list[Any]](list)
+        for index in sorted(attempt.items):
+            item = json.loads(attempt.items[index])
+            if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
+                name, entry = chat_entry(item, index)
+                lists[name].append(entry)
+            for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
+                texts = lists[CHAT_TEXTS.get(part["type"], "")]
+                begin = len("\n\n".join([*texts, ""]))
+                texts.append(part.get("text", part.get("refusal")))
+                for given in part.get("annotations", ()):
+                    note = {name: value + begin if name.endswith("_index") else value
+                            for name, value in given.items() if name != "type"}
+                    lists["annotations"].append({"type": given["type"], given["type"]: note})
+        message = {name: "\n\n".join(entries) if name in CHAT_TEXTS.values() else entries
+                   for name, entries in lists.items() if name}
+        content = None if "tool_calls" in message else ""
+        return {"role": "assistant", "content": content, "refusal": None, **message}
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        usage, message = attempt.usage, self.message(attempt)
+        assert usage is not None
+        reason = self.finish_reason(attempt, "tool_calls" in message)
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        answer = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage(usage)}
+        if usage.tier in ("default", "flex", "scale", "priority"):
+            answer["service_tier"] = usage.tier
+        return dumps(answer)
+
+
+STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
+    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+ARGUMENTS = (       # of a call that has begun
+    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
+
+
+class ChatPassthrough(Passthrough):
+    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
+    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    OUTPUT_EVENTS = re.compile(
+        rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
+        rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
+        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
+    DEFERRED_EVENTS = (b'"arguments"',)
+    answer: ChatAnswer
+    theirs = ours = b'"model"'  # the provider's member, and the client's
+    final_text = ""             # a whole answer, for the client
+    overhead = sys.maxsize      # bytes of a chunk without its text
+    fail = Attempt.fail         # nothing follows
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.named = json_string(self.answer.request.given["model"]).encode()
+        self.choices_left = self.choices = self.answer.request.get("n", 1)
+        self.open_calls: set[Any] = set()
+        self.passed: set[str] = set()       # fields of the end that the client has
+
+    # what the decoder reports
+
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        self.open_calls.add(key)
+
+    def done(self, key: Any = None, **fields: Any) -> None:
+        self.open_calls.discard(key)
+
+    def set_stop(self, stop: Stop) -> None:
+        """Takes the stop of the last choice. The calls of several ones are not told apart."""
+        self.choices_left -= 1
+        if stop.final or self.choices_left <= 0:
+            super().set_stop(stop)
+        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
+
+    # the events
+
+    def take_event(self, event: Event) -> None:
+        if not self.answer.request.stream:
+            raise UpstreamError("The provider streamed an answer that should have come whole.")
+        self.read_deferred()
+        name, data = event
+        if name == "error" or data == "[DONE]":
+            self.decoder.feed(data, name)
+        elif not self.upstream_done:
+            self.take_chunk(data)
+
+    def take_chunk(self, data: str) -> None:
+        chunk = parse_object(data)
+        if chunk is None:
+            raise UpstreamError("The provider sent an event that cannot be read.")
+        self.decoder.read(chunk)
+        choices = only_dicts(chunk.get("choices"))
+        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
+            return
+        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
+        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(text) for text in deltas if isinstance(text, str))
+        self.overhead = min(self.overhead, len(frame) - size)
+        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
+        if self.stop is None:
+            self.forward(frame)
+        else:                           # an error may follow
+            self.withheld.append(frame)
+            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
+            self.check_limits(len(frame))
+
+    def read_deferred(self) -> None:
+        """Reads the arguments that passed unread."""
+        found = re.findall(ARGUMENTS, b"".join(self.deferred))
+        self.deferred.clear()
+        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
+            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
+            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
+            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+
+    def forward(self, block: bytes, most: int = 1) -> None:
+        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
+        super().forward(block, most)
+        self.output_chars = self.passed_bytes
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block.replace(self.theirs, self.ours))
+
+    def with_model(self, block: bytes) -> bytes:
+        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
+        if found := MODEL_FIELD.search(block):
+            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+        return block.replace(self.theirs, self.ours)
+
+    def close_open_items(self) -> None:
+        """Passes the end, or an answer without output, when it is known not to have failed."""
+        if self.error is None and self.answer.request.stream:
+            self.send(b"".join(self.withheld), 0)
+
+    # an answer that came as one JSON object
+
+    def whole(self, data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        self.decoder.whole(parse_object(text) or {})
+        if self.error is not None:
+            raise self.error
+        self.upstream_done = self.output_started = True
+        self.output_chars = len(data)
+        self.check_limits()
+        self.final_text = self.with_model(data).decode("utf-8", "replace")
+        if self.answer.request.stream:              # as one chunk
+            body = json.loads(self.final_text)
+            for choice in body["choices"]:
+                choice["delta"] = choice.pop("message")
+                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
+                    call.setdefault("index", index)
+            body |= {"object": "chat.completion.chunk", "usage": None}
+            self.out.append(sse_frame("", dumps(body)))
+            self.passed.add("finish_reason")
+
+    def body(self, now_s: int) -> str:
+        return self.final_text
+
+
+# --- 5.11 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3252,10 +3703,22 @@ class ClientApi(NamedTuple):
         if words.lower() not in str(error).lower():
             error.args = (f"{words} {error}",)
         error.status = status
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
 
 
 CLIENT_APIS: dict[str, ClientApi] = {
     "responses": ClientApi("/v1/responses", "input", ResponsesAnswer),
+    "chat": ClientApi(
+        "/v1/chat/completions", "messages", ChatAnswer,
+        fields=chat_fields,
+        translate=translate_chat,
+        own_names=CHAT_OWN_NAMES,
+        untranslated=ONLY_CHAT_SERVERS,
+        known_errors={
+            "insufficient_quota": (402, ""),        # agents ask again after a 429
+            "context_length_exceeded": (400, "The input is over the maximum context length "
+                                             "(context_length_exceeded)."),     # opencode's words, aider's
+        }),
 }
 
 
@@ -3595,7 +4058,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "truncation": ["disabled"],
     "include": [[], ["reasoning.encrypted_content"]],
-    **dict.fromkeys("temperature top_p".split(), [1]),
+    "logprobs": [False],
+    "modalities": [["text"]],
+    **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
@@ -3791,11 +4256,24 @@ ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
+def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
+    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    raw, around = request.raw, request.around
+    start, end = around.start or len(raw), len(raw) - around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named,
+        raw[:start] + b"\0" + raw[end:])
+    exact = models == 1 and not LETTER_ESCAPE.search(outside)
+    return outside.replace(b"\0", raw[start:end]), exact
+
+
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
-    raw, body = request.raw, request.body
+    body = request.body
     envelopes: dict[bytes, bytes] = {}      # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
@@ -3803,19 +4281,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
             if not dropped:         # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
-    named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
-    start, end = request.around.start or len(raw), len(raw) - request.around.behind
-    outside, models = MODEL_FIELD.subn(
-        lambda at: at[0].removesuffix(at[1]) + named.encode(),
-        raw[:start] + b"\0" + raw[end:])
-    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
-    if envelopes:
+    spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
+    if envelopes and exact:
         spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
-        outside = spliced
-    exact = (models == 1 and opened == len(envelopes) and body is request.given
-             and body.get("store", False) is False)
-    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        exact = opened == len(envelopes) and not LETTER_ESCAPE.search(spliced)
+    if exact and not dropped and body is request.given and body.get("store", False) is False:
         return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
@@ -3903,7 +4373,8 @@ RESPONSES_REPAIRS: Repairs = {
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
-    r"encrypted content is not supported": lambda body: body.pop("include", None),      # by older models
+    # a model that does not reason
+    "encrypted content is not supported": lambda body: body.pop("include", None),
 }
 
 
@@ -3938,9 +4409,13 @@ class Decoder:
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+    def feed(self, data: str, name: str = "") -> None:
+        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
+        alone may mark an error."""
         data = data.strip()
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data == "[DONE]":
             self.on_done()
         elif data:
@@ -4331,6 +4806,9 @@ SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
 CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+
+
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
@@ -4343,7 +4821,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
-    for path in ("temperature", "top_p", *dialect.passthrough_fields):
+    for path in (*SAMPLING_FIELDS, *dialect.passthrough_fields):
         body[path.rpartition(".")[2]] = ctx.take(path)
     if "prompt_cache_key" in body:
         body["prompt_cache_key"] = ctx.request.cache_key()
@@ -5074,8 +5552,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
         "metadata": without_empty({"user_id": user}),
+        "stop_sequences": ctx.take("stop"),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
+        body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
@@ -5689,6 +6169,17 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     return {"tools": tools, "toolConfig": config}
 
 
+GEMINI_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "stop": "stopSequences",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+
+
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
@@ -5714,8 +6205,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
-        "temperature": ctx.take("temperature"),
-        "topP": ctx.take("top_p"),
+        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
         "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
@@ -6267,16 +6757,10 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected. The event's name alone may mark an error."""
+        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
-        if event is None or self.upstream_done:
-            return
-        name, data = event
-        if name == "error":
-            error = parse_object(data) or {"message": plain_text(data)}
-            data = data if error.get("error") else dumps({"error": error})
-        if data:
-            self.decoder.feed(data)
+        if event and not self.upstream_done:
+            self.decoder.feed(event.data, event.event)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data)
@@ -6389,10 +6873,17 @@ class WireApi(NamedTuple):
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
             ctx.dropped = []
+            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
+            overrides = longest_prefix(ctx.overrides, ctx.model) or {}
+            ctx.settings = (row or Dialect())._replace(**overrides)
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
                                     self.headers(ctx.request.given))
+            for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
+                if ctx.request.get(name, 1) != 1:
+                    sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
+                    raise BadRequest(sentence, param=name, code="unsupported_parameter")
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             if ctx.passthrough and self.encode is encode_responses:
@@ -6411,15 +6902,13 @@ class WireApi(NamedTuple):
             if name in REQUEST_FIELDS:
                 body.setdefault(name, value)
             elif name not in CARRIED_BY_ALL and value not in NEUTRAL.get(name, ()):
-                ctx.dropped.append(own_names.get(name, name))
+                ctx.dropped.append(name)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
-        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, list(dict.fromkeys(ctx.dropped)))
+        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, dropped)
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-        ctx.settings = row._replace(**overrides)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6441,8 +6930,8 @@ class WireApi(NamedTuple):
         own_names = CLIENT_APIS[request.api].own_names
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
-                ctx.dropped.append(own_names.get(path, path))
-        dropped = list(dict.fromkeys(ctx.dropped))
+                ctx.dropped.append(path)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
@@ -6466,6 +6955,37 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     return body, ResponsesPassthrough(ctx.answer, ctx.seal, ResponsesDecoder(ToolMap(())))
 
 
+def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
+    request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    changes: JSON = {}
+    if request.stream:
+        changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
+    limit = request.get("max_output_tokens")
+    for name in [name for name in limits if given.get(name)] or [ctx.settings.max_tokens]:
+        changes[name] = min(given.get(name) or limit, limit) if limit else None
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = [without_envelopes(message, ctx) for message in given["messages"]]
+    changes = {name: value for name, value in changes.items() if value != given.get(name)}
+    body, exact = splice_model(request, ctx.model, changes)
+    if not exact or changes.keys() & given.keys():
+        body = dumps({**given, "model": ctx.model, **changes}).encode()
+    return body, ChatPassthrough(ctx.answer, ctx.seal, ChatDecoder(ToolMap(()), ctx.settings))
+
+
+def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
+    """A message without sealed reasoning, which is another provider's: a chat server's own is not sealed."""
+    sealed = sealed_details(as_dict(message))
+    for detail in sealed:
+        opened = ctx.envelope.open(detail["data"])
+        ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
+    if not sealed:
+        return message
+    kept = [detail for detail in message["reasoning_details"] if detail not in sealed]
+    rest = {name: value for name, value in message.items() if name != "reasoning_details"}
+    return {**rest, "reasoning_details": kept} if kept else rest
+
+
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
@@ -6475,7 +6995,8 @@ WIRES: dict[str, WireApi] = {
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
-        models=DIALECTS),
+        models=DIALECTS,
+        relay=relay_chat),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=MessagesDecoder,
@@ -10230,9 +10751,8 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/(chat/)?completions", "wrong_wire_api",
-     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
-     "in Codex by wire_api = \"responses\"."),
+    (r"/v1/completions", "wrong_wire_api",
+     "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
     (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
      "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
      "it."),
@@ -10329,10 +10849,13 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
     try:
         if not payable:
             raise price_unknown(key, candidates[0])
+        choices = request.get("n", 1) if api == "chat" else 1
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
-                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
+                                                 request.get("max_output_tokens", 0) * choices,
+                                                 down.server.reserve_output_tokens):
             # as many as the money is enough for
-            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": cap})
+            limit = max(1, cap // choices)
+            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
@@ -14139,7 +14662,7 @@ glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 # full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
 # reasoning_split the thoughts stand in the text. DeepSeek: "Thinking mode does not support this tool_choice".
 fill_table(DIALECTS, Dialect(), """{
-"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}},
+"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}, "passthrough_fields": ["top_k"]},
 "generic together fireworks ollama lmstudio": {"like": ""},
 "vllm llama.cpp llamacpp": {"like": "", "efforts": {
     "gpt-oss": {"values": "low low low medium high"},
@@ -14158,21 +14681,21 @@ fill_table(DIALECTS, Dialect(), """{
     "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]},
 "deepseek": {"replay": "reasoning_content", "replay_always": true, "json_schema": false, "forced_choice": false,
     "efforts": {"": {"form": "thinking_effort", "values": "disabled low low high high high max"}}},
-"openrouter": {"replay": "reasoning_details", "files": true, "reasoning_within": true,
+"openrouter": {"replay": "reasoning_details", "files": true, "passthrough_fields": ["top_k"], "reasoning_within": true,
     "efforts": {"": {"form": "reasoning", "values": "none minimal low medium high xhigh"}}},
 "groq": {"like": "", "max_tokens": "max_completion_tokens", "tool_parts": true, "passthrough_fields": ["service_tier"],
     "efforts": {"gpt-oss": {"values": "low low low medium high"}, "qwen3": {"values": "none default"}}},
 "xai": {"efforts": {"mini": {"values": "low low low low high"}}},
 "mistral": {"replay": "thinking", "tool_parts": true, "short_ids": true,
     "efforts": {"small": {"values": "none high"}}},
-"cerebras": {"like": "", "max_tokens": "max_completion_tokens"},
+"cerebras": {"like": "", "max_tokens": "max_completion_tokens", "passthrough_fields": []},
 "moonshot": {"replay": "reasoning_content", "replay_always": true, "efforts": {
     "k3": {"values": "low low low high high high max"},
     "k2.": {"form": "thinking", "values": "disabled enabled"}}},
 "zai": {"replay": "reasoning_content", "tool_stream": true, "efforts": {
     "glm-5.3": {"values": "low low low high high max", "always": {"thinking": {"type": "enabled", "clear_thinking": false}}},
     "": {"form": "thinking", "values": "disabled enabled"}}},
-"minimax": {"like": "", "max_tokens": "max_completion_tokens", "replay": "reasoning_details", "efforts": {
+"minimax": {"like": "cerebras", "replay": "reasoning_details", "efforts": {
     "m3.1": {"values": "low low low medium high max", "always": {"reasoning_split": true}},
     "m3": {"form": "thinking", "values": "disabled adaptive", "always": {"reasoning_split": true}},
     "": {"always": {"reasoning_split": true}}}},

@@ -241,7 +241,7 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     ("the TUI's background server", {"originator": "codex-tui"}, "/v1/responses", "invalid_api_key",
      "mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again. Newer Codex keeps the key of its first start"),
     ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
-    ("chat", {}, "/v1/chat/completions", "wrong_wire_api", "wire_api"),
+    ("completions", {}, "/v1/completions", "wrong_wire_api", "does not serve the old Completions API"),
 ])
 async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(gateway, _, headers, path, code, message):
     records = []

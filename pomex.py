@@ -3543,14 +3543,15 @@ class ChatAnswer(ClientAnswer):
         return dumps(answer)
 
 
-STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
 CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
     rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
     rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
-    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
+    % CHUNK_STRING)
 ARGUMENTS = (       # of a call that has begun
     rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
-    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
 
 
 class ChatPassthrough(Passthrough):
@@ -6873,9 +6874,6 @@ class WireApi(NamedTuple):
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
             ctx.dropped = []
-            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
-            overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-            ctx.settings = (row or Dialect())._replace(**overrides)
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
@@ -6907,8 +6905,13 @@ class WireApi(NamedTuple):
         attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
         return UpstreamCall(self, self.path, dumps(body).encode(), attempt, dropped)
 
+    def model_settings(self, ctx: EncodeContext) -> Any:
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+        return row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
+
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
+        ctx.settings = self.model_settings(ctx)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6958,6 +6961,7 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
     request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    ctx.settings = WIRES["chat"].model_settings(ctx)
     changes: JSON = {}
     if request.stream:
         changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}

@@ -3612,14 +3612,30 @@ def whole_block(index: int, block: JSON) -> bytes:
     return b"".join([*frames, messages_frame("content_block_stop", index=index)])
 
 
+def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
+    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
+        self.waiting.setdefault(item.index, []).append((make, item, given))
+        frames: list[bytes] = []
+        while self.waiting:
+            first = next(iter(self.waiting))
+            calls, self.waiting[first] = self.waiting[first], []
+            frames += [call(self, each, *rest) for call, each, rest in calls]
+            if not calls or calls[-1][0].__name__ != "end_item":
+                break
+            del self.waiting[first]
+        return b"".join(frames)
+    return hook
+
+
 class MessagesAnswer(ClientAnswer):
-    """Events of the Messages API. One block is open at a time: the frames of later items wait for its end."""
+    """Events of the Messages API."""
     blocks = 0              # begun
     stop_reason = "end_turn"
 
     @functools.cached_property
-    def waiting(self) -> dict[int, list[tuple[Any, Item, Sequence[Any]]]]:
-        """Calls that make frames, by the index of their item; the first item is the one that is sent."""
+    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
+        """The calls that wait, by the index of their item."""
         return {}
 
     def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
@@ -3646,25 +3662,11 @@ class MessagesAnswer(ClientAnswer):
     def heartbeat(self) -> bytes:
         return messages_frame("ping")
 
-    def take_turn(self, make: Callable[..., bytes], item: Item, *given: Any) -> bytes:
-        """The frames that can be sent now: of this call, and of those that waited for it."""
-        self.waiting.setdefault(item.index, []).append((make, item, given))
-        frames: list[bytes] = []
-        while self.waiting:
-            first = next(iter(self.waiting))
-            calls, self.waiting[first] = self.waiting[first], []
-            frames += [make(each, *rest) for make, each, rest in calls]
-            if not calls or calls[-1][0] != self.end_blocks:
-                break
-            del self.waiting[first]
-        return b"".join(frames)
-
     def begin_block(self, item: Item, block: JSON) -> bytes:
         """Begins a block whose text is the item's."""
         kind, name = BLOCK_DELTAS[block["type"]]
         item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
                            f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
-        item.delta_tail = "}}\n\n"
         self.blocks += 1
         return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
 
@@ -3674,70 +3676,51 @@ class MessagesAnswer(ClientAnswer):
     def end_block(self) -> bytes:
         return messages_frame("content_block_stop", index=self.blocks - 1)
 
-    def begin_item(self, item: Item) -> bytes:
-        return self.take_turn(self.begin_call, item)
+    def texts(self, item: Item, texts: list[str]) -> bytes:
+        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
+        return "".join(frames).encode() if item.delta_head else b""
 
-    def begin_call(self, item: Item) -> bytes:
+    @in_turn
+    def begin_item(self, item: Item) -> bytes:
         if item.tool is None or item.kind != "function_call":
             return b""
         self.stop_reason = "tool_use"
         return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
 
+    @in_turn
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
-        return self.take_turn(self.begin_text, item)
-
-    def begin_text(self, item: Item) -> bytes:
         if item.kind == "message":
             return self.begin_block(item, text_block(""))
         if item.delta_head:                     # the parts of a thought are one block
-            return self.more_text(item, ["\n\n"])
+            return self.texts(item, ["\n\n"])
         return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
+
+    deltas = in_turn(texts)
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.deltas(item, [text])
 
-    def deltas(self, item: Item, texts: list[str]) -> bytes:
-        if item.index == next(iter(self.waiting)):
-            return self.more_text(item, texts)
-        return self.take_turn(self.more_text, item, texts)
-
-    def more_text(self, item: Item, texts: list[str]) -> bytes:
-        head, tail = item.delta_head, item.delta_tail
-        frames = [f"{head}{json_string(text)}{tail}" for text in texts]
-        return "".join(frames).encode() if head else b""
-
+    @in_turn
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        return self.take_turn(self.cite, item, annotation)
-
-    def cite(self, item: Item, annotation: JSON) -> bytes:
         return self.block_delta(type="citations_delta", citation=citation(annotation))
 
-    def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
-        return self.take_turn(self.end_text, item)
-
-    def end_text(self, item: Item) -> bytes:
+    @in_turn
+    def end_part(self, item: Item, *given: Any) -> bytes:
         return self.end_block() if item.kind == "message" else b""
 
-    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
-        return self.take_turn(self.end_blocks, item, rest, json)
-
-    def end_blocks(self, item: Item, rest: str, text: str) -> bytes:
+    @in_turn
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
         """Ends an item's block, or makes those of one that began none."""
-        frames = []
-        if item.delta_head:
-            if rest:
-                frames.append(self.more_text(item, [rest]))
-            if item.kind == "reasoning":
-                signature = item.fields.get("encrypted_content") or UNSIGNED
-                frames.append(self.block_delta(type="signature_delta", signature=signature))
-            if item.kind != "message":
-                frames.append(self.end_block())
-            return b"".join(frames)
-        for block in item_blocks(json.loads(text)):
+        frames = [self.texts(item, [rest])] if rest else []
+        if item.delta_head and item.kind == "reasoning":
+            signature = item.fields.get("encrypted_content") or UNSIGNED
+            frames.append(self.block_delta(type="signature_delta", signature=signature))
+        if item.delta_head and item.kind != "message":
+            frames.append(self.end_block())
+        for block in () if item.delta_head else item_blocks(json.loads(text)):
             frames.append(whole_block(self.blocks, block))
             self.blocks += 1
-            if block["type"] == "tool_use":
-                self.stop_reason = "tool_use"
+            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
         return b"".join(frames)
 
     def reason(self, attempt: Attempt) -> str:
@@ -3765,6 +3748,16 @@ class MessagesAnswer(ClientAnswer):
 BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
 
 
+def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
+    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
+    at = MODEL_FIELD.search(raw)
+    if at is None or json.loads(at[1]) != given:
+        return None
+    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
+        return None                             # one of them may be in a tool's input
+    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
+
+
 class MessagesPassthrough(Passthrough):
     """The upstream's message with our `model`. What follows its stop_reason is withheld until the end."""
     API_EVENTS = b""
@@ -3781,7 +3774,7 @@ class MessagesPassthrough(Passthrough):
         self.calls = False
         self.broken_call = b""                  # the stop of a call whose input is not whole JSON
         self.content: list[JSON] = []           # for a client that does not stream
-        self.whole_text = ""
+        self.whole_text = b""
         if not self.answer.request.stream:
             self.DEFERRED_EVENTS = (b"content_block_delta",)
 
@@ -3792,11 +3785,9 @@ class MessagesPassthrough(Passthrough):
         if event.data.strip() != "[DONE]":
             super().take_event(event)
 
-    def with_own_model(self, text: bytes) -> tuple[bytes, int]:
-        """`text` with our `model` at its first place, and the number of places."""
-        own = json_string(self.answer.request.given["model"]).encode()
-        return (MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + own, text, 1),
-                len(MODEL_FIELD.findall(text)))
+    def read(self, data: str, frame: bytes) -> None:
+        self.read_deferred()
+        super().read(data, frame)
 
     def read_deferred(self) -> None:
         for event in SSEDecoder().feed(b"".join(self.deferred)):
@@ -3807,7 +3798,8 @@ class MessagesPassthrough(Passthrough):
         self.decoder.read(event)
         if not self.opening:
             self.final_response = as_dict(event.get("message"))
-            self.opening = self.with_own_model(frame)[0]
+            own = self.answer.request.given["model"]
+            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
 
     def on_content_block_start(self, event: JSON, frame: bytes) -> None:
         self.decoder.read(event)
@@ -3827,7 +3819,6 @@ class MessagesPassthrough(Passthrough):
         block = self.open_blocks.pop(event.get("index", 0), None)
         if block is None:
             return
-        self.read_deferred()
         self.decoder.read(event)
         self.content.append(block.content)
         text = "".join(block.pieces).strip()
@@ -3857,25 +3848,23 @@ class MessagesPassthrough(Passthrough):
         self.decoder.read({**event, **named})
 
     def whole(self, data: bytes) -> None:
-        text = data.decode("utf-8", "replace")
-        message = parse_object(text) or {}
+        message = parse_object(data.decode("utf-8", "replace")) or {}
         content = message.get("content")
         if not isinstance(content, list):
             self.decoder.read({**message, "type": "error"})
             return
         self.check_limits(len(data), len(content))
-        if not self.answer.request.stream:
-            self.decoder.whole(message)
-            self.final_response, self.content, self.whole_text = message, content, text
-            return
-        empty = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
-        blocks = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
-        delta = {name: message[name] for name in ("stop_reason", "stop_sequence", "stop_details") if name in message}
-        ending = messages_frame("message_delta", delta=delta, usage=message.get("usage"))
-        self.feed(b"".join([messages_frame("message_start", message=empty), *blocks, ending, MESSAGE_STOP]))
+        self.decoder.whole(message)
+        self.final_response, self.content, self.whole_text = message, content, data
+        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
+        self.opening = messages_frame("message_start", message=head)
+        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
 
     def close_open_items(self) -> None:
         """Ends the blocks that the upstream or the key's limit left open."""
+        self.read_deferred()
         for index in [*self.open_blocks]:
             if self.error is None:
                 stop = messages_frame("content_block_stop", index=index)
@@ -3894,11 +3883,10 @@ class MessagesPassthrough(Passthrough):
         return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
 
     def body(self, now_s: int) -> str:
-        text, models = self.with_own_model(self.whole_text.encode())
-        if models == 1:
-            return text.decode()
-        model = self.answer.request.given["model"]
-        return dumps({**self.final_response, "model": model, "content": self.content})
+        own, message = self.answer.request.given["model"], self.final_response
+        passed = with_model(self.whole_text, message.get("model"), own)
+        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
+        return body.decode("utf-8", "replace")
 
 
 # --- 5.10 the table ---
@@ -7160,38 +7148,24 @@ def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
         elif count(thinking, "budget_tokens") >= limit:
             changes["thinking"] = {"type": "disabled"}
             ctx.dropped.append("thinking")
-    body = None if changes else with_model(request, ctx.model)
+    body = None if changes else with_model(request.raw, given["model"], ctx.model)
     attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
     return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
 
 
-def with_model(request: ResponsesRequest, model: str) -> bytes | None:
-    """The client's bytes with `model` replaced; None if its place is not certain."""
-    raw = request.raw
-    at = MODEL_FIELD.search(raw)
-    if at is None or json.loads(at[1]) != request.given["model"]:
-        return None
-    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
-        return None                             # one of them may be in a tool's input
-    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
-
-
 def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
     """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
-    def sealed(block: JSON) -> str:
-        text = str(block.get("signature") or block.get("data") or "")
-        return text if text.startswith(ENVELOPE_PREFIX) else ""
+    def sealed(block: Any) -> str:
+        texts = map(str, map(as_dict(block).get, ("signature", "data")))
+        return next((text for text in texts if text.startswith(ENVELOPE_PREFIX)), "")
 
     def clean(block: Any) -> list[Any]:
-        if not isinstance(block, dict):
-            return [block]
-        if text := sealed(block):
-            return opened.get(text, [])
-        cited = block.get("citations")
-        if not isinstance(cited, list):
-            return [block]
-        foreign = [each for each in only_dicts(cited) if each.get("encrypted_index") == UNSIGNED]
-        return [{**block, "citations": [each for each in cited if each not in foreign] or None}]
+        if sealed(block):
+            return opened.get(sealed(block), [])
+        cited = as_dict(block).get("citations")
+        if isinstance(cited, list):
+            block = {**block, "citations": [each for each in cited if as_dict(each).get("encrypted_index") != UNSIGNED] or None}
+        return [block]
 
     blocks = [block for message in only_dicts(messages) for block in objects_in(message, "content")]
     items = [{"type": str(block.get("type")), "encrypted_content": sealed(block), "at": sealed(block)}

@@ -3249,7 +3249,7 @@ class ResponsesPassthrough(Passthrough):
 
 UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
 TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
-BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code for Anthropic, which no cache can keep
+BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
 THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
 MAX_USER_ID = 64                # of a safety_identifier at OpenAI
 
@@ -3330,7 +3330,8 @@ def messages_fields(given: JSON) -> JSON:
         del made["speed"]
     thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
     made["reasoning"] = read_thinking(thinking, config)
-    for path, shape in (("output_format", fields.get("output_format")), ("output_config.format", config.get("format"))):
+    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
+    for path, shape in formats.items():
         if shape is not None:
             check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
             made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
@@ -3380,7 +3381,8 @@ def translate_messages(request: ResponsesRequest) -> JSON:
     kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
     if len(kept) < len(texts):
         dropped.append("system:x-anthropic-billing-header")
-    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in enumerate(given.get("tools") or ())]
+    offered = enumerate(given.get("tools") or ())
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
     body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
     choice = given.get("tool_choice")
     if choice is not None:
@@ -3471,7 +3473,8 @@ def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     if kind not in ("base64", "text", "url"):
         dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
         return []
-    data = check(source.get("url" if kind == "url" else "data"), NAME, f"{path}.{'url' if kind == 'url' else 'data'}")
+    field = "url" if kind == "url" else "data"
+    data = check(source.get(field), NAME, f"{path}.{field}")
     if kind == "text":
         return [input_text(f"{title}\n\n{data}".strip("\n"))]
     if kind == "base64":
@@ -3495,8 +3498,8 @@ def messages_client_tool(tool: Any, path: str) -> JSON:
     if not kind.startswith("web_search"):
         return {"type": kind}
     more.pop("name", None)
-    filters = {name: more.pop(name, None) for name in ("allowed_domains", "blocked_domains")}
-    return {**more, "type": "web_search", "filters": {name: filters[name] for name in filters if filters[name]}}
+    filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
+    return {**more, "type": "web_search", "filters": filters}
 
 
 def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
@@ -3603,7 +3606,8 @@ def whole_block(index: int, block: JSON) -> bytes:
         if isinstance(empty.get(name), str):
             deltas.append({"type": f"{name}_delta", name: block[name]})
             empty[name] = ""
-    deltas += [{"type": "citations_delta", "citation": each} for each in only_dicts(empty.pop("citations", None))]
+    cited = only_dicts(empty.pop("citations", None))
+    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
     if "input" in empty:
         deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
         empty["input"] = {}
@@ -3763,7 +3767,8 @@ class MessagesPassthrough(Passthrough):
     API_EVENTS = b""
     OUTPUT_EVENTS = re.compile(rb'"type": ?"content_block_(?:delta|stop)"')
     PARSED_EVENTS = re.compile(rb"\A(?!event: content_block_delta\n)")
-    PLAIN_EVENTS = re.compile(rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
     DEFERRED_EVENTS = (b"input_json_delta",)
     answer: MessagesAnswer
 
@@ -3815,7 +3820,7 @@ class MessagesPassthrough(Passthrough):
         self.pass_unread(frame)
 
     def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
-        """Ends a block once. A call whose input is not whole waits for the stop_reason: it may be truncated."""
+        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
         block = self.open_blocks.pop(event.get("index", 0), None)
         if block is None:
             return
@@ -7028,16 +7033,17 @@ class UpstreamCall(NamedTuple):
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
-        body = json.loads(self.body)
+        body, refused = json.loads(self.body), ""
         for pattern, repair in self.wire.repairs.items():
             found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
             if found:
                 repair(body, *found.groups())
+                refused = "reasoning" if repair is drop_reasoning else "encrypted_content"
                 break
         if body == json.loads(self.body):
             return None
         if self.wire.repairs is RESPONSES_REPAIRS:
-            self.dropped.append("reasoning:refused" if found else "encrypted_content:refused")
+            self.dropped.append(f"{refused}:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
@@ -7155,23 +7161,20 @@ def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 
 def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
     """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
-    def sealed(block: Any) -> str:
-        texts = map(str, map(as_dict(block).get, ("signature", "data")))
-        return next((text for text in texts if text.startswith(ENVELOPE_PREFIX)), "")
-
     def clean(block: Any) -> list[Any]:
-        if sealed(block):
-            return opened.get(sealed(block), [])
-        cited = as_dict(block).get("citations")
+        fields = as_dict(block)
+        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
+        if sealed.startswith(ENVELOPE_PREFIX):
+            return opened.get(sealed, [])
         if isinstance(cited, list):
-            block = {**block, "citations": [each for each in cited if as_dict(each).get("encrypted_index") != UNSIGNED] or None}
+            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
+            block = {**block, "citations": [each for each in cited if each not in own] or None}
         return [block]
 
-    blocks = [block for message in only_dicts(messages) for block in objects_in(message, "content")]
-    items = [{"type": str(block.get("type")), "encrypted_content": sealed(block), "at": sealed(block)}
-             for block in blocks if sealed(block)]
+    found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
+    items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
     kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
-    ctx.dropped += dropped
+    ctx.dropped += dict.fromkeys(dropped)
     opened = {item["at"]: objects_in(item["sealed_replay"], "blocks") for item in kept}
     made = []
     for message in messages:
@@ -10724,18 +10727,6 @@ class Router:
             finally:
                 await exchange.close(reusable)
 
-    async def count_tokens(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> int:
-        """The provider's count of a request's input; 0 if it gives none."""
-        try:
-            async with asyncio.timeout(COUNT_S):
-                exchange = await self.upstream.exchange(
-                    target.provider, "POST", f"{call.path}/count_tokens", self.headers(target, call, down.client), call.body)
-                body = await exchange.read_all(1 << 20)
-                await exchange.close()
-                return count(parse_object(body.decode("utf-8", "replace")), "input_tokens")
-        except (GatewayError, TimeoutError):
-            return 0
-
     async def read(self, exchange: Exchange, attempt: Passthrough | TranslatedStream, target: Candidate,
                    down: ClientStream) -> None:
         """Reads the whole answer into the attempt; sends its frames to the client once output has begun."""
@@ -11306,13 +11297,21 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
     envelope = Envelope(gateway.ledger.secret, key.account)
     target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
     down = client_stream(gateway, client, key, request, STANDARD, "")
-    reservation, counted = down.reservation, None
+    reservation, counted = down.reservation, 0
     try:
         await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
         if target.provider.wire_api == "messages":
-            counted = await gateway.router.count_tokens(target, encode_call(target, envelope, down), down)
+            call, router = encode_call(target, envelope, down), gateway.router
+            async with asyncio.timeout(COUNT_S):
+                exchange = await router.upstream.exchange(
+                    target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
+                told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
+                await exchange.close()
+            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
     except LimitExceeded as no:
         raise limit_error(key, no, client.started_s, to_codex=False) from None
+    except (UpstreamError, TimeoutError):       # an estimate will do
+        pass
     finally:
         gateway.ledger.abandon(reservation.response_id)
     own = [] if counted else [("x-pomex-estimated", "true")]

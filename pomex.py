@@ -1986,6 +1986,7 @@ class ClientProfile(NamedTuple):
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
+    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
@@ -1996,9 +1997,13 @@ CODEX = ClientProfile(
     echo_request=False,
 )
 
+CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
+
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
+    if user_agent.startswith("claude-cli/"):
+        return CLAUDE_CODE
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -3250,6 +3255,7 @@ class ResponsesPassthrough(Passthrough):
 UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
 TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
 BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
+UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
 THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
 MAX_USER_ID = 64                # of a safety_identifier at OpenAI
 
@@ -3383,6 +3389,7 @@ def translate_messages(request: ResponsesRequest) -> JSON:
         dropped.append("system:x-anthropic-billing-header")
     offered = enumerate(given.get("tools") or ())
     tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
+    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
     body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
     choice = given.get("tool_choice")
     if choice is not None:
@@ -3527,11 +3534,14 @@ MESSAGES_ERRORS = {
 
 
 def messages_error(error: GatewayError, request_id: str = "") -> JSON:
-    """The error in Anthropic's form."""
+    """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
     kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    if (error.ledger_code or error.code) == "insufficient_quota":
+    code, message = error.ledger_code or error.code, str(error)
+    if code in ("insufficient_quota", "price_unknown"):
         kind = "billing_error"
-    body: JSON = {"type": "error", "error": {"type": kind, "message": str(error)}}
+    if code == "context_length_exceeded" and "prompt is too long" not in message.lower():
+        message = f"Prompt is too long. {message}"
+    body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
     return {**body, "request_id": request_id} if request_id else body
 
 
@@ -3728,8 +3738,9 @@ class MessagesAnswer(ClientAnswer):
         return b"".join(frames)
 
     def reason(self, attempt: Attempt) -> str:
-        cut = {"": self.stop_reason, "content_filter": "refusal"}
-        return cut.get(attempt.incomplete_reason, "max_tokens")
+        filtered = self.stop_reason if self.profile.refusal_as_text else "refusal"
+        reasons = {"": self.stop_reason, "content_filter": filtered}
+        return reasons.get(attempt.incomplete_reason, "max_tokens")
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
         if attempt.error:
@@ -7985,7 +7996,8 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"),))    # RFC 9110 11.6.1
+    # RFC 9110 11.6.1; Claude Code would repeat it for three minutes
+    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
 NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
@@ -10989,7 +11001,7 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/(chat/)?completions", "wrong_wire_api",
      "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
      "in Codex by wire_api = \"responses\"."),
-    (r"/v1/messages/.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
+    (r"/v1/messages/batches.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
     (r"/v1beta/.*", "wrong_wire_api",
      "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
     (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
@@ -11196,7 +11208,8 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
     if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
-    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    final = profile.final_failures and len(failures) > 1
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} or final else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
 

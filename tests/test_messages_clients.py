@@ -168,6 +168,8 @@ FIELDS = {
                                "user_location": {"type": "approximate", "city": "Bern"}}]}, ["tools:web_search", "tools:web_search.max_uses"]),
     "other server tools": ({"tools": [{"type": "bash_20250124", "name": "bash"}, {"type": "code_execution_20250825", "name": "code_execution"}]},
                            {}, ["tools:bash_20250124", "tools:code_execution_20250825"]),
+    "deferred tools are offered": ({"tools": [{**TOOL, "defer_loading": True}, {"name": "DeferredToolPlaceholder", "input_schema": {}, "defer_loading": True}]},
+                                   {"tools": [{"type": "function", "name": "get", "description": "Gets.", "parameters": TOOL["input_schema"]}]}, []),
     "auto": ({"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"tool_choice": "auto", "parallel_tool_calls": False}, []),
     "any": ({"tools": [TOOL], "tool_choice": {"type": "any"}}, {"tool_choice": "required", "parallel_tool_calls": True}, []),
     "no tool": ({"tools": [TOOL], "tool_choice": {"type": "none"}}, {"tool_choice": "none"}, []),
@@ -434,6 +436,27 @@ def test_a_failure_is_the_last_event_and_in_anthropics_form():
     given, _ = answer("chat", chat({"content": "He"}, finish=None, usage=False, done=False) + b'data: {"error":{"message":"Overloaded","code":503}}\n\n')
     message = check(given)
     assert message["error"] == {"type": "overloaded_error", "message": "Overloaded"} and message["so_far"]["content"] == [text("He")]
+
+
+def test_errors_have_the_words_and_types_that_claude_code_knows():
+    """It compacts after "prompt is too long", and asks no more after a billing error (measured)."""
+    def shown(words, code):
+        return pomex.messages_error(pomex.BadRequest(words, code=code))["error"]
+    assert shown("Too many tokens.", "context_length_exceeded") == {"type": "invalid_request_error", "message": "Prompt is too long. Too many tokens."}
+    assert shown("prompt is too long: 9 > 8", "context_length_exceeded")["message"] == "prompt is too long: 9 > 8"
+    assert shown("No price.", "price_unknown")["type"] == "billing_error"
+
+
+def test_claude_code_gets_a_filtered_answer_as_text():
+    wire, upstream, content, _ = ANSWERS["stopped by a filter"]
+    profile = pomex.client_profile("", "claude-cli/2.1.332 (external, sdk-cli)")
+    ctx, api = context(parse(body(stream=True)), wire)
+    ctx.answer.profile = profile
+    attempt = api.call(ctx).attempt
+    attempt.feed(b"".join(upstream))
+    attempt.finish()
+    message = check(attempt.terminal(5))
+    assert message["content"] == content and message["stop_reason"] == "end_turn" and profile is pomex.CLAUDE_CODE
 
 
 def test_the_heartbeat_is_a_ping_and_the_early_start_has_the_estimate():
@@ -747,7 +770,8 @@ def test_errors_are_in_anthropics_form(tmp_path):
             assert error["request_id"] == fields["request-id"]
             return fields
         good = body(model="r/gpt-x")
-        await refused(401, "authentication_error", "No API key", good, key="")
+        fields = await refused(401, "authentication_error", "No API key", good, key="")
+        assert fields["x-should-retry"] == "false"
         await refused(401, "authentication_error", "two different keys", good, **{"x-api-key": "sk-rh-other"})
         await refused(400, "invalid_request_error", "max_tokens", body(model="r/gpt-x", max_tokens=None))
         await refused(400, "invalid_request_error", "messages[0].role", body([{"role": "x"}], model="r/gpt-x"))
@@ -816,6 +840,16 @@ def test_another_target_takes_over_before_output(tmp_path):
         assert status == 200 and headers["x-pomex-provider"] == "c" and check(raw)["content"] == [text("Hello")]
     busy = [b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}\n\n']
     run(tmp_path, scenario, {"a": ("messages", "normalise", [sse(PASSED["text"][0], *busy)]), "c": ("chat", "normalise", [sse(chat({"content": "Hello"}))])},
+        more='[models.both]\ntargets = ["a:claude-up", "c:m"]\n')
+
+
+def test_claude_code_need_not_repeat_what_was_tried_on_every_target(tmp_path):
+    async def scenario(world):
+        for agent, header in (("claude-cli/2.1.332 (external, cli)", "false"), ("Anthropic/Python 2.14", None)):
+            status, headers, raw = await post(world, body(model="both"), **{"user-agent": agent})
+            assert status >= 500 and headers.get("x-should-retry") == header and "a: " in json.loads(raw)["error"]["message"]
+    down = http_answer(529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
+    run(tmp_path, scenario, {"a": ("messages", "normalise", [down]), "c": ("chat", "normalise", [http_answer(500, {})])},
         more='[models.both]\ntargets = ["a:claude-up", "c:m"]\n')
 
 

@@ -3401,10 +3401,9 @@ def translate_messages(request: ResponsesRequest) -> JSON:
 def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
     """The items of a message: neighbouring texts, images and files are one."""
     check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
-    content = message["content"]
+    content, role = message["content"], message["role"].replace("system", "developer")
     if isinstance(content, str):
-        content = [text_block(content)]
-    role = message["role"].replace("system", "developer")
+        return [{"type": "message", "role": role, "content": [input_text(content)]}]
     items: list[JSON] = []
     for made in block_parts(content, f"{path}.content", dropped):
         if not made["type"].startswith("input_"):
@@ -3709,7 +3708,11 @@ class MessagesAnswer(ClientAnswer):
             return self.texts(item, ["\n\n"])
         return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
 
-    deltas = in_turn(texts)
+    later_texts = in_turn(texts)
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        is_next = item.index == next(iter(self.waiting))        # nearly always
+        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.deltas(item, [text])
@@ -3781,6 +3784,7 @@ class MessagesPassthrough(Passthrough):
     PLAIN_EVENTS = re.compile(
         rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
     DEFERRED_EVENTS = (b"input_json_delta",)
+    fail = Attempt.fail         # nothing follows an error
     answer: MessagesAnswer
 
     def __init__(self, *arguments: Any) -> None:
@@ -3895,7 +3899,8 @@ class MessagesPassthrough(Passthrough):
         if self.error is not None or not self.ending:
             self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
             return super().terminal(now_s)
-        frames = self.take_output() + self.answer.start(self) + b"".join(self.ending)
+        withheld = () if self.output_started else self.withheld         # pings
+        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
         return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
 
     def body(self, now_s: int) -> str:

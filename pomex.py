@@ -3312,6 +3312,12 @@ MESSAGE_BLOCKS: dict[str, Fields] = {
     "tool_reference": {"tool_name": NAME},
     "compaction": {"content": MAYBE_TEXT},
 }
+MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+    "base64": {"media_type": NAME, "data": NAME},
+    "content": {"content": CLIENT_MESSAGE["content"]},
+    "text": {"data": NAME},
+    "url": {"url": NAME},
+}
 MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
 WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
 TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
@@ -3380,10 +3386,7 @@ def translate_messages(request: ResponsesRequest) -> JSON:
         dropped += known[2]
     if not items:
         raise invalid_param("messages", " have no content.")
-    system = given.get("system") or []
-    if isinstance(system, str):
-        system = [text_block(system)]
-    texts = [part.get("text", "") for part in block_parts(system, "system", dropped)]
+    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
     kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
     if len(kept) < len(texts):
         dropped.append("system:x-anthropic-billing-header")
@@ -3401,11 +3404,9 @@ def translate_messages(request: ResponsesRequest) -> JSON:
 def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
     """The items of a message: neighbouring texts, images and files are one."""
     check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
-    content, role = message["content"], message["role"].replace("system", "developer")
-    if isinstance(content, str):
-        return [{"type": "message", "role": role, "content": [input_text(content)]}]
+    role = message["role"].replace("system", "developer")
     items: list[JSON] = []
-    for made in block_parts(content, f"{path}.content", dropped):
+    for made in block_parts(message["content"], f"{path}.content", dropped):
         if not made["type"].startswith("input_"):
             items.append(made)
         elif items and items[-1]["type"] == "message":
@@ -3415,8 +3416,10 @@ def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
     return items
 
 
-def block_parts(blocks: list[Any], path: str, dropped: list[str]) -> list[JSON]:
-    """Content blocks as parts, or as items of their own."""
+def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """Content as parts, and blocks that are items of their own."""
+    if isinstance(blocks, str):
+        return [input_text(blocks)]
     check_typed(blocks, MESSAGE_BLOCKS, path)
     made: list[JSON] = []
     for index, block in enumerate(blocks):
@@ -3454,7 +3457,7 @@ def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
             return [{"type": "reasoning", "summary": [], "encrypted_content": sealed}]
         return []
     if kind in ("image", "document"):
-        return source_parts(block, path, dropped)
+        return source_parts(block, f"{path}.source", dropped)
     if kind == "search_result":
         found = block_parts(block["content"], f"{path}.content", dropped)
         return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
@@ -3469,23 +3472,18 @@ def input_text(text: str) -> JSON:
 
 def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     """An image or a document as parts; a text is only text."""
-    source, is_image = block["source"], block["type"] == "image"
-    kind, path = source.get("type"), f"{path}.source"
-    title = block.get("title") or ""
-    if kind == "content":
-        content = check(source.get("content"), CLIENT_MESSAGE["content"], f"{path}.content")
-        blocks = [text_block(content)] if isinstance(content, str) else content
-        return block_parts(blocks, f"{path}.content", dropped)
-    if kind not in ("base64", "text", "url"):
+    source, title = block["source"], block.get("title") or ""
+    kind = source.get("type")
+    if kind not in MESSAGE_SOURCES:
         dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
         return []
-    field = "url" if kind == "url" else "data"
-    data = check(source.get(field), NAME, f"{path}.{field}")
+    check_members(source, MESSAGE_SOURCES[kind], path)
+    if kind == "content":
+        return block_parts(source["content"], f"{path}.content", dropped)
     if kind == "text":
-        return [input_text(f"{title}\n\n{data}".strip("\n"))]
-    if kind == "base64":
-        data = f"data:{check(source.get('media_type'), NAME, f'{path}.media_type')};base64,{data}"
-    if is_image:
+        return [input_text(f"{title}\n\n{source['data']}".strip("\n"))]
+    data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    if block["type"] == "image":
         return [{"type": "input_image", "image_url": data}]
     if kind == "url":
         return [{"type": "input_file", "file_url": data}]
@@ -3512,8 +3510,8 @@ def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
     kind = choice.get("type")
     if kind == "tool":
         name = check(choice.get("name"), NAME, "tool_choice.name")
-        named = any(tool.get("name") == name for tool in tools)
-        return {"type": "function", "name": name} if named or name != "web_search" else {"type": name}
+        hosted = any(tool["type"] == name for tool in tools)
+        return {"type": name} if hosted else {"type": "function", "name": name}
     if kind not in TOOL_CHOICES:
         raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
     return TOOL_CHOICES[kind]
@@ -3532,7 +3530,7 @@ MESSAGES_ERRORS = {
 }
 
 
-def messages_error(error: GatewayError, request_id: str = "") -> JSON:
+def messages_error(error: GatewayError, request_id: str) -> JSON:
     """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
     kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     code, message = error.ledger_code or error.code, str(error)
@@ -3540,8 +3538,7 @@ def messages_error(error: GatewayError, request_id: str = "") -> JSON:
         kind = "billing_error"
     if code == "context_length_exceeded" and "prompt is too long" not in message.lower():
         message = f"Prompt is too long. {message}"
-    body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
-    return {**body, "request_id": request_id} if request_id else body
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def messages_counts(usage: Usage) -> JSON:
@@ -3747,7 +3744,7 @@ class MessagesAnswer(ClientAnswer):
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
         if attempt.error:
-            return sse_frame("error", dumps(messages_error(attempt.error)))
+            return messages_frame("error", error=messages_error(attempt.error, "")["error"])
         assert attempt.usage is not None
         delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
         ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
@@ -8430,9 +8427,9 @@ class PriceTable:
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # only of providers that accept a service tier
+        # only of providers that accept a service tier, or a speed
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
-                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
+                        for name, provider in config.providers.items() if provider.wire_api not in ("gemini", "demo")}
 
     def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
@@ -11127,8 +11124,9 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
     api = CLIENT_APIS[request.api]
     named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
+                              int(client.started_s * 1000), named, tier)
     answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items

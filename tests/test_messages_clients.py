@@ -435,8 +435,8 @@ def test_a_failure_is_the_last_event_and_in_anthropics_form():
     kinds = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
              405: "invalid_request_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 502: "api_error",
              503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error"}
-    assert {status: pomex.messages_error(pomex.GatewayError("x", status=status))["error"]["type"] for status in kinds} == kinds
-    assert pomex.messages_error(pomex.GatewayError("x", status=429, code="insufficient_quota"))["error"]["type"] == "billing_error"
+    assert {status: pomex.messages_error(pomex.GatewayError("x", status=status), "")["error"]["type"] for status in kinds} == kinds
+    assert pomex.messages_error(pomex.GatewayError("x", status=429, code="insufficient_quota"), "")["error"]["type"] == "billing_error"
     given, _ = answer("chat", chat({"content": "He"}, finish=None, usage=False, done=False) + b'data: {"error":{"message":"Overloaded","code":503}}\n\n')
     message = check(given)
     assert message["error"] == {"type": "overloaded_error", "message": "Overloaded"} and message["so_far"]["content"] == [text("He")]
@@ -445,7 +445,7 @@ def test_a_failure_is_the_last_event_and_in_anthropics_form():
 def test_errors_have_the_words_and_types_that_claude_code_knows():
     """It compacts after "prompt is too long", and asks no more after a billing error (measured)."""
     def shown(words, code):
-        return pomex.messages_error(pomex.BadRequest(words, code=code))["error"]
+        return pomex.messages_error(pomex.BadRequest(words, code=code), "")["error"]
     assert shown("Too many tokens.", "context_length_exceeded") == {"type": "invalid_request_error", "message": "Prompt is too long. Too many tokens."}
     assert shown("prompt is too long: 9 > 8", "context_length_exceeded")["message"] == "prompt is too long: 9 > 8"
     assert shown("No price.", "price_unknown")["type"] == "billing_error"

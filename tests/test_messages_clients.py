@@ -541,6 +541,16 @@ def test_nothing_of_the_end_is_sent_before_terminal():
     assert before + attempt.terminal(5) == with_model(PASSED["text"])
 
 
+def test_an_early_start_is_ours_and_the_upstreams_is_left_out():
+    ctx, api = context(parse(body(stream=True)), "messages")
+    attempt = api.call(ctx).attempt
+    early = ctx.answer.start() + ctx.answer.heartbeat()
+    attempt.feed(b"".join(PASSED["text"]))
+    attempt.finish()
+    message = check(early + attempt.terminal(5))
+    assert message["id"] == "msg_0123456789" and message["usage"]["output_tokens"] == 5 and message["stop_reason"] == "end_turn"
+
+
 ENDS = {
     "no message_stop": (PASSED["text"][:-1], "end_turn", ""),
     "only message_stop": (anthropic(SPEAKS, reason=""), "end_turn", ""),
@@ -761,6 +771,18 @@ def test_a_translated_answer_whole_and_streamed(tmp_path):
     answers = [sse(chat({"content": "Hello"})), http_answer(200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}],
                                                                   "usage": {"prompt_tokens": 3, "completion_tokens": 1}})]
     run(tmp_path, scenario, {"c": ("chat", "normalise", answers)})
+
+
+def test_the_demo_answers(tmp_path):
+    async def scenario(world):
+        status, _, raw = await post(world, body(model="demo/tools", stream=True, tools=[TOOL]))
+        message = check(raw)
+        assert status == 200 and message["stop_reason"] == "tool_use" and message["content"][-1]["name"] == "get"
+        result = {"type": "tool_result", "tool_use_id": message["content"][-1]["id"], "content": "42"}
+        history = [*HI, {"role": "assistant", "content": message["content"]}, {"role": "user", "content": [result]}]
+        status, _, raw = await post(world, body(history, model="demo/tools", tools=[TOOL]))
+        assert status == 200 and json.loads(raw)["stop_reason"] == "end_turn"
+    run(tmp_path, scenario, {})
 
 
 def test_errors_are_in_anthropics_form(tmp_path):

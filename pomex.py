@@ -1974,6 +1974,7 @@ class ClientProfile(NamedTuple):
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
+    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
@@ -1984,9 +1985,13 @@ CODEX = ClientProfile(
     echo_request=False,
 )
 
+CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
+
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
+    if user_agent.startswith("claude-cli/"):
+        return CLAUDE_CODE
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -2287,6 +2292,7 @@ class Attempt(Sink):
     output_chars = 0         # for estimates
     unbilled = False         # the provider refused the request and will not bill it
     estimated_input = 0      # tokens; 0 if no provider was called
+    opening = b""            # the upstream's own first event, where it passes
 
     def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
@@ -3009,7 +3015,7 @@ class Passthrough(Attempt):
     def read(self, data: str, frame: bytes) -> None:
         try:
             event = json.loads(data)
-            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
+            handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
             else:                               # the type was a nested one
@@ -3678,7 +3684,664 @@ class ChatPassthrough(Passthrough):
         return self.final_text
 
 
-# --- 5.11 the table ---
+# --- 5.11 Messages for clients ---
+#
+# Another provider's model gets a translation; its reasoning becomes thinking blocks with our envelope as
+# their signature. An Anthropic upstream gets the client's own body, and its events pass.
+
+UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
+TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
+BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
+UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
+THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
+MAX_USER_ID = 64                # of a safety_identifier at OpenAI
+
+MESSAGES_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in ("model", "stream", "temperature", "top_p", "service_tier")},
+    **dict.fromkeys("metadata output_config output_format thinking tool_choice".split(), OBJECT),
+    "max_tokens": Field((int,), 1),
+    "messages": Field((list,)),
+    "stop_sequences": Field((list,), items=TEXT),
+    "system": Field((str, list)),
+    "tools": Field((list,)),
+    "top_k": Field((int,), 0),
+}
+MESSAGES_PARTS = {      # their known members; the others are fields of their own
+    "thinking": "type budget_tokens display",
+    "output_config": "effort format",
+    "metadata": "user_id",
+}
+# of Anthropic alone; unknown ones get a prefix, because Responses may have a field of that name
+ANTHROPIC_FIELDS = frozenset("""billing_policy compaction container context_management diagnostics fallbacks
+fallback_credit_token inference_geo mcp_servers speed thread user_profile_id workspace_id""".split())
+MESSAGES_FORMAT = {"type": Field(choices=("json_schema",)), "schema": OBJECT}
+TRANSLATED = "messages system tools tool_choice output_format service_tier cache_control".split()
+MESSAGES_RENAMED = {
+    **{name: name for name in {*ANTHROPIC_FIELDS, "model", "stream", "temperature", "top_p", "top_k"}},
+    "max_tokens": "max_output_tokens",
+    "stop_sequences": "stop",
+}
+MESSAGES_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "reasoning.effort": "thinking",
+    "text.format": "output_config.format",
+    "safety_identifier": "metadata.user_id",
+}
+CLIENT_MESSAGE = {
+    "role": Field(choices=("user", "assistant", "system")),
+    "content": Field((str, list)),
+}
+# the known blocks and their fields; the others have no meaning for another provider and are named
+MESSAGE_BLOCKS: dict[str, Fields] = {
+    "text": {"text": TEXT, "citations": Field((list, type(None)))},
+    "image": {"source": OBJECT},
+    "document": {"source": OBJECT, "title": MAYBE_TEXT},
+    "search_result": {"source": TEXT, "title": TEXT, "content": Field((list,))},
+    "thinking": {"thinking": MAYBE_TEXT, "signature": MAYBE_TEXT},
+    "redacted_thinking": {"data": TEXT},
+    "tool_use": {"id": NAME, "name": NAME, "input": OBJECT, "caller": MAYBE_OBJECT},
+    "tool_result": {
+        "tool_use_id": NAME,
+        "content": Field((str, list, type(None))),
+        "is_error": Field((bool, type(None))),
+    },
+    "tool_reference": {"tool_name": NAME},
+    "compaction": {"content": MAYBE_TEXT},
+}
+MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+    "base64": {"media_type": NAME, "data": NAME},
+    "content": {"content": CLIENT_MESSAGE["content"]},
+    "text": {"data": NAME},
+    "url": {"url": NAME},
+}
+MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
+WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
+TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def messages_fields(given: JSON) -> JSON:
+    """The fields of a Messages body under the names of Responses, or else their own."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name, spec in MESSAGES_FIELDS.items():
+        if name in fields or name in ("model", "max_tokens", "messages"):
+            check(given.get(name), spec, name)
+    if not given["model"].isprintable():
+        raise invalid_param("model", " holds characters that no name has.")
+    if not given["messages"]:
+        raise invalid_param("messages", " is empty: send at least one message.")
+    made: JSON = {"include": ["reasoning.encrypted_content"]}
+    for name in fields.keys() - TRANSLATED:
+        known = MESSAGES_PARTS.get(name, "").split()
+        inner = {f"{name}.{key}": value for key, value in as_dict(fields[name]).items() if key not in known}
+        made |= inner if known else {MESSAGES_RENAMED.get(name, f"messages:{name[:64]}"): fields[name]}
+    if made.get("speed") == "standard":
+        del made["speed"]
+    thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
+    made["reasoning"] = read_thinking(thinking, config)
+    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
+    for path, shape in formats.items():
+        if shape is not None:
+            check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
+            made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
+    if metadata.get("user_id") is not None:
+        user = check(metadata["user_id"], TEXT, "metadata.user_id")
+        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
+    if "service_tier" in fields:
+        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
+    return made
+
+
+def read_thinking(thinking: JSON, config: JSON) -> JSON:
+    """`reasoning`: the effort that was asked for, and whether its summary is shown."""
+    kinds = Field(choices=("enabled", "adaptive", "disabled", "between_tools"))
+    kind = check(thinking["type"], kinds, "thinking.type") if "type" in thinking else ""
+    if thinking and not kind:
+        raise type_error(None, TEXT, "thinking.type")
+    effort = check(config.get("effort"), MAYBE_TEXT, "output_config.effort")
+    if kind in ("disabled", "between_tools"):
+        return {"effort": "none"}
+    if kind == "enabled":
+        budget = check(thinking.get("budget_tokens"), Field((int,), 1), "thinking.budget_tokens")
+        effort = effort or next(name for least, name in THINKING_EFFORTS.items() if budget >= least)
+    shown = kind and thinking.get("display") != "omitted"
+    return {"effort": effort, "summary": "auto" if shown else None}
+
+
+def translate_messages(request: ResponsesRequest) -> JSON:
+    """The conversation and the tools as those of Responses. What is lost becomes a field of its own, which no
+    wire carries."""
+    given, dropped = request.given, list[str]()
+    items: list[JSON] = []
+    for index, message in enumerate(given["messages"]):
+        known = request.memo.get(id(message))
+        if known is None or known[0] is not message:
+            names: list[str] = []
+            known = message, message_items(message, f"messages[{index}]", names), names
+            request.memo[id(message)] = known
+        items += known[1]
+        dropped += known[2]
+    if not items:
+        raise invalid_param("messages", " have no content.")
+    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
+    kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
+    if len(kept) < len(texts):
+        dropped.append("system:x-anthropic-billing-header")
+    offered = enumerate(given.get("tools") or ())
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
+    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
+    body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
+    choice = given.get("tool_choice")
+    if choice is not None:
+        body["tool_choice"] = read_tool_choice(choice, tools)
+        body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    return {**dict.fromkeys(dropped, True), **body}
+
+
+def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """The items of a message: neighbouring texts, images and files are one."""
+    check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
+    role = message["role"].replace("system", "developer")
+    items: list[JSON] = []
+    for made in block_parts(message["content"], f"{path}.content", dropped):
+        if not made["type"].startswith("input_"):
+            items.append(made)
+        elif items and items[-1]["type"] == "message":
+            items[-1]["content"].append(made)
+        else:
+            items.append({"type": "message", "role": role, "content": [made]})
+    return items
+
+
+def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """Content as parts, and blocks that are items of their own."""
+    if isinstance(blocks, str):
+        return [input_text(blocks)]
+    check_typed(blocks, MESSAGE_BLOCKS, path)
+    made: list[JSON] = []
+    for index, block in enumerate(blocks):
+        kind = block["type"]
+        known = MESSAGE_BLOCKS.get(kind)
+        if known is None:
+            dropped.append(f"messages:{kind[:64]}")
+            continue
+        more = block.keys() - known.keys() - {"type", "cache_control"}
+        dropped += [f"messages:{kind}.{name[:64]}" for name in sorted(more) if block[name]]
+        made += block_part(block, f"{path}[{index}]", dropped)
+    return made
+
+
+def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    kind = block["type"]
+    if kind == "text":
+        return [input_text(block["text"])]
+    if kind == "tool_use":
+        fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
+        return [{"type": "function_call", **fields}]
+    if kind == "tool_result":
+        output = block.get("content") or ""
+        failed = bool(block.get("is_error"))
+        if isinstance(output, str):
+            output = TOOL_ERROR * failed + output
+        else:
+            output = [input_text(TOOL_ERROR)] * failed + block_parts(output, f"{path}.content", dropped)
+        return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
+    if kind in ("thinking", "redacted_thinking"):
+        sealed = block.get("signature") or block.get("data") or ""
+        if not sealed.startswith(ENVELOPE_PREFIX):
+            dropped.append(f"messages:{kind}")      # only its own provider can read it
+        elif sealed != UNSIGNED:
+            return [{"type": "reasoning", "summary": [], "encrypted_content": sealed}]
+        return []
+    if kind in ("image", "document"):
+        return source_parts(block, f"{path}.source", dropped)
+    if kind == "search_result":
+        found = block_parts(block["content"], f"{path}.content", dropped)
+        return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
+    if kind == "tool_reference":
+        return [input_text(f"The tool {block['tool_name']} is available.")]
+    return [input_text(block["content"])] if block.get("content") else []       # of a compaction
+
+
+def input_text(text: str) -> JSON:
+    return {"type": "input_text", "text": text}
+
+
+def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    """An image or a document as parts; a text is only text."""
+    source, title = block["source"], block.get("title") or ""
+    kind = source.get("type")
+    if kind not in MESSAGE_SOURCES:
+        dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
+        return []
+    check_members(source, MESSAGE_SOURCES[kind], path)
+    if kind == "content":
+        return block_parts(source["content"], f"{path}.content", dropped)
+    if kind == "text":
+        return [input_text(f"{title}\n\n{source['data']}".strip("\n"))]
+    data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    if block["type"] == "image":
+        return [{"type": "input_image", "image_url": data}]
+    if kind == "url":
+        return [{"type": "input_file", "file_url": data}]
+    name = title if "." in title else f"{title or 'document'}.pdf"
+    return [{"type": "input_file", "filename": name, "file_data": data}]
+
+
+def messages_client_tool(tool: Any, path: str) -> JSON:
+    check(tool, OBJECT, path)
+    kind = check(tool.get("type") or "custom", NAME, f"{path}.type")
+    more = {name: value for name, value in tool.items() if name not in WITHOUT_EFFECT}
+    if kind == "custom":
+        check_members(tool, MESSAGES_TOOL, path)
+        schema = more.pop("input_schema")
+        return {**more, "type": "function", "parameters": schema}
+    if not kind.startswith("web_search"):
+        return {"type": kind}
+    more.pop("name", None)
+    filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
+    return {**more, "type": "web_search", "filters": filters}
+
+
+def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
+    kind = choice.get("type")
+    if kind == "tool":
+        name = check(choice.get("name"), NAME, "tool_choice.name")
+        hosted = any(tool["type"] == name for tool in tools)
+        return {"type": name} if hosted else {"type": "function", "name": name}
+    if kind not in TOOL_CHOICES:
+        raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
+    return TOOL_CHOICES[kind]
+
+
+MESSAGES_ERRORS = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def messages_error(error: GatewayError, request_id: str) -> JSON:
+    """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
+    kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    if (error.ledger_code or error.code) in ("insufficient_quota", "price_unknown"):
+        kind = "billing_error"
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
+
+
+def messages_counts(usage: Usage) -> JSON:
+    """The usage object: cached input is counted apart."""
+    counts: JSON = {
+        "input_tokens": usage.input - usage.cached - usage.cache_write,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+    }
+    if usage.web_searches:
+        counts["server_tool_use"] = {"web_search_requests": usage.web_searches, "web_fetch_requests": 0}
+    return counts
+
+
+def messages_frame(kind: str, **fields: Any) -> bytes:
+    return sse_frame(kind, dumps({"type": kind, **fields}))
+
+
+MESSAGE_STOP = messages_frame("message_stop")
+BLOCK_DELTAS = {        # kind of block -> the type of its deltas, and their field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
+
+
+def item_blocks(item: JSON) -> list[JSON]:
+    """The content blocks of a finished item of Responses. A truncated call is none."""
+    kind = item["type"]
+    if kind == "message":
+        blocks: list[JSON] = []
+        for part in item["content"]:
+            cited = [citation(each) for each in only_dicts(part.get("annotations"))]
+            block = text_block(part.get("text", part.get("refusal")))
+            blocks.append({**block, "citations": cited} if cited else block)
+        return blocks
+    if kind == "reasoning":
+        thoughts = [part["text"] for part in (*item.get("summary", ()), *item.get("content", ()))]
+        text, sealed = "\n\n".join(thoughts), item.get("encrypted_content")
+        if text:
+            return [{"type": "thinking", "thinking": text, "signature": sealed or UNSIGNED}]
+        return [{"type": "redacted_thinking", "data": sealed}] if sealed else []
+    given = {"input": item["input"]} if "input" in item else parse_object(item.get("arguments", ""))
+    if kind not in CALL_FIELD or given is None:
+        return []
+    return [tool_use(item["call_id"], item["id"], item["name"], given)]
+
+
+def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
+    call_id = call_id if LASTING_ID.fullmatch(call_id) else item_id
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def citation(annotation: JSON) -> JSON:
+    """The source of a text. Its index is ours, so that it never goes up."""
+    return {
+        "type": "web_search_result_location",
+        "cited_text": "",
+        "encrypted_index": UNSIGNED,
+        "title": annotation.get("title"),
+        "url": str(annotation.get("url") or ""),
+    }
+
+
+def whole_block(index: int, block: JSON) -> bytes:
+    """The frames of a block that is complete."""
+    empty, deltas = dict(block), list[JSON]()
+    for name in ("text", "thinking", "signature"):
+        if isinstance(empty.get(name), str):
+            deltas.append({"type": f"{name}_delta", name: block[name]})
+            empty[name] = ""
+    cited = only_dicts(empty.pop("citations", None))
+    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
+    if "input" in empty:
+        deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
+        empty["input"] = {}
+    frames = [messages_frame("content_block_start", index=index, content_block=empty)]
+    frames += [messages_frame("content_block_delta", index=index, delta=delta) for delta in deltas]
+    return b"".join([*frames, messages_frame("content_block_stop", index=index)])
+
+
+def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
+    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
+        self.waiting.setdefault(item.index, []).append((make, item, given))
+        frames: list[bytes] = []
+        while self.waiting:
+            first = next(iter(self.waiting))
+            calls, self.waiting[first] = self.waiting[first], []
+            frames += [call(self, each, *rest) for call, each, rest in calls]
+            if not calls or calls[-1][0].__name__ != "end_item":
+                break
+            del self.waiting[first]
+        return b"".join(frames)
+    return hook
+
+
+class MessagesAnswer(ClientAnswer):
+    """Events of the Messages API."""
+    blocks = 0              # begun
+    stop_reason = "end_turn"
+
+    @functools.cached_property
+    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
+        """The calls that wait, by the index of their item."""
+        return {}
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
+        return {
+            "id": f"msg_{self.id.removeprefix('resp_')}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.request.given["model"],
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": messages_counts(usage),
+        }
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
+            return b""
+        self.started = True
+        if attempt and attempt.opening:
+            return attempt.opening
+        usage = (attempt and attempt.usage) or Usage(self.estimated_input)
+        return messages_frame("message_start", message=self.message([], None, usage))
+
+    def heartbeat(self) -> bytes:
+        return messages_frame("ping")
+
+    def begin_block(self, item: Item, block: JSON) -> bytes:
+        """Begins a block whose text is the item's."""
+        kind, name = BLOCK_DELTAS[block["type"]]
+        item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
+                           f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
+        self.blocks += 1
+        return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
+
+    def block_delta(self, **delta: Any) -> bytes:
+        return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
+
+    def end_block(self) -> bytes:
+        return messages_frame("content_block_stop", index=self.blocks - 1)
+
+    def texts(self, item: Item, texts: list[str]) -> bytes:
+        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
+        return "".join(frames).encode() if item.delta_head else b""
+
+    @in_turn
+    def begin_item(self, item: Item) -> bytes:
+        if item.tool is None or item.kind != "function_call":
+            return b""
+        self.stop_reason = "tool_use"
+        return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
+
+    @in_turn
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        if item.kind == "message":
+            return self.begin_block(item, text_block(""))
+        if item.delta_head:                     # the parts of a thought are one block
+            return self.texts(item, ["\n\n"])
+        return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
+
+    later_texts = in_turn(texts)
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        is_next = item.index == next(iter(self.waiting))        # nearly always
+        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.deltas(item, [text])
+
+    @in_turn
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.block_delta(type="citations_delta", citation=citation(annotation))
+
+    @in_turn
+    def end_part(self, item: Item, *given: Any) -> bytes:
+        return self.end_block() if item.kind == "message" else b""
+
+    @in_turn
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
+        """Ends an item's block, or makes those of one that began none."""
+        frames = [self.texts(item, [rest])] if rest else []
+        if item.delta_head and item.kind == "reasoning":
+            signature = item.fields.get("encrypted_content") or UNSIGNED
+            frames.append(self.block_delta(type="signature_delta", signature=signature))
+        if item.delta_head and item.kind != "message":
+            frames.append(self.end_block())
+        for block in () if item.delta_head else item_blocks(json.loads(text)):
+            frames.append(whole_block(self.blocks, block))
+            self.blocks += 1
+            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
+        return b"".join(frames)
+
+    def reason(self, attempt: Attempt) -> str:
+        filtered = self.stop_reason if self.profile.refusal_as_text else "refusal"
+        reasons = {"": self.stop_reason, "content_filter": filtered}
+        return reasons.get(attempt.incomplete_reason, "max_tokens")
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        if attempt.error:
+            return messages_frame("error", error=messages_error(attempt.error, "")["error"])
+        assert attempt.usage is not None
+        delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
+        ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
+        return self.start(attempt) + ending + MESSAGE_STOP
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        content: list[JSON] = []
+        for index in sorted(attempt.items):
+            content += item_blocks(json.loads(attempt.items[index]))
+        if any(block["type"] == "tool_use" for block in content):
+            self.stop_reason = "tool_use"
+        assert attempt.usage is not None
+        return dumps(self.message(content, self.reason(attempt), attempt.usage))
+
+
+BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
+
+
+def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
+    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
+    at = MODEL_FIELD.search(raw)
+    if at is None or json.loads(at[1]) != given:
+        return None
+    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
+        return None                             # one of them may be in a tool's input
+    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
+
+
+class MessagesPassthrough(Passthrough):
+    """The upstream's message with our `model`. What follows its stop_reason is withheld until the end."""
+    API_EVENTS = b""
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"content_block_(?:delta|stop)"')
+    PARSED_EVENTS = re.compile(rb"\A(?!event: content_block_delta\n)")
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
+    DEFERRED_EVENTS = (b"input_json_delta",)
+    fail = Attempt.fail         # nothing follows an error
+    answer: MessagesAnswer
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ending: list[bytes] = []
+        self.open_blocks: dict[Any, Any] = {}   # those of the decoder, by index
+        self.calls = False
+        self.broken_call = b""                  # the stop of a call whose input is not whole JSON
+        self.content: list[JSON] = []           # for a client that does not stream
+        self.whole_text = b""
+        if not self.answer.request.stream:
+            self.DEFERRED_EVENTS = (b"content_block_delta",)
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block)
+
+    def take_event(self, event: Event) -> None:
+        if event.data.strip() != "[DONE]":
+            super().take_event(event)
+
+    def read(self, data: str, frame: bytes) -> None:
+        self.read_deferred()
+        super().read(data, frame)
+
+    def read_deferred(self) -> None:
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def on_message_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if not self.opening:
+            self.final_response = as_dict(event.get("message"))
+            own = self.answer.request.given["model"]
+            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
+
+    def on_content_block_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.broken_call:
+            raise UpstreamError(BROKEN_CALL)
+        self.check_limits(items=1)
+        index = event.get("index", 0)
+        self.open_blocks[index] = block = self.decoder.blocks[index]
+        self.calls |= block.channel == "arguments"
+        self.forward(frame)
+
+    def on_content_block_delta(self, event: JSON, frame: bytes) -> None:
+        self.pass_unread(frame)
+
+    def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
+        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
+        block = self.open_blocks.pop(event.get("index", 0), None)
+        if block is None:
+            return
+        self.decoder.read(event)
+        self.content.append(block.content)
+        text = "".join(block.pieces).strip()
+        if block.channel == "arguments" and text and parse_object(text) is None:
+            self.broken_call = frame
+        else:
+            self.forward(frame)
+
+    def on_message_delta(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        message = self.final_response
+        usage = merge_counts(as_dict(message.get("usage")), event.get("usage"))
+        message |= {**as_dict(event.get("delta")), "usage": usage}
+        if self.stop is None:
+            self.forward(frame)
+        else:
+            self.ending.append(frame)
+
+    def on_message_stop(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.ending:
+            self.ending.append(frame)
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        """An error by its name or its form; other events without a type are a proxy's heartbeats."""
+        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
+        self.decoder.read({**event, **named})
+
+    def whole(self, data: bytes) -> None:
+        message = parse_object(data.decode("utf-8", "replace")) or {}
+        content = message.get("content")
+        if not isinstance(content, list):
+            self.decoder.read({**message, "type": "error"})
+            return
+        self.check_limits(len(data), len(content))
+        self.decoder.whole(message)
+        self.final_response, self.content, self.whole_text = message, content, data
+        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
+        self.opening = messages_frame("message_start", message=head)
+        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
+
+    def close_open_items(self) -> None:
+        """Ends the blocks that the upstream or the key's limit left open."""
+        self.read_deferred()
+        for index in [*self.open_blocks]:
+            if self.error is None:
+                stop = messages_frame("content_block_stop", index=index)
+                self.on_content_block_stop({"type": "content_block_stop", "index": index}, stop)
+        if self.broken_call and self.incomplete_reason:
+            self.forward(self.broken_call)
+        elif self.broken_call:
+            self.error = self.error or UpstreamError(BROKEN_CALL)
+
+    def terminal(self, now_s: int) -> bytes:
+        """The upstream's own end, if it sent one, completed."""
+        if self.error is not None or not self.ending:
+            self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
+            return super().terminal(now_s)
+        withheld = () if self.output_started else self.withheld         # pings
+        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
+        return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
+
+    def body(self, now_s: int) -> str:
+        own, message = self.answer.request.given["model"], self.final_response
+        passed = with_model(self.whole_text, message.get("model"), own)
+        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
+        return body.decode("utf-8", "replace")
+
+
+# --- 5.12 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3719,6 +4382,16 @@ CLIENT_APIS: dict[str, ClientApi] = {
             "insufficient_quota": (402, ""),        # agents ask again after a 429
             "context_length_exceeded": (400, "The input is over the maximum context length "
                                              "(context_length_exceeded)."),     # opencode's words, aider's
+        }),
+    "messages": ClientApi(
+        "/v1/messages", "messages", MessagesAnswer,
+        error=messages_error,
+        fields=messages_fields,
+        translate=translate_messages,
+        own_names=MESSAGES_NAMES,
+        known_errors={
+            "insufficient_quota": (402, ""),
+            "context_length_exceeded": (400, "Prompt is too long."),    # Claude Code compacts
         }),
 }
 
@@ -4370,7 +5043,15 @@ def drop_encrypted(body: JSON) -> None:
 # pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
 # model cannot take is a setting: `overrides` in the configuration.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
+def drop_reasoning(body: JSON, *refused: str) -> None:
+    """The model does not reason, or not at this effort."""
+    for name in ("reasoning", "include"):
+        body.pop(name, None)
+
+
 RESPONSES_REPAIRS: Repairs = {
+    r"value: '(none|minimal)' is not supported|parameter: '(reasoning)|(encrypted) content is not supported":
+        drop_reasoning,
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
@@ -5848,7 +6529,7 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
-    thinking = body.setdefault("thinking", {"type": "adaptive"})
+    thinking = body["thinking"] = body.get("thinking") or {"type": "adaptive"}
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
     else:
@@ -5857,8 +6538,10 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
-    if body.get("thinking", {}).get("type") == "enabled":
+        if isinstance(message["content"], list):        # a client may send a string
+            message["content"] = [
+                block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
+    if object_in(body, "thinking").get("type") == "enabled":
         del body["thinking"]
 
 
@@ -6830,16 +7513,17 @@ class UpstreamCall(NamedTuple):
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
-        body = json.loads(self.body)
+        body, refused = json.loads(self.body), ""
         for pattern, repair in self.wire.repairs.items():
             found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
             if found:
                 repair(body, *found.groups())
+                refused = "reasoning" if repair is drop_reasoning else "encrypted_content"
                 break
         if body == json.loads(self.body):
             return None
         if self.wire.repairs is RESPONSES_REPAIRS:
-            self.dropped.append("encrypted_content:refused")
+            self.dropped.append(f"{refused}:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
@@ -6877,7 +7561,7 @@ class WireApi(NamedTuple):
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
-                                    self.headers(ctx.request.given))
+                                    self.headers({}))
             for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
                     sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
@@ -6990,6 +7674,53 @@ def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
     return {**rest, "reasoning_details": kept} if kept else rest
 
 
+def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, but for `model`, what only Pomex understands, and the key's limit."""
+    request, given = ctx.request, ctx.request.given
+    changes: JSON = {}
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = opened_messages(given["messages"], ctx)
+    limit = request.get("max_output_tokens")
+    if limit and limit != given.get("max_tokens"):
+        changes["max_tokens"] = limit
+        thinking = object_in(given, "thinking")
+        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+            changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
+        elif count(thinking, "budget_tokens") >= limit:
+            changes["thinking"] = {"type": "disabled"}
+            ctx.dropped.append("thinking")
+    body = None if changes else with_model(request.raw, given["model"], ctx.model)
+    attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
+    return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
+
+
+def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
+    """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
+    def clean(block: Any) -> list[Any]:
+        fields = as_dict(block)
+        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
+        if sealed.startswith(ENVELOPE_PREFIX):
+            return opened.get(sealed, [])
+        if isinstance(cited, list):
+            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
+            block = {**block, "citations": [each for each in cited if each not in own] or None}
+        return [block]
+
+    found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
+    items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
+    kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
+    ctx.dropped += dict.fromkeys(dropped)
+    opened = {item["at"]: objects_in(item["sealed_replay"], "blocks") for item in kept}
+    made = []
+    for message in messages:
+        content = as_dict(message).get("content")
+        if isinstance(content, list):
+            message = {**message, "content": [new for block in content for new in clean(block)]}
+        if message.get("content") or not content:
+            made.append(message)
+    return made
+
+
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
@@ -7008,7 +7739,8 @@ WIRES: dict[str, WireApi] = {
         repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
-        vendor="claude"),
+        vendor="claude",
+        relay=relay_messages),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=GeminiDecoder,
@@ -7796,7 +8528,7 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    # RFC 9110 11.6.1; Claude Code would ask for three minutes
+    # RFC 9110 11.6.1; Claude Code would repeat it for three minutes
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
@@ -8214,9 +8946,9 @@ class PriceTable:
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # only of providers that accept a service tier
+        # only of providers that accept a service tier, or a speed
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
-                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
+                        for name, provider in config.providers.items() if provider.wire_api not in ("gemini", "demo")}
 
     def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
@@ -10310,6 +11042,7 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
+COUNT_S = 10.0                  # how long a provider may take to count tokens
 LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
 SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
@@ -10457,14 +11190,22 @@ class Router:
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
-        client, provider = down.client, target.provider
+    def headers(self, target: Candidate, call: UpstreamCall, client: Client) -> list[tuple[str, str]]:
+        """Of a call: the configured ones, some of the client's where its body passes, the wire's own."""
+        provider, given = target.provider, client.head.headers
         fields = [("content-type", "application/json"), *provider.http_headers.items()]
         if provider.api_key:
             fields += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
-            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+            fields += [(name, value) for name, value in given if RELAYED_HEADERS.fullmatch(name)]
+        elif given.get("anthropic-beta"):
+            client.dropped.append("anthropic-beta")
+        sent = {name for name, _ in fields} - {"anthropic-beta"}        # a list: a repair adds to the client's own
+        return [*fields, *(header for header in call.headers if header[0] not in sent)]
+
+    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
+        client, provider = down.client, target.provider
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
@@ -10475,8 +11216,7 @@ class Router:
             if provider.wire_api == "demo":
                 exchange: Exchange = DemoExchange(call.frames)
             else:
-                sent = {name for name, _ in fields}
-                headers = [*fields, *(header for header in call.headers if header[0] not in sent)]
+                headers = self.headers(target, call, client)
                 exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
             reusable = False
             client.answering_ms = client.elapsed_ms()
@@ -10757,9 +11497,7 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/completions", "wrong_wire_api",
      "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
-    (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
-     "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
-     "it."),
+    (r"/v1/messages/batches.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
     (r"/v1beta/.*", "wrong_wire_api",
      "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
     (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
@@ -10883,8 +11621,9 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
     api = CLIENT_APIS[request.api]
     named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
+                              int(client.started_s * 1000), named, tier)
     answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
@@ -10971,7 +11710,8 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
     if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
-    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    final = profile.final_failures and len(failures) > 1
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} or final else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
 
@@ -11059,6 +11799,41 @@ def short_count(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
+async def count_tokens(gateway: Gateway, client: Client) -> None:
+    """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
+    key, headers = await gateway.key(client), client.head.headers
+    raw = await client.body(key=f"key {key.id}")
+    request = parse_request(raw.replace(b"{", b'{"max_tokens":1,', 1), api="messages")
+    request.body.pop("max_output_tokens")
+    request.given.pop("max_tokens")             # which a count has not
+    name = gateway.catalogue.full_name(request.model)
+    request = dataclasses.replace(request, raw=raw, model=name)
+    check_model_access(key, name, STANDARD)
+    envelope = Envelope(gateway.ledger.secret, key.account)
+    target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
+    down = client_stream(gateway, client, key, request, STANDARD, "")
+    reservation, counted = down.reservation, 0
+    try:
+        await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
+        if target.provider.wire_api == "messages":
+            call, router = encode_call(target, envelope, down), gateway.router
+            async with asyncio.timeout(COUNT_S):
+                exchange = await router.upstream.exchange(
+                    target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
+                told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
+                await exchange.close()
+            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+    except LimitExceeded as no:
+        raise limit_error(key, no, client.started_s, to_codex=False) from None
+    except (UpstreamError, TimeoutError):       # an estimate will do
+        pass
+    finally:
+        gateway.ledger.abandon(reservation.response_id)
+    own = [] if counted else [("x-pomex-estimated", "true")]
+    body = dumps({"input_tokens": counted or request.estimated_input}).encode()
+    await client.answer(200, [*JSON_HEADERS, *own, *reservation.headers()], body)
+
+
 # --- 11.2 models ---
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
@@ -11067,8 +11842,16 @@ CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a h
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-def model_object(gateway: Gateway, name: str) -> JSON:
+def model_object(gateway: Gateway, name: str, headers: Headers) -> JSON:
+    """In the form of OpenAI or Anthropic, whose clients name themselves by their headers."""
+    if to_anthropic(headers):
+        created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
+        return {"type": "model", "id": name, "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
+
+
+def to_anthropic(headers: Headers) -> bool:
+    return bool(headers.get("anthropic-version") or (headers.get("x-api-key") and not headers.get("authorization")))
 
 
 def codex_release(text: str) -> int:
@@ -11131,9 +11914,13 @@ async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> N
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release = codex_release(client.head.query)
-    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
-            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
+    release, headers = codex_release(client.head.query), client.head.headers
+    body: JSON = {"data": [model_object(gateway, name, headers) for name in names]}
+    if to_anthropic(headers):
+        body |= {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+    else:
+        entries = [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]
+        body = {"object": "list", **body, "models": entries}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 
 
@@ -11152,7 +11939,7 @@ async def model(gateway: Gateway, client: Client) -> JSON:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    return model_object(gateway, name)
+    return model_object(gateway, name, client.head.headers)
 
 
 # --- 11.3 health ---
@@ -12138,6 +12925,7 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
     **{f"POST {api.endpoint}": functools.partial(generate, name) for name, api in CLIENT_APIS.items()},
+    "POST /v1/messages/count_tokens": count_tokens,
     "GET /v1/models": models,
     "GET /v1/models/*": model,
     "GET /v1/key": key_facts,
@@ -12259,6 +13047,8 @@ class Client:
         """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
+        if api_of(self.head.path) == "messages":
+            headers = [*headers, ("request-id", self.request_id)]
         # without chunks the end of the connection is the end of the body
         self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
         if self.chunked:

@@ -3553,8 +3553,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [flat for flat, known in offered.items() if exact == flat or name == known.name]
+        names += [exact] if exact in found else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -3701,13 +3701,8 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [
-            {"type": "function", "strict": None, **function}
-            for function in functions
-        ]
-        body["tool_choice"] = mode
-        if names:
-            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -3720,22 +3715,12 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
-        return {
-            "type": "reasoning",
-            "id": f"rs_{index}",
-            "summary": [],
-            **item["sealed_replay"],
-        }
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
+        fixed = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed = {"id": f"msg_{index}", "status": "completed"}
-        return {
-            "type": "message",
-            **(fixed if assistant else {}),
-            "role": item["role"],
-            "content": parts,
-        }
+        return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
@@ -3796,10 +3781,14 @@ class Decoder:
     failed = False
     paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
+    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
 
     def feed(self, data: str) -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
@@ -3835,7 +3824,41 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        if self.notice and not self.items_begun:
+            self.sink.fail(self.notice)
+
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
+
+    def _call_id(self, item_key: int, given: Any) -> str:
+        """The provider's id of a call, or one made here if it is missing or was used before."""
+        call_id = str(given or f"{self.prefix}{item_key}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{item_key}"
+        self.call_ids.add(call_id)
+        return call_id
+
+    def _carry(self, replay: JSON) -> None:
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        self.sink.text("", "summary")
+        self.sink.done(sealed_replay=replay)
+
+    def _image(self, data: str) -> None:
+        self._new_key()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
+
+    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
+        """Adds the source of a span of characters of the open message."""
+        self.sink.annotate({
+            "type": "url_citation",
+            "start_index": start,
+            "end_index": end,
+            "url": url,
+            "title": title or "",
+        })
 
 
 class ResponsesDecoder(Decoder):
@@ -3895,17 +3918,12 @@ class ResponsesDecoder(Decoder):
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
-        index = known.index
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name = str(item.get("name") or "")
-            space = str(item.get("namespace") or "")
-            call_id = item.get("call_id") or f"call_{index}"
-            if kind == "function_call" and not space:
-                tool = self.tool_map.resolve(name)
-            else:
-                tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(call_id), tool)
+            tool = Tool(item["type"], str(item.get("name") or ""), str(item.get("namespace") or ""))
+            if kind == "function_call" and not tool.namespace:
+                tool = self.tool_map.resolve(tool.name)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -3917,17 +3935,12 @@ class ResponsesDecoder(Decoder):
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
-        if not text or not isinstance(text, str):
-            return
-        known = self.items.take(event, kind)
-        if known.kind != kind:
-            return
-        number = event.get("content_index", event.get("summary_index", 0))
-        place = known.text(channel, number, done)
-        if done:
-            self._complete(known, place, text)
-        else:
-            self._extend(known, place, text)
+        known = self.items.take(event, kind) if text and isinstance(text, str) else None
+        if known and known.kind == kind:
+            number = event.get("content_index", event.get("summary_index", 0))
+            place = known.text(channel, number, done)
+            add = self._complete if done else self._extend
+            add(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
         part = object_in(event, "part")
@@ -3962,9 +3975,7 @@ class ResponsesDecoder(Decoder):
         """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
-            texts, known.texts,
-            lambda text: (text.channel, text.so_far()),
-            lambda text: text.channel)
+            texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new in texts:
             text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
@@ -4011,11 +4022,10 @@ class ResponsesDecoder(Decoder):
         fields: JSON = {}
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
-        sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):
-            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
-                replay["id"] = item["id"]
+        if isinstance(item.get("encrypted_content"), str):
+            # Copilot's content is bound to the id: "item_id did not match"
+            names = [name for name in ("encrypted_content", "id") if isinstance(item.get(name), str)]
+            fields["sealed_replay"] = {name: item[name] for name in names}
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -4029,8 +4039,7 @@ class ResponsesDecoder(Decoder):
         reason = ""
         # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
-            details = response.get("incomplete_details") or {}
-            reason = details.get("reason") or "max_output_tokens"
+            reason = object_in(response, "incomplete_details").get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     on_incomplete = on_failed = on_completed
@@ -4044,10 +4053,9 @@ class ResponsesDecoder(Decoder):
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
+            item, call = known.item, known.kind == "call"
             if known.closed:
                 continue
-            item = known.item
-            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)
@@ -4074,55 +4082,6 @@ def provider_json(data: str | bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         raise UpstreamError("The provider's answer is not JSON.") from None
-
-
-class ItemDecoder(Decoder):
-    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
-    themselves."""
-
-    items_begun = 0             # number of items begun
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.call_ids: set[str] = set()
-
-    def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.items_begun:
-            self.sink.fail(self.notice)
-
-    def _new_key(self) -> int:
-        self.items_begun += 1
-        return self.items_begun - 1
-
-    def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{item_key}")
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{item_key}"
-        self.call_ids.add(call_id)
-        return call_id
-
-    def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.text("", "summary")
-        self.sink.done(sealed_replay=replay)
-
-    def _image(self, data: str) -> None:
-        self._new_key()
-        self.sink.open(None, "image_generation_call", result=None)
-        self.sink.done(result=data)
-
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
 
 
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
@@ -4264,8 +4223,7 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
-    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
-    if value != "0" else {"enable_thinking": False},
+    "budget": lambda value: {"enable_thinking": value != "0", "thinking_budget": int(value) or None},
 }
 
 
@@ -4427,10 +4385,8 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if length <= 2 * len(piece):    # a shorter piece repeats nothing
-            text = self.text
-            if text.lstrip().startswith("{"):
-                rest = rest_of_snapshot(text, piece)
+        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+            rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
@@ -4482,9 +4438,7 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    if arguments is None or arguments != parse_object(snapshot):
-        return None
-    return ""
+    return None if arguments is None or arguments != parse_object(snapshot) else ""
 
 
 THINK, END_THINK = "<think>", "</think>"
@@ -4515,9 +4469,8 @@ class ThinkTags:
         if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if not tag and mark and END_THINK.startswith(mark + rest):
-                self.held = mark + rest
-                reasoning = start
+            if not tag and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
             if self.place == "waiting":
                 self.waiting.append(reasoning)
                 reasoning = ""
@@ -4526,10 +4479,9 @@ class ThinkTags:
                 if waiting.strip() not in "".join(self.reasoning):
                     reasoning = waiting
                 self.place = "behind"
-        if self.place == "behind":
-            text = text.lstrip()
-            if text:
-                self.place = ""
+        text = text.lstrip()
+        if text:
+            self.place = ""
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
@@ -4543,7 +4495,7 @@ class ThinkTags:
         return (held, "") if place == "inside" else ("", held)
 
 
-class ChatDecoder(ItemDecoder):
+class ChatDecoder(Decoder):
     """One chat stream, or one whole answer.
 
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
@@ -4668,11 +4620,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = detail.get("index")
-        if kind == "reasoning.encrypted":
-            place = len(self.details)
-        key = (name, kind, str(place))
-        fields, pieces = self.details.setdefault(key, ({}, []))
+        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
+        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
         for member, value in detail.items():
             if value is not None or member not in (*fields, name):
                 fields[member] = value
@@ -4764,17 +4713,19 @@ class ChatDecoder(ItemDecoder):
     # ends
 
     def _end_text(self) -> None:
+        text = "".join(self.texts["summary"][self.sealed_texts:])
+        details = [
+            {**fields, name: "".join(pieces)} if pieces else fields
+            for (name, *_), (fields, pieces) in self.details.items()
+        ]
+        replays = {
+            "reasoning_content": text,
+            "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
+        }
         form = self.settings.replay
-        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
-        if form == "reasoning_details":
-            value = [
-                {**fields, name: "".join(pieces)} if pieces else fields
-                for (name, *_), (fields, pieces) in self.details.items()
-            ]
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        replay = {form: value} if form and value else {}
-        self.sink.done(sealed_replay=replay)
+        value = replays.get(form)
+        self.sink.done(sealed_replay={form: value} if value else {})
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -4823,7 +4774,7 @@ class ChatDecoder(ItemDecoder):
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
-        stop = self.stop or Stop(final=True)
+        stop = self.stop or Stop()
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
@@ -5272,7 +5223,7 @@ class Block:
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
-class MessagesDecoder(ItemDecoder):
+class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
     A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
@@ -5767,7 +5718,7 @@ GEMINI_ENDS = {
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-class GeminiDecoder(ItemDecoder):
+class GeminiDecoder(Decoder):
     """One Gemini stream, or one whole answer.
 
     Parts follow each other, so only one item is open at a time. The message stays open after its signature,
@@ -6002,17 +5953,10 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     """The answer of a demo model, as chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    deltas = demo_answer(ctx)
     for delta in deltas:
         yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
-    usage = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": len(deltas),
-    }
+    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(deltas)}
     yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
@@ -6023,29 +5967,25 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """The answer: a text or a call."""
+def demo_answer(ctx: EncodeContext) -> list[JSON]:
+    """The deltas of the answer: the words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
-    text = ""
-    if ctx.model != "tools":
-        for item in items:
-            if item.get("role") == "user":
-                text = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
-    if items and items[-1]["type"] == "function_call_output":
-        text = text_of(items[-1]["output"]).strip()
-        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
-    if not functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
-    schema = tool["parameters"]
-    required = required_by(schema)
-    arguments: JSON = {}
-    for name, rule in object_in(schema, "properties").items():
-        if name in required:
-            kind = str(as_dict(rule).get("type"))
-            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
-    return "", {"name": tool["name"], "arguments": dumps(arguments)}
+    sent = [item["content"] for item in items if item.get("role") == "user"]
+    says, content = "You sent: ", sent[-1] if sent else ""
+    if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
+        says, content = "The command printed: ", items[-1]["output"]
+    elif ctx.model == "tools" and functions:
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        properties = object_in(tool["parameters"], "properties")
+        arguments = {
+            name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
+            for name in properties if name in required_by(tool["parameters"])}
+        function = {"name": tool["name"], "arguments": dumps(arguments)}
+        return [{"tool_calls": [{"index": 0, "id": f"call_{len(items)}_demo", "function": function}]}]
+    elif ctx.model == "tools":
+        says, content = "You offered no tool, so there is nothing to run.", ""
+    text = f"{DEMO_SAYS} {says}{text_of(content).strip()[:MAX_DEMO_TEXT]}"
+    return [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
 
 
 # --- 6.6 the table ---------------------------------------------------------------------------------

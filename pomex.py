@@ -3850,15 +3850,16 @@ class Decoder:
         self.sink.open(None, "image_generation_call", result=None)
         self.sink.done(result=data)
 
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
+    def _annotate(self, start: int, end: int, source: JSON) -> None:
+        """Adds the source of a span of characters of the open message, if it has an address."""
+        if isinstance(source.get("url"), str):
+            self.sink.annotate({
+                "type": "url_citation",
+                "start_index": start,
+                "end_index": end,
+                "url": source["url"],
+                "title": source.get("title") or "",
+            })
 
 
 class ResponsesDecoder(Decoder):
@@ -3935,8 +3936,10 @@ class ResponsesDecoder(Decoder):
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
-        known = self.items.take(event, kind) if text and isinstance(text, str) else None
-        if known and known.kind == kind:
+        if not text or not isinstance(text, str):
+            return
+        known = self.items.take(event, kind)
+        if known.kind == kind:
             number = event.get("content_index", event.get("summary_index", 0))
             place = known.text(channel, number, done)
             add = self._complete if done else self._extend
@@ -4582,7 +4585,10 @@ class ChatDecoder(Decoder):
             self._show_image(text_of(link.get("url")))
         if not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
-                self._cite(object_in(annotation, "url_citation"))
+                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                if self.open_item == "message":
+                    self.cited = True
+                    self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -4636,17 +4642,6 @@ class ChatDecoder(Decoder):
             self.images.add(data)
             self._end_items()
             self._image(data)
-
-    def _cite(self, citation: JSON) -> None:
-        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
-        url = citation.get("url")
-        if self.open_item == "message" and isinstance(url, str):
-            self.cited = True
-            self._annotate(
-                count(citation, "start_index"),
-                count(citation, "end_index"),
-                url,
-                citation.get("title"))
 
     # calls
 
@@ -4890,9 +4885,8 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "metadata": without_empty({"user_id": user}),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
-        for name in ("temperature", "top_p"):
-            if name in ctx.fields and "temperature" not in body:        # never both
-                body[name] = min(ctx.take(name), 1)
+        names = [name for name in ("temperature", "top_p") if name in ctx.fields]
+        body |= {name: min(ctx.take(name), 1) for name in names[:1]}        # never both
     if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
     place_cache_control(body, ctx.prompt_cache)
@@ -4913,18 +4907,16 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     kind = settings.thinking if asked or shown or settings.binds_thinking else ""
     thinking: JSON = {}
     if kind == "adaptive":
-        thinking["type"] = kind
-        if shown:
-            thinking["display"] = "summarized"
-        if settings.binds_thinking:
-            thinking["block_binding"] = DROP_STALE
+        thinking = without_empty({
+            "type": kind,
+            "display": "summarized" if shown else "",
+            "block_binding": DROP_STALE if settings.binds_thinking else {},
+        })
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {
-            "type": "enabled",
-            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
-        }
+        budget = max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))
+        thinking = {"type": "enabled", "budget_tokens": budget}
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -4946,18 +4938,15 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    if choice == {"type": "auto"} and not instruction:      # the default
-        choice = {}
-    return choice, instruction
+    is_default = choice == {"type": "auto"} and not instruction
+    return {} if is_default else choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    defs = {
-        **object_in(schema, "definitions"),       # from zod-to-json-schema
-        **object_in(schema, "$defs"),
-    }
+    # the old name from zod-to-json-schema
+    defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -5082,9 +5071,7 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """Places a system message right after a user turn, and before the assistant's or at the end."""
-        role, form = "user", LATER_SYSTEM
-        if self.last_role() == "user":
-            role, form = "system", "{}"
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
@@ -5108,13 +5095,13 @@ class MessagesTurns(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        result: JSON = {"type": "tool_result", "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64)}
-        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
-        if content:
-            result["content"] = content
-        if output == NO_OUTPUT:
-            result["is_error"] = True
-        self.add("user", [result])
+        is_text = isinstance(output, str) and output.strip()
+        self.add("user", [without_empty({
+            "type": "tool_result",
+            "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
+            "content": output if is_text else self.encode_parts(output),
+            "is_error": output == NO_OUTPUT or None,
+        })])
 
     def text_part(self, text: str) -> JSON:
         return text_block(text) if text.strip() else {}     # a blank text is a 400
@@ -5130,8 +5117,8 @@ class MessagesTurns(TurnEncoder):
         if file.url:
             source = {"type": "url", "url": file.url}
         elif file.text is not None:
-            source = {"type": "text", "media_type": file.mime, "data": file.text}
-        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            source |= {"type": "text", "data": file.text}
+        elif file.mime not in (*IMAGE_TYPES, "application/pdf"):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
@@ -5148,10 +5135,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
         blocks += objects_in(block, "content")
     if ttl == "off" or any("cache_control" in block for block in blocks):
         return
-    mark = without_empty({
-        "type": "ephemeral",
-        "ttl": "" if ttl == "5m" else ttl,
-    })
+    mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
     turns = [message["content"] for message in (*users[-1:], messages[-1])]
     for content in (body["tools"], body["system"], *turns):
@@ -5266,8 +5250,7 @@ class MessagesDecoder(Decoder):
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
-            error = "The provider spliced a second message into its stream."
-            raise ProviderError(error, kind="overload")
+            raise ProviderError("The provider spliced a second message into its stream.", kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = object_in(event, "usage")
@@ -5280,8 +5263,7 @@ class MessagesDecoder(Decoder):
             self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = object_in(delta, "stop_details")
-            explanation = details.get("explanation") or ""
+            explanation = object_in(delta, "stop_details").get("explanation") or ""
             self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
@@ -5308,9 +5290,7 @@ class MessagesDecoder(Decoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {
-            name: getattr(self.earlier, name) + getattr(now, name)
-            for name in COUNTED}
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5370,7 +5350,10 @@ class MessagesDecoder(Decoder):
         elif text.strip():
             content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
-            self._cite(content)
+            start = self.length
+            self.length += len(text)
+            for citation in objects_in(content, "citations"):
+                self._annotate(start, self.length, citation)    # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -5394,14 +5377,6 @@ class MessagesDecoder(Decoder):
             self.empty_calls.append(block.item_key)
         elif parse_object(arguments) is not None:
             self.sink.done(block.item_key)
-
-    def _cite(self, content: JSON) -> None:
-        start = self.length
-        self.length += len(content["text"])
-        for citation in objects_in(content, "citations"):
-            url = citation.get("url")
-            if isinstance(url, str):        # a document citation names a file that no client knows
-                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
         while self.empty_calls:
@@ -5520,10 +5495,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     thinking: JSON = {}
     if param:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
-        thinking = {
-            param: int(value) if value.isdigit() else value,
-            "includeThoughts": shown or None,
-        }
+        thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
@@ -5554,17 +5526,13 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
-            made["$defs"] = {
-                **as_dict(made.pop("definitions")),
-                **object_in(made, "$defs"),
-            }
+            made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
-            value = made.pop("const")
-            made["enum"] = [value]
-            made["type"] = made.get("type") or JSON_TYPES[type(value)]
+            made["enum"] = [made.pop("const")]
+            made["type"] = made.get("type") or JSON_TYPES[type(made["enum"][0])]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -5655,23 +5623,17 @@ class GeminiContents(TurnEncoder):
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n")
-        if parts and not text:
-            text = "The content follows."
-        response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
-        if inside:
-            response["parts"] = inside
-        self.add("user", [{"functionResponse": response}, *outside])
+        text = text_of(parts, "\n") or ("The content follows." if parts else "")
+        response = {**self.calls[item["call_id"]], "response": {key: text}, "parts": inside}
+        self.add("user", [{"functionResponse": without_empty(response)}, *outside])
 
     def text_part(self, text: str) -> JSON:
         return {"text": text} if text else {}
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            address = {"fileUri": file.url}
-            if file.mime not in ("", "image/"):
-                address["mimeType"] = file.mime
-            return {"fileData": address}
+            address = {"fileUri": file.url, "mimeType": file.mime.removesuffix("image/")}
+            return {"fileData": without_empty(address)}
         if GEMINI_MEDIA.match(file.mime):
             return {"inlineData": {"mimeType": file.mime, "data": file.data}}
         return None
@@ -5770,8 +5732,7 @@ class GeminiDecoder(Decoder):
     def _count(self, given: JSON) -> None:
         if self.finished:                       # after the end only higher counts are used
             given = {
-                name: value
-                for name, value in given.items()
+                name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -5795,8 +5756,7 @@ class GeminiDecoder(Decoder):
             self._carry({"part": part})
             call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = object_in(call, "args")
-                self._search(args.get("queries"))
+                self._search(object_in(call, "args").get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -5806,9 +5766,7 @@ class GeminiDecoder(Decoder):
         if signature and not thought:
             if self.signature:
                 self._close_texts()
-            self.signature = {
-                "signature": signature,
-                "characters": len(text or "")}
+            self.signature = {"signature": signature, "characters": len(text or "")}
 
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
@@ -5839,8 +5797,7 @@ class GeminiDecoder(Decoder):
         self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name = given.get("name")
-        args = given.get("args")
+        name, args = given.get("name"), given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -5851,10 +5808,8 @@ class GeminiDecoder(Decoder):
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.tool_map.resolve(name)
-            self.sink.call(item_key, call_id, tool)
-            arguments = value_text(args) or "{}"
-            self.sink.add(item_key, arguments, "arguments")
+            self.sink.call(item_key, call_id, self.tool_map.resolve(name))
+            self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -5868,17 +5823,14 @@ class GeminiDecoder(Decoder):
         self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        explanation = ""
-        if outcome == "content_filter":
-            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(outcome, explanation=explanation))
+        explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(outcome, explanation=explanation if outcome == "content_filter" else ""))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
-    one."""
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
+    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = objects_in(grounding, "groundingChunks")
+    sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
         segment = object_in(support, "segment")
         start = count(segment, "startIndex")
@@ -5890,19 +5842,16 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, chunk in enumerate(chunks):
-            source = object_in(chunk, "web")
+        for index, source in enumerate(sources):
             if source and index in indices:
-                url = source.get("uri") or ""
-                yield begin, begin + len(cited), url, source.get("title")
+                link = {"url": source.get("uri") or "", "title": source.get("title")}
+                yield begin, begin + len(cited), link
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """A sentence for the user: why the provider gave no answer."""
-    words = [str(holder.get(reason))]
-    for rating in objects_in(holder, "safetyRatings"):
-        if rating.get("blocked"):
-            words.append(str(rating.get("category")))
+    blocked = [rating for rating in objects_in(holder, "safetyRatings") if rating.get("blocked")]
+    words = [str(holder.get(reason)), *(str(rating.get("category")) for rating in blocked)]
     more = redacted(value_text(holder.get(message)))
     return f"The provider {action} ({', '.join(words)[:200]}){': ' + more if more else '.'}"
 

@@ -3137,8 +3137,7 @@ class ResponsesPassthrough(Passthrough):
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
+    return as_dict(holder.get(name))
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
@@ -3283,12 +3282,8 @@ def classify_error(
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
-        message,
-        kind=kind,
-        code=code,
-        param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
-        upstream_status=status,
+        message, kind=kind, code=code, param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s), upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
 
@@ -3310,11 +3305,9 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
-        fields |= without_empty({
-            **level,
-            "message": value_text(text),
-            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
+        text, code = (
+            next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
+        fields |= without_empty({**level, "message": value_text(text), "code": code})
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -3399,11 +3392,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
-UNIT_S = {
-    "ms": 0.001,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0}
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
@@ -3414,15 +3403,13 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
-    texts += TRY_AGAIN.findall(error.get("message", ""))
+        headers.get("retry-after"),
+        *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
+        *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
-        wait_s(value, date_s)
-        for name, value in headers
-        if LIMIT_RESET.fullmatch(name)
-        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+        wait_s(value, date_s) for name, value in headers
+        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
     for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
@@ -3493,10 +3480,8 @@ def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text") and isinstance(value, dict):
-            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            fields[name] = value
+        nested = isinstance(value, dict) and name in ("reasoning", "text")
+        fields |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -3526,8 +3511,7 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
-        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
-    ]
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -3627,10 +3611,8 @@ class TurnEncoder:
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
         """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
         omitted."""
-        if isinstance(content, str):
-            content = [text_block(content)]
         parts = []
-        for given in content:
+        for given in [text_block(content)] if isinstance(content, str) else content:
             part = self.encode_part(given)
             if part is None:
                 self.dropped.append(f"content:{given['type']}")
@@ -3639,8 +3621,7 @@ class TurnEncoder:
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file:
+        if file := read_attachment(part):
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -4025,10 +4006,9 @@ class ResponsesDecoder(Decoder):
         fields: JSON = {}
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
-        if isinstance(item.get("encrypted_content"), str):
-            # Copilot's content is bound to the id: "item_id did not match"
-            names = [name for name in ("encrypted_content", "id") if isinstance(item.get(name), str)]
-            fields["sealed_replay"] = {name: item[name] for name in names}
+        sealed = item.get("encrypted_content")
+        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -4089,30 +4069,22 @@ def provider_json(data: str | bytes) -> Any:
 
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
 # agent would see an empty answer and ask again (coder#28470)
-END_REASONS: dict[str, Any] = {
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
-        "continuation pause_turn".split(),              # a pause that cannot be resumed
-        "max_output_tokens"),
-    **dict.fromkeys(
-        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
-        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
-        "pup_limited_disabled".split(),
-        "content_filter"),
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
+END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
+    # pause_turn: of a pause that cannot be resumed
+    "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+    "repetition continuation pause_turn",
+    "content_filter": "content_filter safety sensitive refusal recitation language blocklist spii no_image "
+    "prohibited_content image_safety image_prohibited_content image_recitation image_other model_armor "
+    "escalation pup_limited_disabled",
+    "overload": "error abort network_error insufficient_system_resource",
+    "tool_generation": "function_call_filter malformed_function_call malformed_response "
+    "unexpected_tool_call too_many_tool_calls",
+}.items() for reason in reasons.split()}
 
 
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    return {
-        "type": "search",
-        "query": queries[0] if queries else "",
-        "queries": queries}
+    return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
@@ -4161,10 +4133,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {
-        "model": ctx.model,
-        "messages": ChatMessages(ctx).encode(instruction),
-    }
+    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
@@ -4208,10 +4177,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {
-            name: shape.get(name)
-            for name in ("name", "description", "schema", "strict")
-        }
+        known = {name: shape.get(name) for name in ("name", "description", "schema", "strict")}
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4258,8 +4224,7 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        texts = filter(None, (*self.history.system, closing))
-        system = "\n\n".join(texts)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4299,8 +4264,7 @@ class ChatMessages(TurnEncoder):
             message[form] = reasoning or ""
         for replay in replays:
             for extra in replay.get("extra_content", ()):
-                call = calls.get(extra["id"], {})
-                call["extra_content"] = extra["extra_content"]
+                calls.get(extra["id"], {})["extra_content"] = extra["extra_content"]
         if calls:
             message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
@@ -4528,11 +4492,10 @@ class ChatDecoder(Decoder):
     def on_event(self, event: Any) -> None:
         chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
-        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = [holder["usage"] for holder in holders if holder.get("usage")]
+        given = [holder.get("usage") for holder in (chunk, object_in(chunk, "x_groq"), *choices)]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
+        counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
+        usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -4599,7 +4562,7 @@ class ChatDecoder(Decoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside" and text:
+        elif channel == "summary" and self.tags.place == "inside":
             if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
@@ -4700,10 +4663,8 @@ class ChatDecoder(Decoder):
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": signature}
-            self._carry({"extra_content": [extra]})
-        tool = self.tool_map.resolve(call.name)
-        self.sink.call(item_key, call_id, tool)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
+        self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
     # ends
 
@@ -4783,13 +4744,10 @@ class ChatDecoder(Decoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")
-    shown = [
-        {"text": detail.get("text") or detail.get("summary")}
-        for detail in details
-    ]
+    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
+    yield "summary", text_of(next(fields, shown))
     content = message.get("content")        # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
@@ -4885,8 +4843,9 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "metadata": without_empty({"user_id": user}),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
-        names = [name for name in ("temperature", "top_p") if name in ctx.fields]
-        body |= {name: min(ctx.take(name), 1) for name in names[:1]}        # never both
+        for name in ("temperature", "top_p"):
+            if name in ctx.fields and "temperature" not in body:        # never both
+                body[name] = min(ctx.take(name), 1)
     if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
     place_cache_control(body, ctx.prompt_cache)
@@ -4907,11 +4866,11 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     kind = settings.thinking if asked or shown or settings.binds_thinking else ""
     thinking: JSON = {}
     if kind == "adaptive":
-        thinking = without_empty({
-            "type": kind,
-            "display": "summarized" if shown else "",
-            "block_binding": DROP_STALE if settings.binds_thinking else {},
-        })
+        thinking["type"] = kind
+        if shown:
+            thinking["display"] = "summarized"
+        if settings.binds_thinking:
+            thinking["block_binding"] = DROP_STALE
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
@@ -4961,16 +4920,20 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
-    reference = str(root.pop("$ref", ""))
-    target = defs.pop(reference.rpartition("/")[2], None)
-    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    root["allOf"] = objects_in(root, "allOf") + only_dicts([target])
+
+    def take(keyword: str) -> list[JSON]:
+        return [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
+
+    options = take("anyOf") + take("oneOf")
+    merged = [root, *take("allOf")]
     properties: JSON = {}
     for branch in merged + options:
         for name, inner in object_in(branch, "properties").items():
             known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+            if known != inner:
+                properties[name] = {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, merged))
     if options:
         needed |= set.intersection(*map(required_by, options))
@@ -5076,7 +5039,7 @@ class MessagesTurns(TurnEncoder):
         self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["sealed_replay"].get("blocks"))
+        blocks = objects_in(item["sealed_replay"], "blocks")
         if not blocks:
             self.dropped.append("reasoning")
         elif blocks[-1]["type"] in THINKING_BLOCKS:
@@ -5130,10 +5093,9 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
     would miss the first)."""
     messages = body["messages"]
-    blocks = [*itertools.chain(*(message["content"] for message in messages))]
-    for block in list(blocks):
-        blocks += objects_in(block, "content")
-    if ttl == "off" or any("cache_control" in block for block in blocks):
+    blocks = [block for message in messages for block in message["content"]]
+    inner = [part for block in blocks for part in objects_in(block, "content")]
+    if ttl == "off" or any("cache_control" in block for block in blocks + inner):
         return
     mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
@@ -5307,16 +5269,14 @@ class MessagesDecoder(Decoder):
             self.length = 0
         if kind == "tool_use":
             call_id = self._call_id(block.item_key, content.get("id"))
-            tool = self.tool_map.resolve(str(content.get("name") or ""))
-            self.sink.call(block.item_key, call_id, tool)
+            self.sink.call(block.item_key, call_id, self.tool_map.resolve(str(content.get("name") or "")))
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks[event.get("index", 0)]
-        delta = event.get("delta") or {}
+        block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
@@ -5844,14 +5804,15 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
             continue
         for index, source in enumerate(sources):
             if source and index in indices:
-                link = {"url": source.get("uri") or "", "title": source.get("title")}
-                yield begin, begin + len(cited), link
+                yield begin, begin + len(cited), {**source, "url": source.get("uri") or ""}
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
     """A sentence for the user: why the provider gave no answer."""
-    blocked = [rating for rating in objects_in(holder, "safetyRatings") if rating.get("blocked")]
-    words = [str(holder.get(reason)), *(str(rating.get("category")) for rating in blocked)]
+    words = [str(holder.get(reason))]
+    for rating in objects_in(holder, "safetyRatings"):
+        if rating.get("blocked"):
+            words.append(str(rating.get("category")))
     more = redacted(value_text(holder.get(message)))
     return f"The provider {action} ({', '.join(words)[:200]}){': ' + more if more else '.'}"
 

@@ -3175,15 +3175,14 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
-# status, or by the message. A failure without a match is an overload.
+# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
+# message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
-    # one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, only PerDay is a long one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -3194,8 +3193,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
      r"rate.?limit|too many requests|throttling"),
     ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
-    # model
+    # OpenRouter sends 403; OpenAI 404 for a reasoning item that it did not store
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
@@ -3265,8 +3263,7 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
-    in the error's own fields counts."""
+    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -3295,9 +3292,9 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
-    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
-    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
@@ -3524,8 +3521,7 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
-    several names too."""
+    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -3609,10 +3605,11 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
-        omitted."""
+        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
+        if isinstance(content, str):
+            return [part for part in [self.text_part(content)] if part]
         parts = []
-        for given in [text_block(content)] if isinstance(content, str) else content:
+        for given in content:
             part = self.encode_part(given)
             if part is None:
                 self.dropped.append(f"content:{given['type']}")
@@ -3725,9 +3722,8 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
-# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
-# model cannot take is a setting: `overrides` in the configuration.
+# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
+# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
 RESPONSES_REPAIRS: Repairs = {
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
@@ -3748,7 +3744,7 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class TextDelta(NamedTuple):
-    """An event that carries a piece of an open item's text, and nothing else."""
+    """An event with a piece of an open item's text, and nothing else."""
     field: str              # the field with the piece
     pieces: list[str]       # the decoder's list of them
     key: Any                # for the sink
@@ -3794,8 +3790,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
-        event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -4272,8 +4267,9 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            parts = self.encode_parts(result["output"])
-            content: Any = text_of(parts, "\n")
+            output = result["output"]
+            parts = [] if isinstance(output, str) else self.encode_parts(output)
+            content: Any = text_of(parts or output, "\n")
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
@@ -4546,12 +4542,11 @@ class ChatDecoder(Decoder):
         for image in objects_in(message, "images"):    # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
-        if not (snapshot and self.cited):
+        if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
+                self.cited = True
                 citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
-                if self.open_item == "message":
-                    self.cited = True
-                    self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
+                self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -4853,8 +4848,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
-    cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -5011,8 +5005,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
-        budget."""
+        """Does the last turn answer calls without reasoning before them? A 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5058,13 +5051,13 @@ class MessagesTurns(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
-        is_text = isinstance(output, str) and output.strip()
-        self.add("user", [without_empty({
-            "type": "tool_result",
-            "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
-            "content": output if is_text else self.encode_parts(output),
-            "is_error": output == NO_OUTPUT or None,
-        })])
+        result: JSON = {"type": "tool_result", "tool_use_id": fit_call_id(item["call_id"], TOOL_USE_ID, 64)}
+        content = output if isinstance(output, str) and output.strip() else self.encode_parts(output)
+        if content:
+            result["content"] = content
+        if output == NO_OUTPUT:
+            result["is_error"] = True
+        self.add("user", [result])
 
     def text_part(self, text: str) -> JSON:
         return text_block(text) if text.strip() else {}     # a blank text is a 400
@@ -5172,8 +5165,8 @@ class Block:
 class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
-    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
+    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
+    example those of compaction, fallback and code execution.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -5194,7 +5187,7 @@ class MessagesDecoder(Decoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, though it was asked to be."""
+        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -5236,8 +5229,7 @@ class MessagesDecoder(Decoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
-        truncated."""
+        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -5584,8 +5576,10 @@ class GeminiContents(TurnEncoder):
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
         text = text_of(parts, "\n") or ("The content follows." if parts else "")
-        response = {**self.calls[item["call_id"]], "response": {key: text}, "parts": inside}
-        self.add("user", [{"functionResponse": without_empty(response)}, *outside])
+        response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
+        if inside:
+            response["parts"] = inside
+        self.add("user", [{"functionResponse": response}, *outside])
 
     def text_part(self, text: str) -> JSON:
         return {"text": text} if text else {}
@@ -5600,8 +5594,7 @@ class GeminiContents(TurnEncoder):
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
-    too, so that their bytes never change."""
+    """Signs the first call of a step, which must be signed: in old turns too, so their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
             part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
@@ -5664,7 +5657,6 @@ class GeminiDecoder(Decoder):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({

@@ -4409,8 +4409,7 @@ def api_of(path: str) -> str:
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
+    return as_dict(holder.get(name))
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
@@ -4448,15 +4447,14 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
-# status, or by the message. A failure without a match is an overload.
+# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
+# message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
-    # one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, only PerDay is a long one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -4467,8 +4465,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
      r"rate.?limit|too many requests|throttling"),
     ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
-    # model
+    # OpenRouter sends 403; OpenAI 404 for a reasoning item that it did not store
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
@@ -4538,8 +4535,7 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
-    in the error's own fields counts."""
+    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -4555,12 +4551,8 @@ def classify_error(
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
-        message,
-        kind=kind,
-        code=code,
-        param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
-        upstream_status=status,
+        message, kind=kind, code=code, param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s), upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
 
@@ -4572,9 +4564,9 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
-    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
-    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
@@ -4582,11 +4574,9 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
-        fields |= without_empty({
-            **level,
-            "message": value_text(text),
-            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
+        text, code = (
+            next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
+        fields |= without_empty({**level, "message": value_text(text), "code": code})
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -4671,11 +4661,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
-UNIT_S = {
-    "ms": 0.001,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0}
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
@@ -4686,15 +4672,13 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
-    texts += TRY_AGAIN.findall(error.get("message", ""))
+        headers.get("retry-after"),
+        *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
+        *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
-        wait_s(value, date_s)
-        for name, value in headers
-        if LIMIT_RESET.fullmatch(name)
-        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+        wait_s(value, date_s) for name, value in headers
+        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
     for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
@@ -4767,10 +4751,8 @@ def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text") and isinstance(value, dict):
-            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            fields[name] = value
+        nested = isinstance(value, dict) and name in ("reasoning", "text")
+        fields |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -4800,8 +4782,7 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
-        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
-    ]
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -4814,8 +4795,7 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
-    several names too."""
+    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -4827,8 +4807,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [flat for flat, known in offered.items() if exact == flat or name == known.name]
+        names += [exact] if exact in found else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -4899,10 +4879,9 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
-        omitted."""
+        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
         if isinstance(content, str):
-            content = [text_block(content)]
+            return [part for part in [self.text_part(content)] if part]
         parts = []
         for given in content:
             part = self.encode_part(given)
@@ -4913,8 +4892,7 @@ class TurnEncoder:
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file:
+        if file := read_attachment(part):
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -4981,13 +4959,8 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [
-            {"type": "function", "strict": None, **function}
-            for function in functions
-        ]
-        body["tool_choice"] = mode
-        if names:
-            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -5000,22 +4973,12 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
-        return {
-            "type": "reasoning",
-            "id": f"rs_{index}",
-            "summary": [],
-            **item["sealed_replay"],
-        }
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
+        fixed = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed = {"id": f"msg_{index}", "status": "completed"}
-        return {
-            "type": "message",
-            **(fixed if assistant else {}),
-            "role": item["role"],
-            "content": parts,
-        }
+        return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
@@ -5039,9 +5002,8 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
-# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
-# model cannot take is a setting: `overrides` in the configuration.
+# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
+# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
 def drop_reasoning(body: JSON, *refused: str) -> None:
     """The model does not reason, or not at this effort."""
@@ -5072,7 +5034,7 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class TextDelta(NamedTuple):
-    """An event that carries a piece of an open item's text, and nothing else."""
+    """An event with a piece of an open item's text, and nothing else."""
     field: str              # the field with the piece
     pieces: list[str]       # the decoder's list of them
     key: Any                # for the sink
@@ -5086,10 +5048,14 @@ class Decoder:
     failed = False
     paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
+    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
@@ -5118,8 +5084,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
-        event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -5129,7 +5094,42 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        if self.notice and not self.items_begun:
+            self.sink.fail(self.notice)
+
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
+
+    def _call_id(self, item_key: int, given: Any) -> str:
+        """The provider's id of a call, or one made here if it is missing or was used before."""
+        call_id = str(given or f"{self.prefix}{item_key}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{item_key}"
+        self.call_ids.add(call_id)
+        return call_id
+
+    def _carry(self, replay: JSON) -> None:
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        self.sink.text("", "summary")
+        self.sink.done(sealed_replay=replay)
+
+    def _image(self, data: str) -> None:
+        self._new_key()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
+
+    def _annotate(self, start: int, end: int, source: JSON) -> None:
+        """Adds the source of a span of characters of the open message, if it has an address."""
+        if isinstance(source.get("url"), str):
+            self.sink.annotate({
+                "type": "url_citation",
+                "start_index": start,
+                "end_index": end,
+                "url": source["url"],
+                "title": source.get("title") or "",
+            })
 
 
 class ResponsesDecoder(Decoder):
@@ -5189,17 +5189,12 @@ class ResponsesDecoder(Decoder):
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
-        index = known.index
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name = str(item.get("name") or "")
-            space = str(item.get("namespace") or "")
-            call_id = item.get("call_id") or f"call_{index}"
-            if kind == "function_call" and not space:
-                tool = self.tool_map.resolve(name)
-            else:
-                tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(call_id), tool)
+            tool = Tool(item["type"], str(item.get("name") or ""), str(item.get("namespace") or ""))
+            if kind == "function_call" and not tool.namespace:
+                tool = self.tool_map.resolve(tool.name)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -5214,14 +5209,11 @@ class ResponsesDecoder(Decoder):
         if not text or not isinstance(text, str):
             return
         known = self.items.take(event, kind)
-        if known.kind != kind:
-            return
-        number = event.get("content_index", event.get("summary_index", 0))
-        place = known.text(channel, number, done)
-        if done:
-            self._complete(known, place, text)
-        else:
-            self._extend(known, place, text)
+        if known.kind == kind:
+            number = event.get("content_index", event.get("summary_index", 0))
+            place = known.text(channel, number, done)
+            add = self._complete if done else self._extend
+            add(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
         part = object_in(event, "part")
@@ -5256,9 +5248,7 @@ class ResponsesDecoder(Decoder):
         """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
-            texts, known.texts,
-            lambda text: (text.channel, text.so_far()),
-            lambda text: text.channel)
+            texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new in texts:
             text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
@@ -5306,10 +5296,8 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):
-            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
-                replay["id"] = item["id"]
+        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -5323,8 +5311,7 @@ class ResponsesDecoder(Decoder):
         reason = ""
         # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
-            details = response.get("incomplete_details") or {}
-            reason = details.get("reason") or "max_output_tokens"
+            reason = object_in(response, "incomplete_details").get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     on_incomplete = on_failed = on_completed
@@ -5338,10 +5325,9 @@ class ResponsesDecoder(Decoder):
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
+            item, call = known.item, known.kind == "call"
             if known.closed:
                 continue
-            item = known.item
-            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)
@@ -5370,81 +5356,24 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-class ItemDecoder(Decoder):
-    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
-    themselves."""
-
-    items_begun = 0             # number of items begun
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.call_ids: set[str] = set()
-
-    def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.items_begun:
-            self.sink.fail(self.notice)
-
-    def _new_key(self) -> int:
-        self.items_begun += 1
-        return self.items_begun - 1
-
-    def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{item_key}")
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{item_key}"
-        self.call_ids.add(call_id)
-        return call_id
-
-    def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.text("", "summary")
-        self.sink.done(sealed_replay=replay)
-
-    def _image(self, data: str) -> None:
-        self._new_key()
-        self.sink.open(None, "image_generation_call", result=None)
-        self.sink.done(result=data)
-
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
-
-
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
 # agent would see an empty answer and ask again (coder#28470)
-END_REASONS: dict[str, Any] = {
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
-        "continuation pause_turn".split(),              # a pause that cannot be resumed
-        "max_output_tokens"),
-    **dict.fromkeys(
-        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
-        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
-        "pup_limited_disabled".split(),
-        "content_filter"),
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
+END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
+    # pause_turn: of a pause that cannot be resumed
+    "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+    "repetition continuation pause_turn",
+    "content_filter": "content_filter safety sensitive refusal recitation language blocklist spii no_image "
+    "prohibited_content image_safety image_prohibited_content image_recitation image_other model_armor "
+    "escalation pup_limited_disabled",
+    "overload": "error abort network_error insufficient_system_resource",
+    "tool_generation": "function_call_filter malformed_function_call malformed_response "
+    "unexpected_tool_call too_many_tool_calls",
+}.items() for reason in reasons.split()}
 
 
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    return {
-        "type": "search",
-        "query": queries[0] if queries else "",
-        "queries": queries}
+    return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects ---
@@ -5496,10 +5425,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {
-        "model": ctx.model,
-        "messages": ChatMessages(ctx).encode(instruction),
-    }
+    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
@@ -5543,10 +5469,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {
-            name: shape.get(name)
-            for name in ("name", "description", "schema", "strict")
-        }
+        known = {name: shape.get(name) for name in ("name", "description", "schema", "strict")}
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -5561,8 +5484,7 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
-    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
-    if value != "0" else {"enable_thinking": False},
+    "budget": lambda value: {"enable_thinking": value != "0", "thinking_budget": int(value) or None},
 }
 
 
@@ -5594,8 +5516,7 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        texts = filter(None, (*self.history.system, closing))
-        system = "\n\n".join(texts)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -5635,8 +5556,7 @@ class ChatMessages(TurnEncoder):
             message[form] = reasoning or ""
         for replay in replays:
             for extra in replay.get("extra_content", ()):
-                call = calls.get(extra["id"], {})
-                call["extra_content"] = extra["extra_content"]
+                calls.get(extra["id"], {})["extra_content"] = extra["extra_content"]
         if calls:
             message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
@@ -5644,8 +5564,9 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            parts = self.encode_parts(result["output"])
-            content: Any = text_of(parts, "\n")
+            output = result["output"]
+            parts = [] if isinstance(output, str) else self.encode_parts(output)
+            content: Any = text_of(parts or output, "\n")
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
@@ -5724,10 +5645,8 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if length <= 2 * len(piece):    # a shorter piece repeats nothing
-            text = self.text
-            if text.lstrip().startswith("{"):
-                rest = rest_of_snapshot(text, piece)
+        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+            rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
@@ -5779,9 +5698,7 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    if arguments is None or arguments != parse_object(snapshot):
-        return None
-    return ""
+    return None if arguments is None or arguments != parse_object(snapshot) else ""
 
 
 THINK, END_THINK = "<think>", "</think>"
@@ -5812,9 +5729,8 @@ class ThinkTags:
         if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if not tag and mark and END_THINK.startswith(mark + rest):
-                self.held = mark + rest
-                reasoning = start
+            if not tag and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
             if self.place == "waiting":
                 self.waiting.append(reasoning)
                 reasoning = ""
@@ -5823,10 +5739,9 @@ class ThinkTags:
                 if waiting.strip() not in "".join(self.reasoning):
                     reasoning = waiting
                 self.place = "behind"
-        if self.place == "behind":
-            text = text.lstrip()
-            if text:
-                self.place = ""
+        text = text.lstrip()
+        if text:
+            self.place = ""
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
@@ -5840,7 +5755,7 @@ class ThinkTags:
         return (held, "") if place == "inside" else ("", held)
 
 
-class ChatDecoder(ItemDecoder):
+class ChatDecoder(Decoder):
     """One chat stream, or one whole answer.
 
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
@@ -5870,11 +5785,10 @@ class ChatDecoder(ItemDecoder):
     def on_event(self, event: Any) -> None:
         chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
-        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = [holder["usage"] for holder in holders if holder.get("usage")]
+        given = [holder.get("usage") for holder in (chunk, object_in(chunk, "x_groq"), *choices)]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
+        counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
+        usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -5925,9 +5839,11 @@ class ChatDecoder(ItemDecoder):
         for image in objects_in(message, "images"):    # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
-        if not (snapshot and self.cited):
+        if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
-                self._cite(object_in(annotation, "url_citation"))
+                self.cited = True
+                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -5938,7 +5854,7 @@ class ChatDecoder(ItemDecoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside" and text:
+        elif channel == "summary" and self.tags.place == "inside":
             if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
@@ -5965,11 +5881,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = detail.get("index")
-        if kind == "reasoning.encrypted":
-            place = len(self.details)
-        key = (name, kind, str(place))
-        fields, pieces = self.details.setdefault(key, ({}, []))
+        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
+        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
         for member, value in detail.items():
             if value is not None or member not in (*fields, name):
                 fields[member] = value
@@ -5984,17 +5897,6 @@ class ChatDecoder(ItemDecoder):
             self.images.add(data)
             self._end_items()
             self._image(data)
-
-    def _cite(self, citation: JSON) -> None:
-        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
-        url = citation.get("url")
-        if self.open_item == "message" and isinstance(url, str):
-            self.cited = True
-            self._annotate(
-                count(citation, "start_index"),
-                count(citation, "end_index"),
-                url,
-                citation.get("title"))
 
     # calls
 
@@ -6053,25 +5955,25 @@ class ChatDecoder(ItemDecoder):
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": signature}
-            self._carry({"extra_content": [extra]})
-        tool = self.tool_map.resolve(call.name)
-        self.sink.call(item_key, call_id, tool)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
+        self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
     # ends
 
     def _end_text(self) -> None:
+        text = "".join(self.texts["summary"][self.sealed_texts:])
+        details = [
+            {**fields, name: "".join(pieces)} if pieces else fields
+            for (name, *_), (fields, pieces) in self.details.items()
+        ]
+        replays = {
+            "reasoning_content": text,
+            "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
+        }
         form = self.settings.replay
-        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
-        if form == "reasoning_details":
-            value = [
-                {**fields, name: "".join(pieces)} if pieces else fields
-                for (name, *_), (fields, pieces) in self.details.items()
-            ]
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        replay = {form: value} if form and value else {}
-        self.sink.done(sealed_replay=replay)
+        value = replays.get(form)
+        self.sink.done(sealed_replay={form: value} if value else {})
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -6120,7 +6022,7 @@ class ChatDecoder(ItemDecoder):
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
-        stop = self.stop or Stop(final=True)
+        stop = self.stop or Stop()
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
@@ -6134,13 +6036,10 @@ class ChatDecoder(ItemDecoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")
-    shown = [
-        {"text": detail.get("text") or detail.get("summary")}
-        for detail in details
-    ]
+    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
+    yield "summary", text_of(next(fields, shown))
     content = message.get("content")        # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
@@ -6248,8 +6147,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
-    cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -6269,10 +6167,8 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {
-            "type": "enabled",
-            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
-        }
+        budget = max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))
+        thinking = {"type": "enabled", "budget_tokens": budget}
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -6294,18 +6190,15 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    if choice == {"type": "auto"} and not instruction:      # the default
-        choice = {}
-    return choice, instruction
+    is_default = choice == {"type": "auto"} and not instruction
+    return {} if is_default else choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    defs = {
-        **object_in(schema, "definitions"),       # from zod-to-json-schema
-        **object_in(schema, "$defs"),
-    }
+    # the old name from zod-to-json-schema
+    defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -6320,16 +6213,20 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
-    reference = str(root.pop("$ref", ""))
-    target = defs.pop(reference.rpartition("/")[2], None)
-    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    root["allOf"] = objects_in(root, "allOf") + only_dicts([target])
+
+    def take(keyword: str) -> list[JSON]:
+        return [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
+
+    options = take("anyOf") + take("oneOf")
+    merged = [root, *take("allOf")]
     properties: JSON = {}
     for branch in merged + options:
         for name, inner in object_in(branch, "properties").items():
             known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+            if known != inner:
+                properties[name] = {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, merged))
     if options:
         needed |= set.intersection(*map(required_by, options))
@@ -6407,8 +6304,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
-        budget."""
+        """Does the last turn answer calls without reasoning before them? A 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -6430,14 +6326,12 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """Places a system message right after a user turn, and before the assistant's or at the end."""
-        role, form = "user", LATER_SYSTEM
-        if self.last_role() == "user":
-            role, form = "system", "{}"
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["sealed_replay"].get("blocks"))
+        blocks = objects_in(item["sealed_replay"], "blocks")
         if not blocks:
             self.dropped.append("reasoning")
         elif blocks[-1]["type"] in THINKING_BLOCKS:
@@ -6478,8 +6372,8 @@ class MessagesTurns(TurnEncoder):
         if file.url:
             source = {"type": "url", "url": file.url}
         elif file.text is not None:
-            source = {"type": "text", "media_type": file.mime, "data": file.text}
-        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            source |= {"type": "text", "data": file.text}
+        elif file.mime not in (*IMAGE_TYPES, "application/pdf"):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
@@ -6491,15 +6385,11 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
     would miss the first)."""
     messages = body["messages"]
-    blocks = [*itertools.chain(*(message["content"] for message in messages))]
-    for block in list(blocks):
-        blocks += objects_in(block, "content")
-    if ttl == "off" or any("cache_control" in block for block in blocks):
+    blocks = [block for message in messages for block in message["content"]]
+    inner = [part for block in blocks for part in objects_in(block, "content")]
+    if ttl == "off" or any("cache_control" in block for block in blocks + inner):
         return
-    mark = without_empty({
-        "type": "ephemeral",
-        "ttl": "" if ttl == "5m" else ttl,
-    })
+    mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
     turns = [message["content"] for message in (*users[-1:], messages[-1])]
     for content in (body["tools"], body["system"], *turns):
@@ -6573,11 +6463,11 @@ class Block:
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
-class MessagesDecoder(ItemDecoder):
+class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
-    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
+    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
+    example those of compaction, fallback and code execution.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -6598,7 +6488,7 @@ class MessagesDecoder(ItemDecoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, though it was asked to be."""
+        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -6616,8 +6506,7 @@ class MessagesDecoder(ItemDecoder):
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
-            error = "The provider spliced a second message into its stream."
-            raise ProviderError(error, kind="overload")
+            raise ProviderError("The provider spliced a second message into its stream.", kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = object_in(event, "usage")
@@ -6630,8 +6519,7 @@ class MessagesDecoder(ItemDecoder):
             self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = object_in(delta, "stop_details")
-            explanation = details.get("explanation") or ""
+            explanation = object_in(delta, "stop_details").get("explanation") or ""
             self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
@@ -6642,8 +6530,7 @@ class MessagesDecoder(ItemDecoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
-        truncated."""
+        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -6658,9 +6545,7 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {
-            name: getattr(self.earlier, name) + getattr(now, name)
-            for name in COUNTED}
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -6677,16 +6562,14 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if kind == "tool_use":
             call_id = self._call_id(block.item_key, content.get("id"))
-            tool = self.tool_map.resolve(str(content.get("name") or ""))
-            self.sink.call(block.item_key, call_id, tool)
+            self.sink.call(block.item_key, call_id, self.tool_map.resolve(str(content.get("name") or "")))
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks[event.get("index", 0)]
-        delta = event.get("delta") or {}
+        block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
@@ -6720,7 +6603,10 @@ class MessagesDecoder(ItemDecoder):
         elif text.strip():
             content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
-            self._cite(content)
+            start = self.length
+            self.length += len(text)
+            for citation in objects_in(content, "citations"):
+                self._annotate(start, self.length, citation)    # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -6744,14 +6630,6 @@ class MessagesDecoder(ItemDecoder):
             self.empty_calls.append(block.item_key)
         elif parse_object(arguments) is not None:
             self.sink.done(block.item_key)
-
-    def _cite(self, content: JSON) -> None:
-        start = self.length
-        self.length += len(content["text"])
-        for citation in objects_in(content, "citations"):
-            url = citation.get("url")
-            if isinstance(url, str):        # a document citation names a file that no client knows
-                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
         while self.empty_calls:
@@ -6881,10 +6759,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     thinking: JSON = {}
     if param:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
-        thinking = {
-            param: int(value) if value.isdigit() else value,
-            "includeThoughts": shown or None,
-        }
+        thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
@@ -6914,17 +6789,13 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
-            made["$defs"] = {
-                **as_dict(made.pop("definitions")),
-                **object_in(made, "$defs"),
-            }
+            made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
-            value = made.pop("const")
-            made["enum"] = [value]
-            made["type"] = made.get("type") or JSON_TYPES[type(value)]
+            made["enum"] = [made.pop("const")]
+            made["type"] = made.get("type") or JSON_TYPES[type(made["enum"][0])]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -7015,9 +6886,7 @@ class GeminiContents(TurnEncoder):
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n")
-        if parts and not text:
-            text = "The content follows."
+        text = text_of(parts, "\n") or ("The content follows." if parts else "")
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
@@ -7028,18 +6897,15 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            address = {"fileUri": file.url}
-            if file.mime not in ("", "image/"):
-                address["mimeType"] = file.mime
-            return {"fileData": address}
+            address = {"fileUri": file.url, "mimeType": file.mime.removesuffix("image/")}
+            return {"fileData": without_empty(address)}
         if GEMINI_MEDIA.match(file.mime):
             return {"inlineData": {"mimeType": file.mime, "data": file.data}}
         return None
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
-    too, so that their bytes never change."""
+    """Signs the first call of a step, which must be signed: in old turns too, so their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
             part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
@@ -7078,7 +6944,7 @@ GEMINI_ENDS = {
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-class GeminiDecoder(ItemDecoder):
+class GeminiDecoder(Decoder):
     """One Gemini stream, or one whole answer.
 
     Parts follow each other, so only one item is open at a time. The message stays open after its signature,
@@ -7102,7 +6968,6 @@ class GeminiDecoder(ItemDecoder):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
@@ -7130,8 +6995,7 @@ class GeminiDecoder(ItemDecoder):
     def _count(self, given: JSON) -> None:
         if self.finished:                       # after the end only higher counts are used
             given = {
-                name: value
-                for name, value in given.items()
+                name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -7155,8 +7019,7 @@ class GeminiDecoder(ItemDecoder):
             self._carry({"part": part})
             call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = object_in(call, "args")
-                self._search(args.get("queries"))
+                self._search(object_in(call, "args").get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -7166,9 +7029,7 @@ class GeminiDecoder(ItemDecoder):
         if signature and not thought:
             if self.signature:
                 self._close_texts()
-            self.signature = {
-                "signature": signature,
-                "characters": len(text or "")}
+            self.signature = {"signature": signature, "characters": len(text or "")}
 
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
@@ -7199,8 +7060,7 @@ class GeminiDecoder(ItemDecoder):
         self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name = given.get("name")
-        args = given.get("args")
+        name, args = given.get("name"), given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -7211,10 +7071,8 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.tool_map.resolve(name)
-            self.sink.call(item_key, call_id, tool)
-            arguments = value_text(args) or "{}"
-            self.sink.add(item_key, arguments, "arguments")
+            self.sink.call(item_key, call_id, self.tool_map.resolve(name))
+            self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -7228,17 +7086,14 @@ class GeminiDecoder(ItemDecoder):
         self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        explanation = ""
-        if outcome == "content_filter":
-            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(outcome, explanation=explanation))
+        explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(outcome, explanation=explanation if outcome == "content_filter" else ""))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
-    one."""
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
+    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = objects_in(grounding, "groundingChunks")
+    sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
         segment = object_in(support, "segment")
         start = count(segment, "startIndex")
@@ -7250,11 +7105,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, chunk in enumerate(chunks):
-            source = object_in(chunk, "web")
+        for index, source in enumerate(sources):
             if source and index in indices:
-                url = source.get("uri") or ""
-                yield begin, begin + len(cited), url, source.get("title")
+                yield begin, begin + len(cited), {**source, "url": source.get("uri") or ""}
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
@@ -7313,17 +7166,10 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     """The answer of a demo model, as chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    deltas = demo_answer(ctx)
     for delta in deltas:
         yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
-    usage = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": len(deltas),
-    }
+    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(deltas)}
     yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
@@ -7334,29 +7180,25 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """The answer: a text or a call."""
+def demo_answer(ctx: EncodeContext) -> list[JSON]:
+    """The deltas of the answer: the words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
-    text = ""
-    if ctx.model != "tools":
-        for item in items:
-            if item.get("role") == "user":
-                text = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
-    if items and items[-1]["type"] == "function_call_output":
-        text = text_of(items[-1]["output"]).strip()
-        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
-    if not functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
-    schema = tool["parameters"]
-    required = required_by(schema)
-    arguments: JSON = {}
-    for name, rule in object_in(schema, "properties").items():
-        if name in required:
-            kind = str(as_dict(rule).get("type"))
-            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
-    return "", {"name": tool["name"], "arguments": dumps(arguments)}
+    sent = [item["content"] for item in items if item.get("role") == "user"]
+    says, content = "You sent: ", sent[-1] if sent else ""
+    if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
+        says, content = "The command printed: ", items[-1]["output"]
+    elif ctx.model == "tools" and functions:
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        properties = object_in(tool["parameters"], "properties")
+        arguments = {
+            name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
+            for name in properties if name in required_by(tool["parameters"])}
+        function = {"name": tool["name"], "arguments": dumps(arguments)}
+        return [{"tool_calls": [{"index": 0, "id": f"call_{len(items)}_demo", "function": function}]}]
+    elif ctx.model == "tools":
+        says, content = "You offered no tool, so there is nothing to run.", ""
+    text = f"{DEMO_SAYS} {says}{text_of(content).strip()[:MAX_DEMO_TEXT]}"
+    return [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
 
 
 # --- 6.6 the table ---

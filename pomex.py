@@ -7242,7 +7242,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Not one of the statement it was given."""
+    """False for a fault of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7843,7 +7843,7 @@ class Ledger:
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
         # what one commit of each half second writes
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()  # of /metrics
+        self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
         self.notes: dict[str, str] = {}                # settings: the last error of each provider
         self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
@@ -7938,16 +7938,16 @@ class Ledger:
         return response_id not in self.unsaved
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
-                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
+                      held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
-        def run(tx: Transaction) -> list[tuple[int, float]]:
+        def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # unknown: this process was taken for dead and what it held was released
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
             reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
@@ -8164,7 +8164,7 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+    def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
                      tx: Transaction) -> None:
         tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
         tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
@@ -8260,7 +8260,7 @@ class Reservation:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(key, started_ms // DAY_MS)
         self.held: collections.Counter[Limit] = collections.Counter()  # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
@@ -8316,14 +8316,12 @@ class Reservation:
             needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
-                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                    self.states.update(await self.ledger.reserve(self.response_id, self.open_row, needs, self.held))
                 elif first:
                     self.ledger.begin(self.response_id, self.open_row)
                 break
             except LimitExceeded as no:
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                self.states[no.limit] = max(no.remaining, 0), no.wait_s
                 left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
@@ -8374,9 +8372,10 @@ class Reservation:
     def headers(self) -> list[tuple[str, str]]:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
-        for limit, (remaining, reset_s) in self.rates.items():
-            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
+        for limit, (remaining, reset_s) in self.states.items():
+            if limit.kind == "rate":
+                values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
 
 
@@ -8454,7 +8453,7 @@ async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms
     """(group, sums) of rollups, which have the time of their half hour, or of rows."""
     columns = [ROW_SUMS.get(name, name) if table == "usage" else name for name in SUMS]
     selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns)])
-    grouped = " GROUP BY " + ", ".join(map(str, range(1, len(group) + 1))) if group else ""
+    grouped = f" GROUP BY {', '.join(group)}" if group else ""
     rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
                          since_ms, until_ms, *values)
     return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]
@@ -8560,10 +8559,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
-             "after": json.loads(after)} for before, after, *row in rows]
+    names = ("id", "time_ms", "who", "action", "name", "before", "after")
+    rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
+                         before_id, since_ms, limit)
+    return [dict(zip(names, (*row, json.loads(before), json.loads(after)))) for *row, before, after in rows]
 
 
 # === 9. upstream ==================================================================================
@@ -8684,7 +8683,7 @@ class TransportError(UpstreamError):
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """Of the provider's configuration."""
+    """A limit of the provider's configuration."""
 
 
 # --- 9.1 endpoints and proxies --------------------------------------------------------------------
@@ -8748,14 +8747,14 @@ def parse_proxy(proxy: str) -> Proxy:
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    usual = 443 if url.scheme == "https" else 80
+    host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
         address = environment_proxy(url.scheme, host, port, environ)
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
-    name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
-    path = url.path.rstrip("/")
+    name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
     if proxy and url.scheme == "http":  # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
@@ -8943,7 +8942,7 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """Of answer and request. The decoder may have stopped at the last event."""
+        """Were request and answer sent whole? The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
                 await connection.receive()  # without waiting: the bytes are in the buffer

@@ -6638,20 +6638,21 @@ REFERENCE = ("env:", "file:")  # any other secret is a literal
 PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
+@dataclass(eq=False, repr=False)
 class ConfigFile:
     """One configuration file, with the variables and files that it may refer to."""
+    text: str
+    name: str
+    environ: Mapping[str, str]
+    read_file: Callable[[str], str]
 
-    def __init__(self, text: str, name: str, environ: Mapping[str, str],
-                 read_file: Callable[[str], str]) -> None:
-        self.name = name
-        self.environ = environ
-        self.read_file = read_file
+    def __post_init__(self) -> None:
         try:
-            self.toml: JSON = tomllib.loads(text)
+            self.toml: JSON = tomllib.loads(self.text)
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-            where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
-            raise ConfigError(where) from None
+            where = f" line {at[2]}: {at[1]} (column {at[3]})" if at else f": {error}"
+            raise ConfigError(self.name + where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
@@ -8242,9 +8243,17 @@ def in_usd(values: JSON) -> JSON:
 
 # --- 8.8 what one request may use, and what it costs ----------------------------------------------
 
+@dataclass(eq=False)
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
-    request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts."""
+    prices: PriceTable
+    ledger: Ledger
+    key: Key
+    response_id: str
+    model: str
+    started_ms: int
+    named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
+    asked_tier: str = ""
     reserved_output = 0      # output tokens whose cost is reserved
     charged_output = 0       # output tokens charged to a rate
     max_output_tokens = 0    # of the answer
@@ -8252,14 +8261,10 @@ class Reservation:
     max_price = ""           # the price that reservations are made at
     first = "", "", Usage()  # the target that is asked first, and what goes into it
 
-    def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
-                 named: Mapping[str, Any], asked_tier: str = "") -> None:
-        self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
-        self.response_id, self.model, self.started_ms = response_id, model, started_ms
+    def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS)
-        self.held: collections.Counter[Limit] = collections.Counter()  # what is reserved
+        self.limits = limits_of(self.key, self.started_ms // DAY_MS)
+        self.held = collections.Counter[Limit]()            # what is reserved
         self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
@@ -8267,7 +8272,8 @@ class Reservation:
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
-        tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
+        asked = "priority" if self.asked_tier == "fast" else self.asked_tier
+        tiers = [usage.tier] if usage.tier or region is None else ["", asked]
         return max((schedule.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
@@ -8784,8 +8790,12 @@ NO_HEADERS = Headers([])
 LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)  # not a provider's
 
 
+@dataclass(eq=False)
 class Exchange:
     """One request and its answer. Its holder calls close() in any case."""
+    pool: ConnectionPool
+    provider: ProviderConfig
+    origin: Origin
     status = 0
     headers = NO_HEADERS
     connection: UpstreamConnection | None = None  # None after close()
@@ -8797,10 +8807,9 @@ class Exchange:
     inflater: ContentDecoder | None = None
     compressed = b""  # bytes not inflated yet
 
-    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
-        self.pool, self.provider, self.origin = pool, provider, origin
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.total_due = self.loop.time() + provider.total_timeout_s
+        self.total_due = self.loop.time() + self.provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
         """The error to raise; of a timeout, `limit` is its setting."""
@@ -8953,13 +8962,16 @@ class Exchange:
         return self.finished and not connection.unsent_bytes()
 
 
+@dataclass(eq=False)
 class Pump:
     """Gives the bytes of an answer to take() as the event loop receives them."""
+    exchange: Exchange
+    connection: UpstreamConnection
+    take: Callable[[bytes], bool]
+    error: Exception | None = None  # of take()
 
-    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take = exchange, connection, take
-        self.stopped = exchange.loop.create_future()
-        self.error: Exception | None = None  # of take()
+    def __post_init__(self) -> None:
+        self.stopped = self.exchange.loop.create_future()
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -8998,16 +9010,16 @@ class Pump:
 
 class ConnectionPool:
     """All connections to providers of this process."""
+    closed = False
+    secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
-        self.environ = dict(environ or {})
+    def __init__(self, environ: Mapping[str, str] = {}) -> None:
+        self.environ = environ
         self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
-        self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
+        self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
         self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}  # in progress, by host
-        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
-        self.closed = False
-        self.secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
+        self.not_reused: set[Origin] = set()  # that sent unsolicited bytes
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:

@@ -7702,7 +7702,6 @@ class Limit(NamedTuple):
     unit: str     # nanos | requests | tokens | open
     maximum: int  # 0 for prepaid credit, whose bound is its balance
     kind: str     # key | account | credit | open | rate
-    owner_id: int
     since_day: int  # of a meter: it counts what was spent since then
 
 
@@ -7728,13 +7727,23 @@ def limits_of(key: Key, day: int) -> list[Limit]:
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     owner, account = f"key {key.id}", f"account {key.account_id}"
     limits = (
-        (owner, "nanos", key.budget_nanos, "key", key.id, start),
-        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
-        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
-        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
-        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
-        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+        (owner, "nanos", key.budget_nanos, "key", start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", 0),
+        (account, "nanos", key.account_limit_nanos, "account", month),
+        (f"{owner} open", "open", key.concurrent or None, "open", 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", 0))
     return [Limit._make(limit) for limit in limits if limit[2] is not None]
+
+
+def is_owner(owner: str) -> str:
+    """SQL of a condition: key_id = 7 of "key 7"."""
+    return owner.replace(" ", "_id = ")
+
+
+def select_spent(owner: str) -> str:
+    """SQL of what a key or an account has spent since a time."""
+    return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7744,8 +7753,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
         return found[0]
     spent = 0
     if limit.kind != "open":
-        spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
-                        "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
+        spent = tx.read(select_spent(limit.owner), (limit.since_day * DAY_MS,))[0][0]
         tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",  # long over
                    (limit.owner, limit.since_day - 62))
     tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
@@ -7768,7 +7776,7 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
         return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
-        maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
+        maximum = tx.read(f"SELECT coalesce(sum(nanos), 0) FROM credits WHERE {is_owner(limit.owner)}")[0][0]
     spent, granted = spent_and_granted(tx, limit)
     taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
                        (amount, limit.owner, limit.since_day, amount, maximum))
@@ -7912,7 +7920,7 @@ class Ledger:
 
     def start(self) -> None:
         """Starts the background work of a server."""
-        self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
+        self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
         """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
@@ -8002,26 +8010,24 @@ class Ledger:
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
         """Done when what waits now is written, or that has failed."""
-        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if self.flushed is None:
-            self.flushed = loop.create_future()
+            self.flushed = asyncio.get_running_loop().create_future()
         if self.flushing is None:
-            self.flushing = loop.create_task(self.flush())
+            self.flushing = asyncio.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
         """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
-        loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
                 if self.pending or not self.healthy:  # others may join, or the database may heal
-                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - time.monotonic())
                     if self.flushed is None:  # the ledger was closed
                         return
-                self.flushed_at = loop.time()
+                self.flushed_at = time.monotonic()
                 flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
                 self.flushed, self.writes = None, []
                 failure = None
@@ -8544,8 +8550,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
     wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
-        kind, owner_id = owner.split()
-        if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
+        if await db.read(select_spent(owner), since_day * DAY_MS) != [(spent,)]:
             wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
@@ -8594,15 +8599,15 @@ def do_nothing() -> None:
 class StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
     is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    unread = 0  # bytes in the reader
+    pump: Callable[[bytes], None] | None = None
+    fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
         self.reader = asyncio.StreamReader(buffer_bytes)  # which holds up to twice that
         super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
-        self.unread = 0  # bytes in the reader
-        self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
-        self.fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""

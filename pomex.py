@@ -7112,7 +7112,7 @@ BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
 
 def has_checksum(token: str) -> bool:
     body = token[len(KEY_PREFIX):]
-    return len(body) == KEY_RANDOM + KEY_CHECK and key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
+    return key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
 
 
 def explain_bad_key(header: str) -> str:
@@ -7409,8 +7409,8 @@ def take_over_old_tables(tx: Transaction) -> None:
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
     # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
-    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
-               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', {columns} FROM old_daily")
     requests = read_old(tx, "usage ORDER BY id")
     while batch := [*itertools.islice(requests, 1000)]:
         rows = insert_rows(tx, [row for request in batch for row in old_rows(

@@ -8465,7 +8465,7 @@ async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms
     """(group, sums) of rollups, which have the time of their half hour, or of rows."""
     columns = [ROW_SUMS.get(name, name) if table == "usage" else name for name in SUMS]
     selected = ", ".join([*group, *(f"coalesce(sum({column}), 0)" for column in columns)])
-    grouped = f" GROUP BY {', '.join(group)}" if group else ""
+    grouped = " GROUP BY " + ", ".join(map(str, range(1, len(group) + 1))) if group else ""
     rows = await db.read(f"SELECT {selected} FROM {table} WHERE started_ms >= ? AND started_ms < ? AND {where}{grouped}",
                          since_ms, until_ms, *values)
     return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]

@@ -4364,7 +4364,7 @@ class ClientApi(NamedTuple):
 
     def adapt_error(self, error: GatewayError) -> None:
         status, words = self.known_errors.get(error.code or "", (error.status, ""))
-        if words.lower() not in str(error).lower():
+        if words.lower().rstrip(".") not in str(error).lower():
             error.args = (f"{words} {error}",)
         error.status = status
     untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send

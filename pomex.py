@@ -1226,8 +1226,9 @@ class ResponsesRequest:
         if self.input or self.api == "responses":
             return self
         body = {**CLIENT_APIS[self.api].translate(self), **self.body}
-        whole = validate_request(body, self.raw, self.weight, None, self.around)
-        return dataclasses.replace(whole, model=self.model, memo=self.memo, api=self.api, given=self.given)
+        checked = dataclasses.replace(self, body={}, input=body["input"])
+        whole = validate_request(body, self.raw, self.weight, checked, self.around)
+        return dataclasses.replace(whole, model=self.model, api=self.api, given=self.given)
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""

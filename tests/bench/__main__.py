@@ -356,6 +356,8 @@ def dumped(value):
 def play(port, api, key, bodies):
     """Sends bodies over one connection, one after the other, and reads the answers to their ends."""
     path, terminal = APIS[api]
+    # a conversation of its own over each connection; Claude Code names its session so
+    key += f"\r\nx-claude-code-session-id: {random.getrandbits(64):x}" if api == "messages" else ""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -10101,15 +10101,11 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/(chat/)?completions", "wrong_wire_api",
-     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
-     "in Codex by wire_api = \"responses\"."),
-    (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
-     "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
-     "it."),
-    (r"/v1beta/.*", "wrong_wire_api",
-     "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
-    (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
+    (r"/v1/completions|/(v1beta|api)/.*", "wrong_wire_api",
+     "This API is not served: {path}. Set the client to an OpenAI-compatible provider at {base}, or Claude Code to {root}."),
+    (r"(/.*)?/messages(/count_tokens)?", "wrong_base_url",
+     "ANTHROPIC_BASE_URL must be {root}, without /v1 (in opencode with it); this request came to {path}."),
+    (r"(/.*)?/(responses|models|chat/completions)|/v1/v1/.*", "wrong_base_url",
      "base_url must end with /v1: {base}. The client adds the rest; this request came to {path}."),
     (r"/v1/responses/input_tokens", "not_found",
      "Pomex does not count tokens beforehand: usage in the answer has the true counts."),
@@ -10120,19 +10116,19 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/alpha/search", "not_found",
      "Pomex has no search service of its own. Leave supports_standalone_web_search out of [model_providers.pomex]: "
      "web_search is then a tool of the model."),
-    (r"/v1/(embeddings|images|audio|moderations|files|uploads|batches|fine_tuning|vector_stores|realtime|assistants|threads)"
-     r"(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
+    (r"/v1/(embeddings|images|audio|moderations|files|uploads|(messages/)?batches|fine_tuning|vector_stores|realtime|assistants"
+     r"|threads)(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
+    root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
-    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses and GET /v1/models; its dashboard is at "
-                      "/admin.", status=404, code="not_found")
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
+                      "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ----------------------------------------------------------------------
@@ -10796,15 +10792,63 @@ def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     return "PROVIDER/NAME"
 
 
-def codex_block(url: str, model: str) -> list[str]:
-    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
-    models from it, so it is left out for a model of which they know more than we do."""
-    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
-             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
-             'wire_api = "responses"']
-    known = model.count("/") < 2 and codex_fields(model, CODEX_TABLE)       # Codex takes one prefix off, not two
-    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
+class Agent(NamedTuple):
+    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: a file of TOML or JSON, else lines for a shell."""
+    name: str
+    settings: str
+    variable: str = ""          # moves `home`
+    home: str = ""
+    file: str = ""
+
+
+CODEX_AGENT = Agent("codex", """\
+model_provider = "pomex"
+model = "{MODEL}"
+
+[model_providers.pomex]
+name = "Pomex API"
+base_url = "{URL}/v1"
+env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
+wire_api = "responses"
+model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" is no name like others
+AGENTS = {each.name: each for each in (
+    CODEX_AGENT,
+    Agent("claude-code", """\
+{"apiKeyHelper":"printenv POMEX_API_KEY","env":{"ANTHROPIC_BASE_URL":"{URL}","ANTHROPIC_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_OPUS_MODEL":"{MODEL}","ANTHROPIC_DEFAULT_SONNET_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_HAIKU_MODEL":"{MODEL}"}}""", "CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"),
+    Agent("opencode", """\
+{"model":"pomex/{MODEL}","small_model":"pomex/{MODEL}","provider":{"pomex":{"npm":"@ai-sdk/openai-compatible",
+"options":{"baseURL":"{URL}/v1","apiKey":"{env:POMEX_API_KEY}"},"models":{"{MODEL}":{}}}}}""",
+          "XDG_CONFIG_HOME", "~/.config", "opencode/opencode.json"),
+    Agent("qwen-code", """\
+{"security":{"auth":{"selectedType":"openai","baseUrl":"{URL}/v1","apiKey":"$POMEX_API_KEY"}},
+"model":{"name":"{MODEL}"}}""", "QWEN_HOME", "~/.qwen", "settings.json"),
+    Agent("aider", """\
+export AIDER_OPENAI_API_BASE="{URL}/v1"
+export AIDER_OPENAI_API_KEY="$POMEX_API_KEY"
+export AIDER_MODEL=openai/{MODEL}"""),
+    Agent("cline", 'cline auth openai-compatible -b "{URL}/v1" -k "$POMEX_API_KEY" -m {MODEL}'),
+    Agent("continue", """\
+{"name":"Pomex","version":"1.0.0","schema":"v1","models":[{"name":"Pomex","provider":"openai","model":"{MODEL}",
+"apiBase":"{URL}/v1","apiKey":"${{ secrets.POMEX_API_KEY }}","roles":["chat","edit","apply"]}]}""",
+          "CONTINUE_GLOBAL_DIR", "~/.continue", "config.yaml"))}       # YAML includes JSON
+
+
+def agent_settings(agent: Agent, url: str, model: str) -> str:
+    """Ready to paste. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of models from it, so it is
+    left out for a model of which they know more than we do."""
+    text = agent.settings
+    if text.startswith("{"):
+        text = dump_json(json.loads(text))
+    elif agent is CODEX_AGENT and model.count("/") < 2 and codex_fields(model, CODEX_TABLE):    # it takes one prefix off
+        text = text.rpartition("\n")[0]
+    fit = dumps(model)[1:-1] if agent.file else shlex.quote(model)
+    return text.replace("{URL}", url).replace("{MODEL}", fit)
+
+
+def dump_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 # --- 11.7 access to the dashboard and the admin API --------------------------------------------------
@@ -11437,9 +11481,11 @@ async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
+    model = best_model(gateway.catalogue, request.key)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {
-        "block": codex_block("{ORIGIN}", best_model(gateway.catalogue, request.key)),
+        "agents": [(each.name, each.file and f"{each.home}/{each.file}", agent_settings(each, "{ORIGIN}", model))
+                   for each in AGENTS.values()],
         "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
@@ -12452,7 +12498,7 @@ def say(*lines: str) -> None:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(dump_json(value))
 
 
 def plural(number: int, noun: str) -> str:
@@ -12608,8 +12654,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
-            "", 'Then, in another terminal: codex "What is 2 + 2?"')
+            re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
+            "", f'Then, in another terminal: codex "What is 2 + 2?" Other agents: {command("connect AGENT")}')
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
@@ -13039,7 +13085,7 @@ def run_init(args: Args) -> None:
     say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
-# codex
+# connect
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -13053,19 +13099,38 @@ BLOCK_END = "# <<< pomex"
 REPLACED = "# pomex replaced: "
 
 
-def codex_home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
+    return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    """key path -> value, of everything that is not a table."""
+def parse_settings(agent: Agent, text: str) -> Any:
+    return tomllib.loads(text.removeprefix("\ufeff")) if agent is CODEX_AGENT else json.loads(text or "{}")
+
+
+def leaves(values: Any, empty: bool = True) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table, and of empty tables."""
     def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (empty and path and not value):
             yield path, value
             return
         for key, inner in value.items():
             yield from walk((*path, key), inner)
-    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+    return dict(walk((), values))
+
+
+def toml_leaves(text: str) -> dict[KeyPath, Any]:
+    return leaves(parse_settings(CODEX_AGENT, text), empty=False)
+
+
+def json_text(values: Mapping[KeyPath, Any]) -> str:
+    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+    tables: JSON = {}
+    for (*folders, last), value in values.items():
+        table = tables
+        for name in folders:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return dump_json(tables) + "\n"
 
 
 def is_codex_key(path: KeyPath) -> bool:
@@ -13092,7 +13157,7 @@ def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ConfigError if its form does not allow that."""
+    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
     line_end = "\r\n" if "\r\n" in text else "\n"
     top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
     for path, value in values.items():
@@ -13106,8 +13171,7 @@ def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by "
-                      f"hand. It needs the lines that this prints: {command('codex')}")
+    raise ValueError
 
 
 def without_block(text: str) -> str:
@@ -13125,17 +13189,54 @@ def without_block(text: str) -> str:
                       f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
-def codex_text(path: pathlib.Path) -> str | None:
-    """A TOML file as it is; None if there is none. ConfigError if it cannot be read."""
+def with_settings(agent: Agent, text: str, settings: str) -> str:
+    """A file with the settings in it."""
+    found, ours = (leaves(parse_settings(agent, each), agent is not CODEX_AGENT) for each in (text, settings))
+    try:
+        if agent is not CODEX_AGENT:
+            return json_text({**found, **ours})
+        more = {path: value for path, value in found.items()      # that somebody else put into our table
+                if path[:2] == CODEX_TABLE_PATH and path[2:] != ("model_catalog_url",)}
+        return with_block(without_block(text), {**more, **ours})
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f"{agent.name}'s configuration has a form that cannot be changed safely here; nothing was changed. "
+                          f"Edit it by hand. It needs the lines that this prints: {connect_command(agent)}") from None
+
+
+def without_settings(agent: Agent, text: str, before: str) -> str:
+    """The same without them, and with what they replaced: comments of TOML, else the values `before`."""
+    if agent is CODEX_AGENT:
+        return without_block(text)
+    found, old, ours = (leaves(json.loads(each or "{}")) for each in (text, before, agent.settings))
+    after = {path: value for path, value in found.items() if path not in ours and path[:2] != ("provider", "pomex")}
+    after |= {path: value for path, value in old.items() if path in ours}
+    return before if after == old else json_text(after)
+
+
+def has_settings(agent: Agent, text: str) -> bool:
+    """Did `connect` write them? Marks say so in TOML, else the reference to the key."""
+    if agent is CODEX_AGENT:
+        return BLOCK_BEGIN in text
+    found = leaves(parse_settings(agent, text))
+    return "POMEX_API_KEY" in str([found.get(path) for path in leaves(json.loads(agent.settings))])
+
+
+def connect_command(agent: Agent, flags: str = "") -> str:
+    return command("connect " * (agent is not CODEX_AGENT) + agent.name + flags)
+
+
+def settings_text(agent: Agent, path: pathlib.Path) -> str:
+    """A file as it is; "" if there is none. ConfigError if it cannot be read."""
+    kind = "TOML" if agent is CODEX_AGENT else "JSON"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
         text = path.read_bytes().decode()
-        toml_leaves(text)
+        parse_settings(agent, text)
     except FileNotFoundError:
-        return None
+        return ""
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
+        raise ConfigError(f"{home_short(path)} is not {kind}: {error}. Nothing was changed.") from None
     return text
 
 
@@ -13163,7 +13264,7 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+def change_file(path: pathlib.Path, now: str, after: str) -> None:
     """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
     if after.strip("\ufeff\r\n"):
@@ -13172,41 +13273,46 @@ def change_codex(path: pathlib.Path, now: str, after: str) -> None:
         path.unlink()
 
 
-def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
+def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path) or ""
-    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
-            if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
-    if toml_leaves(after) == toml_leaves(now):
+    now = settings_text(agent, path)
+    after = with_settings(agent, now, settings)
+    if parse_settings(agent, after) == parse_settings(agent, now):
         say(f"{home_short(path)} is already up to date.")
-        return 0
+        return
     kept = ""
-    if now and BLOCK_BEGIN not in now:          # as its user had it
+    if now and not has_settings(agent, now):        # as its user had it
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
-    change_codex(path, now, after)
+    change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {connect_command(agent, ' --undo' + profile)}")
     if not os.environ.get("POMEX_API_KEY"):
-        say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
-    return 0
+        say(f"Now export POMEX_API_KEY in the shell that starts {agent.name}. A new key: {command('keys create NAME')}")
 
 
-def undo_codex(path: pathlib.Path) -> int:
-    now = codex_text(path) or ""
-    if BLOCK_BEGIN not in now:
+def undo_settings(agent: Agent, path: pathlib.Path) -> int:
+    now = settings_text(agent, path)
+    if not has_settings(agent, now):
         say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
         return 1
-    change_codex(path, now, without_block(now))
+    copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
+    copy = None if agent is CODEX_AGENT else max(copies, key=os.path.getmtime, default=None)
+    change_file(path, now, without_settings(agent, now, settings_text(agent, copy) if copy else ""))
+    if copy:                # its values are back in place
+        copy.unlink()
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
-def run_codex(args: Args) -> int:
-    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+def run_connect(args: Args) -> int:
+    given = {"agent": "codex", "run": False, "profile": False, **vars(args)}
+    agent, profile = AGENTS[given["agent"]], given["profile"]
+    path = agent_home(agent) / ("pomex.config.toml" if profile else agent.file)
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    if not agent.file and (args.write or args.undo):
+        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {connect_command(agent)}")
     if args.undo:
-        return undo_codex(path)
+        return undo_settings(agent, path)
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
@@ -13216,24 +13322,26 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config.server), model)
-    if not (args.write or args.profile or args.run):
-        print(*block, sep="\n")
+    settings = agent_settings(agent, own_url(config.server), model)
+    if args.write or profile:
+        write_settings(agent, path, settings)
+    elif not given["run"]:
+        say(f"For {home_short(path)}; to put it there: {connect_command(agent, ' --write')}" if agent.file else "For a shell:")
+        print(settings)
         return 0
-    code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config.server)):
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
-    if args.run:
-        return start_codex(config, block, args.prompt)
-    if args.profile and code == 0:
+    if given["run"]:
+        return start_codex(config, settings, args.prompt)
+    if profile:
         say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
-    return code
+    return 0
 
 
-def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
+def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    values = toml_leaves("\n".join(block))
-    overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
+    overrides = [word for path, value in toml_leaves(settings).items()
+                 for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
@@ -13272,7 +13380,7 @@ async def diagnose(config: Config) -> list[Check]:
     checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
                      "serve", "missing"), check_program(), file]
     checks += check_provider(provider, url) if provider else []
-    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+    if (agent_home() / "app-server-control" / "app-server-control.sock").exists():
         checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
     check, key = await check_key(provider, url, tls_cert)
     if not (url and key):
@@ -13313,7 +13421,7 @@ def check_program() -> Check:
 
 def check_codex_file() -> tuple[Check, JSON, JSON]:
     """(what it is like, what it says, its table of the provider)."""
-    path = codex_home() / "config.toml"
+    path = agent_home() / "config.toml"
     shown = home_short(path)
     if not path.is_file():
         other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
@@ -13764,6 +13872,8 @@ LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
+CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is kept"),
+           flag("undo", "take them out again; all other changes stay"))
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
@@ -13787,10 +13897,10 @@ COMMANDS = {
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
-            MODEL,
-            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+            Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
+        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+            *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
@@ -14160,7 +14270,7 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
 # name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
 # of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see codex_block.
+# (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
 gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
@@ -14287,7 +14397,7 @@ main:focus{outline:0}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
+.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);
   font-weight:600;box-shadow:0 0 0 1px var(--line)}
 .btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
   border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
@@ -14546,8 +14656,8 @@ function facts(pairs) {
   return el("dl", {class: "facts"}, items);
 }
 
-// The user's choices on the overview; a measure of "" is spend if there is any, else requests.
-const picked = {range: "today", breakdown: "model", measure: ""};
+// The user's choices; a measure of "" is spend if there is any, else requests.
+const picked = {range: "today", breakdown: "model", measure: "", agent: "codex"};
 // Buttons of which one is pressed; an option is [value, text].
 function segments(label, name, options, chosen, draw) {
   const buttons = options.map(([value, text]) => {
@@ -15127,36 +15237,25 @@ for event in client.responses.create(**${pythonText(body)}):
     print(event)`,
 };
 
-function setupTabs(block, token = "sk-rh-…") {
-  const texts = {
-    Codex: "# ~/.codex/config.toml\n" + block.join("\n").replaceAll("{ORIGIN}", location.origin),
-    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
-    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
+// How to set up one agent at a time; `agents` are [name, file, settings].
+function setupBox(agents, token = "sk-rh-…", redraw = () => {}) {
+  const all = [...agents,
+    ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
+    ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
+  const shown = scrollBox("pre", "code", "Set-up snippet"), where = para("d");
+  function show() {
+    const [, file, text] = all.find(([name]) => name === picked.agent);
+    where.textContent = file ? "For " + file : "For a shell";
+    shown.textContent = text.replaceAll("{ORIGIN}", location.origin);
+  }
+  const onchange = event => {
+    picked.agent = event.target.value;
+    show();
+    redraw();
   };
-  const shown = scrollBox("pre", "code", "Set-up snippet");
-  const names = Object.keys(texts);
-  let current = "";
-  const tabs = names.map(name =>
-    el("button", {role: "tab", type: "button", onclick: () => select(name), onkeydown: move}, name));
-  function move(event) {
-    const step = ARROWS[event.key];
-    if (!step) return;
-    const next = tabs[(names.indexOf(current) + step + tabs.length) % tabs.length];
-    next.focus();
-    next.click();
-  }
-  function select(name) {
-    current = name;
-    shown.textContent = texts[name];
-    for (const tab of tabs) {
-      const isSelected = tab.textContent === name;
-      tab.ariaSelected = String(isSelected);
-      tab.tabIndex = isSelected ? 0 : -1;
-    }
-  }
-  select(names[0]);
-  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": "Set-up snippets"}, tabs),
-    copyButton("Copy", "s", () => texts[current].trim())), shown);
+  show();
+  return div("", div("tb", choice("Set up", "agent", all.map(([name]) => [name, name]), {value: picked.agent, onchange}),
+    copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
 const STEP_MARKS = {done: "✓", bad: "!"};
@@ -15358,14 +15457,15 @@ function showKeys(main) {
 }
 
 const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
-const WAITING = "Waiting for the first request from Codex…";
+const fromAgent = () => picked.agent === "codex" ? "from Codex" : "";
+const waiting = (...details) => step("now", `Waiting for the first request ${fromAgent()}…`, details);
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
-    step("", "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+    step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : step("now", WAITING, 'Run: codex "What is 2 + 2?"'),
+      : waiting('Run: codex "What is 2 + 2?"'),
   ];
 }
 
@@ -15383,7 +15483,7 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
@@ -15958,12 +16058,13 @@ async function* readEvents(response) {
 // --- set-up ---
 const CAUSES = {
   invalid_api_key: "The key was refused", wrong_base_url: "base_url is wrong", use_http_sse: "A WebSocket was tried",
+  wrong_wire_api: "Another API was asked",
 };
 
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
-  function draw({block, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupTabs(block));
+  function draw({agents, refused, ...state}) {
+    if (!snippets.firstChild) snippets.append(setupBox(agents, undefined, () => page.refresh()));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -15986,19 +16087,20 @@ function setupSteps({providers, demo, keys, running, codex, latest}) {
   const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
     : step("bad", "No key yet", link(null, "#keys", "Create a key"));
   return [step("done", "The gateway answers on " + location.host), provider, key,
-    ...codexSteps(running, codex, running || latest)];
+    ...requestSteps(running, codex, running || latest)];
 }
 
-function codexSteps(running, codex, newest) {
+function requestSteps(running, codex, latest) {
+  const from = fromAgent(), seen = from ? codex : latest;
   const end = step("", "The stream ends with response.completed");
-  if (running?.codex) return [step("now", "A request from Codex is in flight", requestText(running)), end];
-  if (!codex) {
-    const other = newest && [" Another client at ", time(newest.started_ms)];
-    return [step("now", WAITING, 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
+  if (running && (running.codex || !from)) return [step("now", `A request ${from} is in flight`, requestText(running)), end];
+  if (!seen) {
+    const other = latest && [" Another client at ", time(latest.started_ms)];
+    return [waiting('Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
   }
-  const {status, error} = codex;
+  const {status, error} = seen;
   const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
-  return [step("done", "A request from Codex was received", requestText(codex)),
+  return [step("done", `A request ${from} was received`, requestText(seen)),
     step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
 }
 

@@ -241,7 +241,8 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     ("the TUI's background server", {"originator": "codex-tui"}, "/v1/responses", "invalid_api_key",
      "mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again. Newer Codex keeps the key of its first start"),
     ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
-    ("chat", {}, "/v1/chat/completions", "wrong_wire_api", "wire_api"),
+    ("an API of Ollama", {}, "/api/chat", "wrong_wire_api", "OpenAI-compatible provider"),
+    ("Claude Code's address with /v1", {}, "/v1/v1/messages", "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
 ])
 async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(gateway, _, headers, path, code, message):
     records = []

@@ -10,8 +10,8 @@ import pytest
 
 import pomex
 
-BLOCK = pomex.codex_block("http://127.0.0.1:7663", "demo/echo")
-WANTED = pomex.toml_leaves("\n".join(BLOCK))
+BLOCK = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "demo/echo")
+WANTED = pomex.toml_leaves(BLOCK)
 
 MERGES = {
     "nothing": "",
@@ -182,16 +182,16 @@ def test_a_second_write_keeps_what_was_added_to_our_table_and_a_model_codex_know
     with open("pomex.toml", "w") as file:
         file.write('[providers.openai]\napi_key = "x"\n')
     assert codex("--write", "--model", "openai/gpt-6-sol") == 0
-    known = pomex.codex_block("http://127.0.0.1:7663", "openai/gpt-6-sol")
+    known = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "openai/gpt-6-sol")
     assert "model_catalog_url" not in home.read_text()
-    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves("\n".join(known)),
+    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves(known),
                                                    ("model_providers", "pomex", "request_max_retries"): 4}
 
 
 def test_the_block_that_serve_prints_and_somebody_pasted_is_up_to_date(home, capsys):
-    put(home, "\n".join(BLOCK) + "\n")
+    put(home, BLOCK + "\n")
     assert codex("--write", "--model", "demo/echo") == 0 and "already up to date" in capsys.readouterr().err
-    assert home.read_text() == "\n".join(BLOCK) + "\n" and not beside(home)
+    assert home.read_text() == BLOCK + "\n" and not beside(home)
 
 
 def test_what_is_added_between_two_writes_outlives_the_undo(home):
@@ -314,7 +314,7 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
     assert pomex.main(["init"]) == 1 and "already exists; nothing was written" in capsys.readouterr().err
 
 
-GOOD = "\n".join(BLOCK)
+GOOD = BLOCK
 ERROR_CLASSES = {      # planted: what is changed -> the row that must say so
     "nothing": (lambda text: text, None),
     "missing /v1": (lambda text: text.replace('/v1"\nenv', '"\nenv'), "base_url"),

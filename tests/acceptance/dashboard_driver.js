@@ -28,7 +28,8 @@ function call(method, path, body, headers = {}) {
     ["unexpanded variable", "/v1/responses", body("demo/echo"), { authorization: "Bearer $POMEX_API_KEY" }, "The key was refused", "the shell did not expand it"],
     ["another provider's key", "/v1/responses", body("demo/echo"), { authorization: "Bearer sk-ant-1234" }, "The key was refused", "another provider's key"],
     ["missing /v1", "/responses", body("demo/echo"), {}, "base_url is wrong", "base_url must end with /v1"],
-    ["chat endpoint", "/v1/chat/completions", "{}", {}, "The request was refused", "wire_api"],
+    ["an API of Ollama", "/api/chat", "{}", {}, "Another API was asked", "OpenAI-compatible provider"],
+    ["Claude Code's address with /v1", "/v1/v1/messages", "{}", {}, "base_url is wrong", "ANTHROPIC_BASE_URL must be"],
     ["wrong model", "/v1/responses", body("demo/ecko"), {}, "The request was refused", "Did you mean demo/echo"],
     ["hostile model and User-Agent", "/v1/responses", body(EVIL), { "user-agent": EVIL }, "The request was refused", EVIL],
   ]) await check("set-up names within three seconds: " + name, async () => { await call("POST", path, text, headers); return seen(title, cure); });
@@ -57,10 +58,15 @@ function call(method, path, body, headers = {}) {
     await page.keyboard.press("Enter"); await page.waitForSelector("#kv"); created = await page.textContent("#kv");
     await page.waitForFunction(() => document.activeElement.id === "copykey"); await page.keyboard.press("Enter"); await page.waitForTimeout(100);
     const copied = await page.evaluate(() => navigator.clipboard.readText()); if (copied !== created) return "copied " + copied;
-    for (let i = 0; i < 3 && !(await page.evaluate(() => document.activeElement.getAttribute("role") === "tab")); i++) await page.keyboard.press("Tab");
-    await page.keyboard.press("ArrowRight"); if (!(await page.textContent("pre.code")).includes("export POMEX_API_KEY")) return "no tabs by arrows"; });
-  await check("the codex block never holds the key", async () => { await page.click("role=tab[name=Codex]"); const t = await page.textContent("pre.code");
-    return !t.includes(created) && t.includes(base + "/v1"); });
+    for (let i = 0; i < 3 && !(await page.evaluate(() => document.activeElement.name === "agent")); i++) await page.keyboard.press("Tab");
+    for (let i = 0; i < 9 && !(await page.textContent("pre.code")).includes("export POMEX_API_KEY=\"" + created); i++) await page.keyboard.press("ArrowDown");
+    if (!(await page.textContent("pre.code")).includes(created)) return "no choice by arrows"; });
+  await check("no agent's settings hold the key, all name the gateway", async () => {
+    const agents = await page.$$eval("select[name=agent] option", all => all.map(each => each.value));
+    if (agents.join() !== "codex,claude-code,opencode,qwen-code,aider,cline,continue,Shell,curl") return agents.join();
+    for (const agent of agents.slice(0, 7)) { await page.selectOption("select[name=agent]", agent); const t = await page.textContent("pre.code");
+      if (t.includes(created) || !t.includes(base) || !t.includes("POMEX_API_KEY")) return agent; }
+    await page.selectOption("select[name=agent]", "codex"); });
   await check("leaving with an unstored key asks once", async () => { await page.click("#nav a[data-id=usage]"); await page.waitForSelector("dialog[open]");
     await page.click("dialog >> text=Back to the key"); return (await page.$("#kv")) !== null; });
   await check("the waiting step sees the first request of the key", async () => {

@@ -13236,7 +13236,8 @@ def settings_text(agent: Agent, path: pathlib.Path) -> str:
     except FileNotFoundError:
         return ""
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not {kind}: {error}. Nothing was changed.") from None
+        raise ConfigError(f"{home_short(path)} is not {kind}: {error}. Nothing was changed. It needs the lines that this prints: "
+                          + connect_command(agent)) from None
     return text
 
 
@@ -15044,7 +15045,7 @@ function receive(kind, data) {
   const isRequest = kind === "started" || kind === "usage";
   if (isRequest && newKey && newKey.name === data.key && (newKey.seen || data).response_id === data.response_id) {
     newKey.seen = data;
-    $("#new-key-steps")?.replaceChildren(...newKeySteps());
+    showNewKeySteps();
     announce("First request received");
   }
   view.live?.(kind, data);
@@ -15238,7 +15239,7 @@ for event in client.responses.create(**${pythonText(body)}):
 };
 
 // How to set up one agent at a time; `agents` are [name, file, settings].
-function setupBox(agents, token = "sk-rh-…", redraw = () => {}) {
+function setupBox(agents, token, redraw) {
   const all = [...agents,
     ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
     ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
@@ -15254,7 +15255,7 @@ function setupBox(agents, token = "sk-rh-…", redraw = () => {}) {
     redraw();
   };
   show();
-  return div("", div("tb", choice("Set up", "agent", all.map(([name]) => [name, name]), {value: picked.agent, onchange}),
+  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]), {value: picked.agent, onchange}),
     copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
@@ -15458,17 +15459,19 @@ function showKeys(main) {
 
 const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
 const fromAgent = () => picked.agent === "codex" ? "from Codex" : "";
-const waiting = (...details) => step("now", `Waiting for the first request ${fromAgent()}…`, details);
+const waiting = (todo, other) => step("now", `Waiting for the first request ${fromAgent()}…`,
+  todo, fromAgent() && 'Run: codex "What is 2 + 2?"', other);
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
     step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : waiting('Run: codex "What is 2 + 2?"'),
+      : waiting(),
   ];
 }
 
+const showNewKeySteps = () => $("#new-key-steps")?.replaceChildren(...newKeySteps());
 function newKeyPanel() {
   if (!newKey) return [];
   const {name, token, setup} = newKey;
@@ -15483,7 +15486,8 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())),
+      setupBox(setup.agents, token, showNewKeySteps)));
 }
 
 function askToLeave(path) {
@@ -16064,7 +16068,7 @@ const CAUSES = {
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
   function draw({agents, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupBox(agents, undefined, () => page.refresh()));
+    if (!snippets.firstChild) snippets.append(setupBox(agents, "sk-rh-…", () => page.refresh()));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -16092,14 +16096,15 @@ function setupSteps({providers, demo, keys, running, codex, latest}) {
 
 function requestSteps(running, codex, latest) {
   const from = fromAgent(), seen = from ? codex : latest;
-  const end = step("", "The stream ends with response.completed");
+  const end = step("", from ? "The stream ends with response.completed" : "It is answered");
   if (running && (running.codex || !from)) return [step("now", `A request ${from} is in flight`, requestText(running)), end];
   if (!seen) {
     const other = latest && [" Another client at ", time(latest.started_ms)];
-    return [waiting('Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
+    return [waiting("Put the settings in place and export POMEX_API_KEY. ", other), end];
   }
   const {status, error} = seen;
-  const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
+  const ended = (from ? "Its stream ended with response." : "Its answer: ") + status;
+  const ending = status === "cancelled" ? "The client left" : ended;
   return [step("done", `A request ${from} was received`, requestText(seen)),
     step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
 }

@@ -74,8 +74,9 @@ async function keyboard(page) {
   await reach("name"); await page.keyboard.type("laptop"); await press("Enter");
   await page.waitForFunction(() => document.activeElement.id === "copykey"); await press("Space");
   const key = await page.textContent("#kv"); must(await clipboard(page) === key, "Space does not copy the key");
-  await reach("Codex"); await press("ArrowRight"); must((await page.textContent("pre.code")).includes(key), "no tabs by arrows");
-  must((await focused()).name === "Shell", "the focus does not go with the tab"); await press("ArrowLeft");
+  await reach("f-agent"); for (let i = 0; i < 7; i++) await press("ArrowDown");
+  must((await page.textContent("pre.code")).includes(key), "no choice by arrows");
+  must((await focused()).id === "f-agent", "the choice loses the focus"); await press("Home");
   await reach("Copy"); await press("Enter");
   await page.waitForFunction(() => navigator.clipboard.readText().then(t => t.includes("model_provider")));
   must(await clipboard(page) === (await page.textContent("pre.code")).trim(), "Enter does not copy the block");

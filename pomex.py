@@ -10751,12 +10751,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     """The requests in flight in all processes, oldest first."""
     rows = await db.read(f"SELECT {', '.join(OPEN_COLUMNS)}, {KEY_NAME_OF} FROM open_requests "
                          f"WHERE {key_condition(key_id)} ORDER BY response_id")
-    return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
-
-
-def client_view(row: JSON) -> JSON:
-    """With the client as the page names it, and whether it is Codex."""
-    return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
+    return [dict(zip((*OPEN_COLUMNS, "key"), row)) for row in rows]
 
 
 def row_detail(row: JSON) -> JSON:
@@ -10766,7 +10761,7 @@ def row_detail(row: JSON) -> JSON:
 def row_view(row: JSON) -> JSON:
     """A request as the page shows it: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
-    return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
+    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
@@ -10793,7 +10788,7 @@ def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
 
 
 class Agent(NamedTuple):
-    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: a file of TOML or JSON, else lines for a shell."""
+    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: in a file, else lines for a shell."""
     name: str
     settings: str
     variable: str = ""          # moves `home`
@@ -10810,7 +10805,7 @@ name = "Pomex API"
 base_url = "{URL}/v1"
 env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
 wire_api = "responses"
-model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" is no name like others
+model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" would be a special name
 AGENTS = {each.name: each for each in (
     CODEX_AGENT,
     Agent("claude-code", """\
@@ -11489,15 +11484,9 @@ async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
         "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
-        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
-        "latest": await newest_request(db, mine),
+        "latest": [row_view(row) for row in await usage_rows(db, f"{mine} AND client NOT LIKE 'Mozilla%'", [], 1)],
         "running": running[-1] if running else None,
         "refused": [json.loads(data) for data, in refused]}
-
-
-async def newest_request(db: Database, where: str) -> JSON | None:
-    rows = await usage_rows(db, where, [], 1)
-    return row_view(rows[0]) if rows else None
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
@@ -13103,23 +13092,21 @@ def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
     return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
 
 
-def parse_settings(agent: Agent, text: str) -> Any:
-    return tomllib.loads(text.removeprefix("\ufeff")) if agent is CODEX_AGENT else json.loads(text or "{}")
+def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table, in JSON also of empty ones."""
+    is_toml = agent is CODEX_AGENT
 
-
-def leaves(values: Any, empty: bool = True) -> dict[KeyPath, Any]:
-    """key path -> value, of everything that is not a table, and of empty tables."""
     def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
-        if not isinstance(value, dict) or (empty and path and not value):
+        if not isinstance(value, dict) or (path and not value and not is_toml):
             yield path, value
             return
         for key, inner in value.items():
             yield from walk((*path, key), inner)
-    return dict(walk((), values))
+    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
 
 
 def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    return leaves(parse_settings(CODEX_AGENT, text), empty=False)
+    return settings_leaves(CODEX_AGENT, text)
 
 
 def json_text(values: Mapping[KeyPath, Any]) -> str:
@@ -13189,56 +13176,33 @@ def without_block(text: str) -> str:
                       f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
-def with_settings(agent: Agent, text: str, settings: str) -> str:
-    """A file with the settings in it."""
-    found, ours = (leaves(parse_settings(agent, each), agent is not CODEX_AGENT) for each in (text, settings))
-    try:
-        if agent is not CODEX_AGENT:
-            return json_text({**found, **ours})
-        more = {path: value for path, value in found.items()      # that somebody else put into our table
-                if path[:2] == CODEX_TABLE_PATH and path[2:] != ("model_catalog_url",)}
-        return with_block(without_block(text), {**more, **ours})
-    except (AttributeError, TypeError, ValueError):
-        raise ConfigError(f"{agent.name}'s configuration has a form that cannot be changed safely here; nothing was changed. "
-                          f"Edit it by hand. It needs the lines that this prints: {connect_command(agent)}") from None
-
-
-def without_settings(agent: Agent, text: str, before: str) -> str:
-    """The same without them, and with what they replaced: comments of TOML, else the values `before`."""
-    if agent is CODEX_AGENT:
-        return without_block(text)
-    found, old, ours = (leaves(json.loads(each or "{}")) for each in (text, before, agent.settings))
-    after = {path: value for path, value in found.items() if path not in ours and path[:2] != ("provider", "pomex")}
-    after |= {path: value for path, value in old.items() if path in ours}
-    return before if after == old else json_text(after)
-
-
-def has_settings(agent: Agent, text: str) -> bool:
-    """Did `connect` write them? Marks say so in TOML, else the reference to the key."""
+def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
+    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
     if agent is CODEX_AGENT:
         return BLOCK_BEGIN in text
-    found = leaves(parse_settings(agent, text))
-    return "POMEX_API_KEY" in str([found.get(path) for path in leaves(json.loads(agent.settings))])
+    return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
 
 
-def connect_command(agent: Agent, flags: str = "") -> str:
-    return command("connect " * (agent is not CODEX_AGENT) + agent.name + flags)
+def connect_words(agent: Agent) -> str:
+    return "connect " * (agent is not CODEX_AGENT) + agent.name
 
 
-def settings_text(agent: Agent, path: pathlib.Path) -> str:
-    """A file as it is; "" if there is none. ConfigError if it cannot be read."""
-    kind = "TOML" if agent is CODEX_AGENT else "JSON"
+def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
+                       f"prints: {command(connect_words(agent))}")
+
+
+def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
+    """(text, leaves) of a file; nothing if there is none. ConfigError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
         text = path.read_bytes().decode()
-        parse_settings(agent, text)
+        return text, settings_leaves(agent, text)
     except FileNotFoundError:
-        return ""
+        return "", {}
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not {kind}: {error}. Nothing was changed. It needs the lines that this prints: "
-                          + connect_command(agent)) from None
-    return text
+        raise unsafe_file(agent, path, f"is not {'TOML' if agent is CODEX_AGENT else 'JSON'}: {error}") from None
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
@@ -13276,42 +13240,54 @@ def change_file(path: pathlib.Path, now: str, after: str) -> None:
 
 def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = settings_text(agent, path)
-    after = with_settings(agent, now, settings)
-    if parse_settings(agent, after) == parse_settings(agent, now):
+    now, found = read_settings(agent, path)
+    ours = settings_leaves(agent, settings)
+    more = {name: value for name, value in found.items()      # that somebody else put into our table
+            if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
+    try:
+        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
+    except (AttributeError, TypeError, ValueError):
+        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
         return
     kept = ""
-    if now and not has_settings(agent, now):        # as its user had it
+    if now and not has_settings(agent, now, found):         # as its user had it
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
     change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}.{kept} To undo: {connect_command(agent, ' --undo' + profile)}")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command(f'{connect_words(agent)} --undo{profile}')}")
     if not os.environ.get("POMEX_API_KEY"):
         say(f"Now export POMEX_API_KEY in the shell that starts {agent.name}. A new key: {command('keys create NAME')}")
 
 
 def undo_settings(agent: Agent, path: pathlib.Path) -> int:
-    now = settings_text(agent, path)
-    if not has_settings(agent, now):
-        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
+    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    now, found = read_settings(agent, path)
+    if not has_settings(agent, now, found):
+        say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
-    copy = None if agent is CODEX_AGENT else max(copies, key=os.path.getmtime, default=None)
-    change_file(path, now, without_settings(agent, now, settings_text(agent, copy) if copy else ""))
-    if copy:                # its values are back in place
-        copy.unlink()
+    if agent is CODEX_AGENT:
+        change_file(path, now, without_block(now))
+    else:
+        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
+        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
+        before, old = read_settings(agent, copy)
+        ours = settings_leaves(agent, agent.settings)
+        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
+        after |= {name: value for name, value in old.items() if name in ours}
+        change_file(path, now, before if after == old else json_text(after))
+        copy.unlink(missing_ok=True)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
 def run_connect(args: Args) -> int:
-    given = {"agent": "codex", "run": False, "profile": False, **vars(args)}
-    agent, profile = AGENTS[given["agent"]], given["profile"]
-    path = agent_home(agent) / ("pomex.config.toml" if profile else agent.file)
+    agent = AGENTS[args.agent]
+    path = agent_home(agent) / ("pomex.config.toml" if args.profile else agent.file)
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
     if not agent.file and (args.write or args.undo):
-        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {connect_command(agent)}")
+        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {command(connect_words(agent))}")
     if args.undo:
         return undo_settings(agent, path)
     config, found = asyncio.run(with_detected(read_config(args)))
@@ -13324,17 +13300,18 @@ def run_connect(args: Args) -> int:
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
     settings = agent_settings(agent, own_url(config.server), model)
-    if args.write or profile:
-        write_settings(agent, path, settings)
-    elif not given["run"]:
-        say(f"For {home_short(path)}; to put it there: {connect_command(agent, ' --write')}" if agent.file else "For a shell:")
+    if not (args.write or args.profile or args.run):
+        place = f"For {home_short(path)}; to put it there: {command(connect_words(agent))} --write"
+        say(place if agent.file else "For a shell:")
         print(settings)
         return 0
+    if not args.run:
+        write_settings(agent, path, settings)
     if not asyncio.run(running_version(config.server)):
         say(not_running(config))
-    if given["run"]:
+    if args.run:
         return start_codex(config, settings, args.prompt)
-    if profile:
+    if args.profile:
         say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
     return 0
 
@@ -13999,7 +13976,7 @@ def command_parser() -> CommandParser:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
         example = f"example: {command(each.example)}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
-        added.set_defaults(command=each, parser=added)
+        added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)
     return parser
 
@@ -14657,8 +14634,8 @@ function facts(pairs) {
   return el("dl", {class: "facts"}, items);
 }
 
-// The user's choices; a measure of "" is spend if there is any, else requests.
-const picked = {range: "today", breakdown: "model", measure: "", agent: "codex"};
+// The user's choices on the overview; a measure of "" is spend if there is any, else requests.
+const picked = {range: "today", breakdown: "model", measure: ""};
 // Buttons of which one is pressed; an option is [value, text].
 function segments(label, name, options, chosen, draw) {
   const buttons = options.map(([value, text]) => {
@@ -15045,7 +15022,7 @@ function receive(kind, data) {
   const isRequest = kind === "started" || kind === "usage";
   if (isRequest && newKey && newKey.name === data.key && (newKey.seen || data).response_id === data.response_id) {
     newKey.seen = data;
-    showNewKeySteps();
+    $("#new-key-steps")?.replaceChildren(...newKeySteps());
     announce("First request received");
   }
   view.live?.(kind, data);
@@ -15239,23 +15216,19 @@ for event in client.responses.create(**${pythonText(body)}):
 };
 
 // How to set up one agent at a time; `agents` are [name, file, settings].
-function setupBox(agents, token, redraw) {
+function setupBox(agents, token = "sk-rh-…") {
   const all = [...agents,
     ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
     ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
   const shown = scrollBox("pre", "code", "Set-up snippet"), where = para("d");
-  function show() {
-    const [, file, text] = all.find(([name]) => name === picked.agent);
+  function show(wanted) {
+    const [, file, text] = all.find(([name]) => name === wanted);
     where.textContent = file ? "For " + file : "For a shell";
     shown.textContent = text.replaceAll("{ORIGIN}", location.origin);
   }
-  const onchange = event => {
-    picked.agent = event.target.value;
-    show();
-    redraw();
-  };
-  show();
-  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]), {value: picked.agent, onchange}),
+  show("codex");
+  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]),
+    {onchange: event => show(event.target.value)}),
     copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
@@ -15295,8 +15268,8 @@ function drawOverview(data, redraw) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
   const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
+    para("", "Set up a client, or try the demo in the playground."),
+    link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
   const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
   const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
@@ -15457,21 +15430,18 @@ function showKeys(main) {
   return page;
 }
 
-const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
-const fromAgent = () => picked.agent === "codex" ? "from Codex" : "";
-const waiting = (todo, other) => step("now", `Waiting for the first request ${fromAgent()}…`,
-  todo, fromAgent() && 'Run: codex "What is 2 + 2?"', other);
+const requestText = row => [bdi(row.model), ", ", bdi(row.client), " at ", time(row.started_ms)];
+const WAITING = "Waiting for the first request…";
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
     step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : waiting(),
+      : step("now", WAITING, 'Like: codex "What is 2 + 2?"'),
   ];
 }
 
-const showNewKeySteps = () => $("#new-key-steps")?.replaceChildren(...newKeySteps());
 function newKeyPanel() {
   if (!newKey) return [];
   const {name, token, setup} = newKey;
@@ -15486,8 +15456,7 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())),
-      setupBox(setup.agents, token, showNewKeySteps)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
@@ -15718,7 +15687,7 @@ function describeTotals(sums) {
 
 function noRequests(query) {
   if (!query.size) {
-    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
+    const hint = [link(null, "#setup", "Set up a client"), " to see requests here."];
     return div("empty", h2("No request yet"), para("", hint));
   }
   return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
@@ -16068,7 +16037,7 @@ const CAUSES = {
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
   function draw({agents, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupBox(agents, "sk-rh-…", () => page.refresh()));
+    if (!snippets.firstChild) snippets.append(setupBox(agents));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -16078,35 +16047,30 @@ function showSetup(main) {
   const page = livePage(main, parts, () => api("setup"), draw);
   function live(kind, event) {
     if (kind === "refused") announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
-    if (kind === "usage" && event.codex) announce("A request from Codex ended with response." + event.status);
+    if (kind === "usage") announce("A request ended: " + event.status);
     page.live();
   }
   return {...page, live};
 }
 
-function setupSteps({providers, demo, keys, running, codex, latest}) {
+function setupSteps({providers, demo, keys, running, latest}) {
   let provider = step("bad", "No provider is ready", "Set a provider's key.");
   if (demo) provider = step("done", "The demo is ready", "For real models set a provider's key.");
   if (providers.length) provider = step("done", "Providers are configured", providers.join(", "));
   const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
     : step("bad", "No key yet", link(null, "#keys", "Create a key"));
   return [step("done", "The gateway answers on " + location.host), provider, key,
-    ...requestSteps(running, codex, running || latest)];
+    ...requestSteps(running, latest[0])];
 }
 
-function requestSteps(running, codex, latest) {
-  const from = fromAgent(), seen = from ? codex : latest;
-  const end = step("", from ? "The stream ends with response.completed" : "It is answered");
-  if (running && (running.codex || !from)) return [step("now", `A request ${from} is in flight`, requestText(running)), end];
-  if (!seen) {
-    const other = latest && [" Another client at ", time(latest.started_ms)];
-    return [waiting("Put the settings in place and export POMEX_API_KEY. ", other), end];
-  }
-  const {status, error} = seen;
-  const ended = (from ? "Its stream ended with response." : "Its answer: ") + status;
-  const ending = status === "cancelled" ? "The client left" : ended;
-  return [step("done", `A request ${from} was received`, requestText(seen)),
-    step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
+function requestSteps(running, latest) {
+  const end = step("", "Its stream ends as it should");
+  if (running) return [step("now", "A request is in flight", requestText(running)), end];
+  if (!latest) return [step("now", WAITING, 'Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"'), end];
+  const {status, error, endpoint} = latest;
+  const ended = (endpoint === "/v1/responses" ? "Its stream ended with response." : "Its stream ended: ") + status;
+  return [step("done", "A request was received", requestText(latest)),
+    step(status === "completed" ? "done" : "bad", status === "cancelled" ? "The client left" : ended, clip(error, 300))];
 }
 
 const REFUSED_COLUMNS = [

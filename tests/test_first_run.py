@@ -387,9 +387,10 @@ def test_what_else_the_file_says_stays_and_undo_brings_back_what_was_replaced(pl
     assert f"kept beside it as {file.name}.pomex-bak." in capsys.readouterr().err
     assert (file.parent / f"{file.name}.pomex-bak").read_text() == own
     assert connect(name, "--write", "--model", "demo/tools") == 0 and "kept beside" not in capsys.readouterr().err
-    kept = [path for path in pomex.leaves(OWN[name]) if path not in pomex.leaves(json.loads(pomex.AGENTS[name].settings))]
-    found = pomex.leaves(json.loads(file.read_text()))
-    assert all(found[path] == pomex.leaves(OWN[name])[path] for path in kept) and len(kept) >= 1
+    agent = pomex.AGENTS[name]
+    before, ours, found = (pomex.settings_leaves(agent, each) for each in (own, agent.settings, file.read_text()))
+    kept = [path for path in before if path not in ours]
+    assert all(found[path] == before[path] for path in kept) and len(kept) >= 1
     if edited:
         file.write_text(json.dumps({**json.loads(file.read_text()), "$version": 4}))
     assert connect(name, "--undo") == 0
@@ -450,7 +451,7 @@ def test_no_name_of_a_model_breaks_out_of_the_settings(name):
     agent = pomex.AGENTS[name]
     text = pomex.agent_settings(agent, URL, HOSTILE_NAME)
     if agent.file:
-        values = pomex.leaves(pomex.parse_settings(agent, text))
+        values = pomex.settings_leaves(agent, text)
         assert any(HOSTILE_NAME in str([*path, inner]) or HOSTILE_NAME in (inner, *path)
                    for path, value in values.items() for inner in (value, *[each for _, each in members(value)]))
     else:

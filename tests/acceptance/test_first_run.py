@@ -380,8 +380,8 @@ def test_codex_the_log_and_the_setup_page_say_the_same_sentence(setup: Setup, ve
     assert mistake.status != 400 or re.fullmatch(shown, turn.errors[-1]), turn      # the sentence, and no JSON around it
     told = setup.told(seen, "usage" if mistake.planned else "refused")
     if mistake.planned:
-        assert told["error_code"] == mistake.code and setup.page()["codex"]["error"], told
-        sentence = setup.page()["codex"]["error"]
+        assert told["error_code"] == mistake.code and setup.page()["latest"][0]["error"], told
+        sentence = setup.page()["latest"][0]["error"]
     else:
         assert (told["status"], told["code"]) == (mistake.refused or mistake.status, mistake.code), told
         assert told["user_agent"].startswith("codex"), told

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from strict import ANTHROPIC_MODELS, AnthropicModel, conversation, is_old, seal, signed_by_claude, signed_by_gemini
-from vocabulary import JSON, ResponseContext, Call, Custom, Reasoning, Text, pieces
+from vocabulary import JSON, ResponsesAnswer, Call, Custom, Reasoning, Text, pieces
 
 Spell = Callable[[Call | Custom], tuple[str, JSON]]     # a call as (name, arguments) that the request's tools ask for
 _ids = itertools.count(1)
@@ -15,7 +15,7 @@ _ids = itertools.count(1)
 
 # --- Anthropic -------------------------------------------------------------------------------------
 
-def messages_blocks(body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
+def messages_blocks(body: JSON, answer: ResponsesAnswer, spell: Spell) -> list[JSON]:
     """The content of one answer. A reasoning without text is a redacted block."""
     blocks: list[JSON] = []
     for item in answer.items:
@@ -39,7 +39,7 @@ def thought(body: JSON, item: Reasoning) -> JSON:
     return {**block, "signature": seal(signed_by_claude(block, conversation(body), body, row))}
 
 
-def messages_events(body: JSON, answer: ResponseContext, blocks: list[JSON]) -> list[JSON]:
+def messages_events(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> list[JSON]:
     usage = {"input_tokens": answer.input_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
              "cache_read_input_tokens": answer.cached_tokens, "output_tokens": 1}
     message = {"id": f"msg_{next(_ids):06d}", "type": "message", "role": "assistant", "model": body["model"], "content": [],
@@ -108,7 +108,7 @@ def messages_part(block: JSON) -> JSON:
 
 # --- Google ----------------------------------------------------------------------------------------
 
-def gemini_parts(model: str, body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
+def gemini_parts(model: str, body: JSON, answer: ResponsesAnswer, spell: Spell) -> list[JSON]:
     """The parts of one answer: the first call is signed, or else the text at the end."""
     parts: list[JSON] = []
     shown = body.get("generationConfig", {}).get("thinkingConfig", {}).get("includeThoughts")
@@ -127,7 +127,7 @@ def gemini_parts(model: str, body: JSON, answer: ResponseContext, spell: Spell) 
     return parts
 
 
-def gemini_answers(model: str, answer: ResponseContext, parts: list[JSON], stream: bool) -> list[JSON]:
+def gemini_answers(model: str, answer: ResponsesAnswer, parts: list[JSON], stream: bool) -> list[JSON]:
     """The events of a stream, or the one whole answer. In a stream a text's signature comes on an empty part."""
     sent: list[JSON] = []
     last: JSON = {"text": ""}

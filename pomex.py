@@ -1974,6 +1974,7 @@ class ClientProfile(NamedTuple):
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
+    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
@@ -1984,9 +1985,13 @@ CODEX = ClientProfile(
     echo_request=False,
 )
 
+CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
+
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
+    if user_agent.startswith("claude-cli/"):
+        return CLAUDE_CODE
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -2287,6 +2292,7 @@ class Attempt(Sink):
     output_chars = 0         # for estimates
     unbilled = False         # the provider refused the request and will not bill it
     estimated_input = 0      # tokens; 0 if no provider was called
+    opening = b""            # the upstream's own first event, where it passes
 
     def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
@@ -3009,7 +3015,7 @@ class Passthrough(Attempt):
     def read(self, data: str, frame: bytes) -> None:
         try:
             event = json.loads(data)
-            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
+            handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
             else:                               # the type was a nested one
@@ -3543,14 +3549,15 @@ class ChatAnswer(ClientAnswer):
         return dumps(answer)
 
 
-STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
 CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
     rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
     rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
-    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+' % STRING)
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
+    % CHUNK_STRING)
 ARGUMENTS = (       # of a call that has begun
     rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
-    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % STRING)
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
 
 
 class ChatPassthrough(Passthrough):
@@ -3677,7 +3684,664 @@ class ChatPassthrough(Passthrough):
         return self.final_text
 
 
-# --- 5.11 the table ---
+# --- 5.11 Messages for clients ---
+#
+# Another provider's model gets a translation; its reasoning becomes thinking blocks with our envelope as
+# their signature. An Anthropic upstream gets the client's own body, and its events pass.
+
+UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
+TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
+BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
+UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
+THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
+MAX_USER_ID = 64                # of a safety_identifier at OpenAI
+
+MESSAGES_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in ("model", "stream", "temperature", "top_p", "service_tier")},
+    **dict.fromkeys("metadata output_config output_format thinking tool_choice".split(), OBJECT),
+    "max_tokens": Field((int,), 1),
+    "messages": Field((list,)),
+    "stop_sequences": Field((list,), items=TEXT),
+    "system": Field((str, list)),
+    "tools": Field((list,)),
+    "top_k": Field((int,), 0),
+}
+MESSAGES_PARTS = {      # their known members; the others are fields of their own
+    "thinking": "type budget_tokens display",
+    "output_config": "effort format",
+    "metadata": "user_id",
+}
+# of Anthropic alone; unknown ones get a prefix, because Responses may have a field of that name
+ANTHROPIC_FIELDS = frozenset("""billing_policy compaction container context_management diagnostics fallbacks
+fallback_credit_token inference_geo mcp_servers speed thread user_profile_id workspace_id""".split())
+MESSAGES_FORMAT = {"type": Field(choices=("json_schema",)), "schema": OBJECT}
+TRANSLATED = "messages system tools tool_choice output_format service_tier cache_control".split()
+MESSAGES_RENAMED = {
+    **{name: name for name in {*ANTHROPIC_FIELDS, "model", "stream", "temperature", "top_p", "top_k"}},
+    "max_tokens": "max_output_tokens",
+    "stop_sequences": "stop",
+}
+MESSAGES_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "reasoning.effort": "thinking",
+    "text.format": "output_config.format",
+    "safety_identifier": "metadata.user_id",
+}
+CLIENT_MESSAGE = {
+    "role": Field(choices=("user", "assistant", "system")),
+    "content": Field((str, list)),
+}
+# the known blocks and their fields; the others have no meaning for another provider and are named
+MESSAGE_BLOCKS: dict[str, Fields] = {
+    "text": {"text": TEXT, "citations": Field((list, type(None)))},
+    "image": {"source": OBJECT},
+    "document": {"source": OBJECT, "title": MAYBE_TEXT},
+    "search_result": {"source": TEXT, "title": TEXT, "content": Field((list,))},
+    "thinking": {"thinking": MAYBE_TEXT, "signature": MAYBE_TEXT},
+    "redacted_thinking": {"data": TEXT},
+    "tool_use": {"id": NAME, "name": NAME, "input": OBJECT, "caller": MAYBE_OBJECT},
+    "tool_result": {
+        "tool_use_id": NAME,
+        "content": Field((str, list, type(None))),
+        "is_error": Field((bool, type(None))),
+    },
+    "tool_reference": {"tool_name": NAME},
+    "compaction": {"content": MAYBE_TEXT},
+}
+MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+    "base64": {"media_type": NAME, "data": NAME},
+    "content": {"content": CLIENT_MESSAGE["content"]},
+    "text": {"data": NAME},
+    "url": {"url": NAME},
+}
+MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
+WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
+TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def messages_fields(given: JSON) -> JSON:
+    """The fields of a Messages body under the names of Responses, or else their own."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name, spec in MESSAGES_FIELDS.items():
+        if name in fields or name in ("model", "max_tokens", "messages"):
+            check(given.get(name), spec, name)
+    if not given["model"].isprintable():
+        raise invalid_param("model", " holds characters that no name has.")
+    if not given["messages"]:
+        raise invalid_param("messages", " is empty: send at least one message.")
+    made: JSON = {"include": ["reasoning.encrypted_content"]}
+    for name in fields.keys() - TRANSLATED:
+        known = MESSAGES_PARTS.get(name, "").split()
+        inner = {f"{name}.{key}": value for key, value in as_dict(fields[name]).items() if key not in known}
+        made |= inner if known else {MESSAGES_RENAMED.get(name, f"messages:{name[:64]}"): fields[name]}
+    if made.get("speed") == "standard":
+        del made["speed"]
+    thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
+    made["reasoning"] = read_thinking(thinking, config)
+    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
+    for path, shape in formats.items():
+        if shape is not None:
+            check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
+            made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
+    if metadata.get("user_id") is not None:
+        user = check(metadata["user_id"], TEXT, "metadata.user_id")
+        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
+    if "service_tier" in fields:
+        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
+    return made
+
+
+def read_thinking(thinking: JSON, config: JSON) -> JSON:
+    """`reasoning`: the effort that was asked for, and whether its summary is shown."""
+    kinds = Field(choices=("enabled", "adaptive", "disabled", "between_tools"))
+    kind = check(thinking["type"], kinds, "thinking.type") if "type" in thinking else ""
+    if thinking and not kind:
+        raise type_error(None, TEXT, "thinking.type")
+    effort = check(config.get("effort"), MAYBE_TEXT, "output_config.effort")
+    if kind in ("disabled", "between_tools"):
+        return {"effort": "none"}
+    if kind == "enabled":
+        budget = check(thinking.get("budget_tokens"), Field((int,), 1), "thinking.budget_tokens")
+        effort = effort or next(name for least, name in THINKING_EFFORTS.items() if budget >= least)
+    shown = kind and thinking.get("display") != "omitted"
+    return {"effort": effort, "summary": "auto" if shown else None}
+
+
+def translate_messages(request: ResponsesRequest) -> JSON:
+    """The conversation and the tools as those of Responses. What is lost becomes a field of its own, which no
+    wire carries."""
+    given, dropped = request.given, list[str]()
+    items: list[JSON] = []
+    for index, message in enumerate(given["messages"]):
+        known = request.memo.get(id(message))
+        if known is None or known[0] is not message:
+            names: list[str] = []
+            known = message, message_items(message, f"messages[{index}]", names), names
+            request.memo[id(message)] = known
+        items += known[1]
+        dropped += known[2]
+    if not items:
+        raise invalid_param("messages", " have no content.")
+    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
+    kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
+    if len(kept) < len(texts):
+        dropped.append("system:x-anthropic-billing-header")
+    offered = enumerate(given.get("tools") or ())
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
+    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
+    body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
+    choice = given.get("tool_choice")
+    if choice is not None:
+        body["tool_choice"] = read_tool_choice(choice, tools)
+        body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    return {**dict.fromkeys(dropped, True), **body}
+
+
+def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """The items of a message: neighbouring texts, images and files are one."""
+    check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
+    role = message["role"].replace("system", "developer")
+    items: list[JSON] = []
+    for made in block_parts(message["content"], f"{path}.content", dropped):
+        if not made["type"].startswith("input_"):
+            items.append(made)
+        elif items and items[-1]["type"] == "message":
+            items[-1]["content"].append(made)
+        else:
+            items.append({"type": "message", "role": role, "content": [made]})
+    return items
+
+
+def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """Content as parts, and blocks that are items of their own."""
+    if isinstance(blocks, str):
+        return [input_text(blocks)]
+    check_typed(blocks, MESSAGE_BLOCKS, path)
+    made: list[JSON] = []
+    for index, block in enumerate(blocks):
+        kind = block["type"]
+        known = MESSAGE_BLOCKS.get(kind)
+        if known is None:
+            dropped.append(f"messages:{kind[:64]}")
+            continue
+        more = block.keys() - known.keys() - {"type", "cache_control"}
+        dropped += [f"messages:{kind}.{name[:64]}" for name in sorted(more) if block[name]]
+        made += block_part(block, f"{path}[{index}]", dropped)
+    return made
+
+
+def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    kind = block["type"]
+    if kind == "text":
+        return [input_text(block["text"])]
+    if kind == "tool_use":
+        fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
+        return [{"type": "function_call", **fields}]
+    if kind == "tool_result":
+        output = block.get("content") or ""
+        failed = bool(block.get("is_error"))
+        if isinstance(output, str):
+            output = TOOL_ERROR * failed + output
+        else:
+            output = [input_text(TOOL_ERROR)] * failed + block_parts(output, f"{path}.content", dropped)
+        return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
+    if kind in ("thinking", "redacted_thinking"):
+        sealed = block.get("signature") or block.get("data") or ""
+        if not sealed.startswith(ENVELOPE_PREFIX):
+            dropped.append(f"messages:{kind}")      # only its own provider can read it
+        elif sealed != UNSIGNED:
+            return [{"type": "reasoning", "summary": [], "encrypted_content": sealed}]
+        return []
+    if kind in ("image", "document"):
+        return source_parts(block, f"{path}.source", dropped)
+    if kind == "search_result":
+        found = block_parts(block["content"], f"{path}.content", dropped)
+        return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
+    if kind == "tool_reference":
+        return [input_text(f"The tool {block['tool_name']} is available.")]
+    return [input_text(block["content"])] if block.get("content") else []       # of a compaction
+
+
+def input_text(text: str) -> JSON:
+    return {"type": "input_text", "text": text}
+
+
+def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    """An image or a document as parts; a text is only text."""
+    source, title = block["source"], block.get("title") or ""
+    kind = source.get("type")
+    if kind not in MESSAGE_SOURCES:
+        dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
+        return []
+    check_members(source, MESSAGE_SOURCES[kind], path)
+    if kind == "content":
+        return block_parts(source["content"], f"{path}.content", dropped)
+    if kind == "text":
+        return [input_text(f"{title}\n\n{source['data']}".strip("\n"))]
+    data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    if block["type"] == "image":
+        return [{"type": "input_image", "image_url": data}]
+    if kind == "url":
+        return [{"type": "input_file", "file_url": data}]
+    name = title if "." in title else f"{title or 'document'}.pdf"
+    return [{"type": "input_file", "filename": name, "file_data": data}]
+
+
+def messages_client_tool(tool: Any, path: str) -> JSON:
+    check(tool, OBJECT, path)
+    kind = check(tool.get("type") or "custom", NAME, f"{path}.type")
+    more = {name: value for name, value in tool.items() if name not in WITHOUT_EFFECT}
+    if kind == "custom":
+        check_members(tool, MESSAGES_TOOL, path)
+        schema = more.pop("input_schema")
+        return {**more, "type": "function", "parameters": schema}
+    if not kind.startswith("web_search"):
+        return {"type": kind}
+    more.pop("name", None)
+    filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
+    return {**more, "type": "web_search", "filters": filters}
+
+
+def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
+    kind = choice.get("type")
+    if kind == "tool":
+        name = check(choice.get("name"), NAME, "tool_choice.name")
+        hosted = any(tool["type"] == name for tool in tools)
+        return {"type": name} if hosted else {"type": "function", "name": name}
+    if kind not in TOOL_CHOICES:
+        raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
+    return TOOL_CHOICES[kind]
+
+
+MESSAGES_ERRORS = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def messages_error(error: GatewayError, request_id: str) -> JSON:
+    """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
+    kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    if (error.ledger_code or error.code) in ("insufficient_quota", "price_unknown"):
+        kind = "billing_error"
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
+
+
+def messages_counts(usage: Usage) -> JSON:
+    """The usage object: cached input is counted apart."""
+    counts: JSON = {
+        "input_tokens": usage.input - usage.cached - usage.cache_write,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+    }
+    if usage.web_searches:
+        counts["server_tool_use"] = {"web_search_requests": usage.web_searches, "web_fetch_requests": 0}
+    return counts
+
+
+def messages_frame(kind: str, **fields: Any) -> bytes:
+    return sse_frame(kind, dumps({"type": kind, **fields}))
+
+
+MESSAGE_STOP = messages_frame("message_stop")
+BLOCK_DELTAS = {        # kind of block -> the type of its deltas, and their field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
+
+
+def item_blocks(item: JSON) -> list[JSON]:
+    """The content blocks of a finished item of Responses. A truncated call is none."""
+    kind = item["type"]
+    if kind == "message":
+        blocks: list[JSON] = []
+        for part in item["content"]:
+            cited = [citation(each) for each in only_dicts(part.get("annotations"))]
+            block = text_block(part.get("text", part.get("refusal")))
+            blocks.append({**block, "citations": cited} if cited else block)
+        return blocks
+    if kind == "reasoning":
+        thoughts = [part["text"] for part in (*item.get("summary", ()), *item.get("content", ()))]
+        text, sealed = "\n\n".join(thoughts), item.get("encrypted_content")
+        if text:
+            return [{"type": "thinking", "thinking": text, "signature": sealed or UNSIGNED}]
+        return [{"type": "redacted_thinking", "data": sealed}] if sealed else []
+    given = {"input": item["input"]} if "input" in item else parse_object(item.get("arguments", ""))
+    if kind not in CALL_FIELD or given is None:
+        return []
+    return [tool_use(item["call_id"], item["id"], item["name"], given)]
+
+
+def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
+    call_id = call_id if LASTING_ID.fullmatch(call_id) else item_id
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def citation(annotation: JSON) -> JSON:
+    """The source of a text. Its index is ours, so that it never goes up."""
+    return {
+        "type": "web_search_result_location",
+        "cited_text": "",
+        "encrypted_index": UNSIGNED,
+        "title": annotation.get("title"),
+        "url": str(annotation.get("url") or ""),
+    }
+
+
+def whole_block(index: int, block: JSON) -> bytes:
+    """The frames of a block that is complete."""
+    empty, deltas = dict(block), list[JSON]()
+    for name in ("text", "thinking", "signature"):
+        if isinstance(empty.get(name), str):
+            deltas.append({"type": f"{name}_delta", name: block[name]})
+            empty[name] = ""
+    cited = only_dicts(empty.pop("citations", None))
+    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
+    if "input" in empty:
+        deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
+        empty["input"] = {}
+    frames = [messages_frame("content_block_start", index=index, content_block=empty)]
+    frames += [messages_frame("content_block_delta", index=index, delta=delta) for delta in deltas]
+    return b"".join([*frames, messages_frame("content_block_stop", index=index)])
+
+
+def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
+    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
+        self.waiting.setdefault(item.index, []).append((make, item, given))
+        frames: list[bytes] = []
+        while self.waiting:
+            first = next(iter(self.waiting))
+            calls, self.waiting[first] = self.waiting[first], []
+            frames += [call(self, each, *rest) for call, each, rest in calls]
+            if not calls or calls[-1][0].__name__ != "end_item":
+                break
+            del self.waiting[first]
+        return b"".join(frames)
+    return hook
+
+
+class MessagesAnswer(ClientAnswer):
+    """Events of the Messages API."""
+    blocks = 0              # begun
+    stop_reason = "end_turn"
+
+    @functools.cached_property
+    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
+        """The calls that wait, by the index of their item."""
+        return {}
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
+        return {
+            "id": f"msg_{self.id.removeprefix('resp_')}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.request.given["model"],
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": messages_counts(usage),
+        }
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
+            return b""
+        self.started = True
+        if attempt and attempt.opening:
+            return attempt.opening
+        usage = (attempt and attempt.usage) or Usage(self.estimated_input)
+        return messages_frame("message_start", message=self.message([], None, usage))
+
+    def heartbeat(self) -> bytes:
+        return messages_frame("ping")
+
+    def begin_block(self, item: Item, block: JSON) -> bytes:
+        """Begins a block whose text is the item's."""
+        kind, name = BLOCK_DELTAS[block["type"]]
+        item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
+                           f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
+        self.blocks += 1
+        return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
+
+    def block_delta(self, **delta: Any) -> bytes:
+        return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
+
+    def end_block(self) -> bytes:
+        return messages_frame("content_block_stop", index=self.blocks - 1)
+
+    def texts(self, item: Item, texts: list[str]) -> bytes:
+        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
+        return "".join(frames).encode() if item.delta_head else b""
+
+    @in_turn
+    def begin_item(self, item: Item) -> bytes:
+        if item.tool is None or item.kind != "function_call":
+            return b""
+        self.stop_reason = "tool_use"
+        return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
+
+    @in_turn
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        if item.kind == "message":
+            return self.begin_block(item, text_block(""))
+        if item.delta_head:                     # the parts of a thought are one block
+            return self.texts(item, ["\n\n"])
+        return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
+
+    later_texts = in_turn(texts)
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        is_next = item.index == next(iter(self.waiting))        # nearly always
+        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.deltas(item, [text])
+
+    @in_turn
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.block_delta(type="citations_delta", citation=citation(annotation))
+
+    @in_turn
+    def end_part(self, item: Item, *given: Any) -> bytes:
+        return self.end_block() if item.kind == "message" else b""
+
+    @in_turn
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
+        """Ends an item's block, or makes those of one that began none."""
+        frames = [self.texts(item, [rest])] if rest else []
+        if item.delta_head and item.kind == "reasoning":
+            signature = item.fields.get("encrypted_content") or UNSIGNED
+            frames.append(self.block_delta(type="signature_delta", signature=signature))
+        if item.delta_head and item.kind != "message":
+            frames.append(self.end_block())
+        for block in () if item.delta_head else item_blocks(json.loads(text)):
+            frames.append(whole_block(self.blocks, block))
+            self.blocks += 1
+            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
+        return b"".join(frames)
+
+    def reason(self, attempt: Attempt) -> str:
+        filtered = self.stop_reason if self.profile.refusal_as_text else "refusal"
+        reasons = {"": self.stop_reason, "content_filter": filtered}
+        return reasons.get(attempt.incomplete_reason, "max_tokens")
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        if attempt.error:
+            return messages_frame("error", error=messages_error(attempt.error, "")["error"])
+        assert attempt.usage is not None
+        delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
+        ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
+        return self.start(attempt) + ending + MESSAGE_STOP
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        content: list[JSON] = []
+        for index in sorted(attempt.items):
+            content += item_blocks(json.loads(attempt.items[index]))
+        if any(block["type"] == "tool_use" for block in content):
+            self.stop_reason = "tool_use"
+        assert attempt.usage is not None
+        return dumps(self.message(content, self.reason(attempt), attempt.usage))
+
+
+BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
+
+
+def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
+    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
+    at = MODEL_FIELD.search(raw)
+    if at is None or json.loads(at[1]) != given:
+        return None
+    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
+        return None                             # one of them may be in a tool's input
+    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
+
+
+class MessagesPassthrough(Passthrough):
+    """The upstream's message with our `model`. What follows its stop_reason is withheld until the end."""
+    API_EVENTS = b""
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"content_block_(?:delta|stop)"')
+    PARSED_EVENTS = re.compile(rb"\A(?!event: content_block_delta\n)")
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
+    DEFERRED_EVENTS = (b"input_json_delta",)
+    fail = Attempt.fail         # nothing follows an error
+    answer: MessagesAnswer
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ending: list[bytes] = []
+        self.open_blocks: dict[Any, Any] = {}   # those of the decoder, by index
+        self.calls = False
+        self.broken_call = b""                  # the stop of a call whose input is not whole JSON
+        self.content: list[JSON] = []           # for a client that does not stream
+        self.whole_text = b""
+        if not self.answer.request.stream:
+            self.DEFERRED_EVENTS = (b"content_block_delta",)
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block)
+
+    def take_event(self, event: Event) -> None:
+        if event.data.strip() != "[DONE]":
+            super().take_event(event)
+
+    def read(self, data: str, frame: bytes) -> None:
+        self.read_deferred()
+        super().read(data, frame)
+
+    def read_deferred(self) -> None:
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def on_message_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if not self.opening:
+            self.final_response = as_dict(event.get("message"))
+            own = self.answer.request.given["model"]
+            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
+
+    def on_content_block_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.broken_call:
+            raise UpstreamError(BROKEN_CALL)
+        self.check_limits(items=1)
+        index = event.get("index", 0)
+        self.open_blocks[index] = block = self.decoder.blocks[index]
+        self.calls |= block.channel == "arguments"
+        self.forward(frame)
+
+    def on_content_block_delta(self, event: JSON, frame: bytes) -> None:
+        self.pass_unread(frame)
+
+    def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
+        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
+        block = self.open_blocks.pop(event.get("index", 0), None)
+        if block is None:
+            return
+        self.decoder.read(event)
+        self.content.append(block.content)
+        text = "".join(block.pieces).strip()
+        if block.channel == "arguments" and text and parse_object(text) is None:
+            self.broken_call = frame
+        else:
+            self.forward(frame)
+
+    def on_message_delta(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        message = self.final_response
+        usage = merge_counts(as_dict(message.get("usage")), event.get("usage"))
+        message |= {**as_dict(event.get("delta")), "usage": usage}
+        if self.stop is None:
+            self.forward(frame)
+        else:
+            self.ending.append(frame)
+
+    def on_message_stop(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.ending:
+            self.ending.append(frame)
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        """An error by its name or its form; other events without a type are a proxy's heartbeats."""
+        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
+        self.decoder.read({**event, **named})
+
+    def whole(self, data: bytes) -> None:
+        message = parse_object(data.decode("utf-8", "replace")) or {}
+        content = message.get("content")
+        if not isinstance(content, list):
+            self.decoder.read({**message, "type": "error"})
+            return
+        self.check_limits(len(data), len(content))
+        self.decoder.whole(message)
+        self.final_response, self.content, self.whole_text = message, content, data
+        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
+        self.opening = messages_frame("message_start", message=head)
+        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
+
+    def close_open_items(self) -> None:
+        """Ends the blocks that the upstream or the key's limit left open."""
+        self.read_deferred()
+        for index in [*self.open_blocks]:
+            if self.error is None:
+                stop = messages_frame("content_block_stop", index=index)
+                self.on_content_block_stop({"type": "content_block_stop", "index": index}, stop)
+        if self.broken_call and self.incomplete_reason:
+            self.forward(self.broken_call)
+        elif self.broken_call:
+            self.error = self.error or UpstreamError(BROKEN_CALL)
+
+    def terminal(self, now_s: int) -> bytes:
+        """The upstream's own end, if it sent one, completed."""
+        if self.error is not None or not self.ending:
+            self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
+            return super().terminal(now_s)
+        withheld = () if self.output_started else self.withheld         # pings
+        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
+        return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
+
+    def body(self, now_s: int) -> str:
+        own, message = self.answer.request.given["model"], self.final_response
+        passed = with_model(self.whole_text, message.get("model"), own)
+        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
+        return body.decode("utf-8", "replace")
+
+
+# --- 5.12 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3719,6 +4383,16 @@ CLIENT_APIS: dict[str, ClientApi] = {
             "context_length_exceeded": (400, "The input is over the maximum context length "
                                              "(context_length_exceeded)."),     # opencode's words, aider's
         }),
+    "messages": ClientApi(
+        "/v1/messages", "messages", MessagesAnswer,
+        error=messages_error,
+        fields=messages_fields,
+        translate=translate_messages,
+        own_names=MESSAGES_NAMES,
+        known_errors={
+            "insufficient_quota": (402, ""),
+            "context_length_exceeded": (400, "Prompt is too long."),    # Claude Code compacts
+        }),
 }
 
 
@@ -3735,8 +4409,7 @@ def api_of(path: str) -> str:
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
+    return as_dict(holder.get(name))
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
@@ -3774,15 +4447,14 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
-# status, or by the message. A failure without a match is an overload.
+# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
+# message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
-    # one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, only PerDay is a long one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -3793,8 +4465,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
      r"rate.?limit|too many requests|throttling"),
     ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
-    # model
+    # OpenRouter sends 403; OpenAI 404 for a reasoning item that it did not store
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
@@ -3864,8 +4535,7 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
-    in the error's own fields counts."""
+    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -3881,12 +4551,8 @@ def classify_error(
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
-        message,
-        kind=kind,
-        code=code,
-        param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
-        upstream_status=status,
+        message, kind=kind, code=code, param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s), upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
 
@@ -3898,9 +4564,9 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
-    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
-    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
@@ -3908,11 +4574,9 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
-        fields |= without_empty({
-            **level,
-            "message": value_text(text),
-            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
+        text, code = (
+            next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
+        fields |= without_empty({**level, "message": value_text(text), "code": code})
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -3997,11 +4661,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
-UNIT_S = {
-    "ms": 0.001,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0}
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
@@ -4012,15 +4672,13 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
-    texts += TRY_AGAIN.findall(error.get("message", ""))
+        headers.get("retry-after"),
+        *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
+        *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
-        wait_s(value, date_s)
-        for name, value in headers
-        if LIMIT_RESET.fullmatch(name)
-        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+        wait_s(value, date_s) for name, value in headers
+        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
     for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
@@ -4093,10 +4751,8 @@ def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text") and isinstance(value, dict):
-            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            fields[name] = value
+        nested = isinstance(value, dict) and name in ("reasoning", "text")
+        fields |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -4126,8 +4782,7 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
-        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
-    ]
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -4140,8 +4795,7 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
-    several names too."""
+    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -4153,8 +4807,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [flat for flat, known in offered.items() if exact == flat or name == known.name]
+        names += [exact] if exact in found else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -4225,10 +4879,9 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
-        omitted."""
+        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
         if isinstance(content, str):
-            content = [text_block(content)]
+            return [part for part in [self.text_part(content)] if part]
         parts = []
         for given in content:
             part = self.encode_part(given)
@@ -4239,8 +4892,7 @@ class TurnEncoder:
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file:
+        if file := read_attachment(part):
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -4307,13 +4959,8 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [
-            {"type": "function", "strict": None, **function}
-            for function in functions
-        ]
-        body["tool_choice"] = mode
-        if names:
-            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -4326,22 +4973,12 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
-        return {
-            "type": "reasoning",
-            "id": f"rs_{index}",
-            "summary": [],
-            **item["sealed_replay"],
-        }
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
+        fixed = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed = {"id": f"msg_{index}", "status": "completed"}
-        return {
-            "type": "message",
-            **(fixed if assistant else {}),
-            "role": item["role"],
-            "content": parts,
-        }
+        return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
@@ -4365,11 +5002,18 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
-# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
-# model cannot take is a setting: `overrides` in the configuration.
+# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
+# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
+def drop_reasoning(body: JSON, *refused: str) -> None:
+    """The model does not reason, or not at this effort."""
+    for name in ("reasoning", "include"):
+        body.pop(name, None)
+
+
 RESPONSES_REPAIRS: Repairs = {
+    r"value: '(none|minimal)' is not supported|parameter: '(reasoning)|(encrypted) content is not supported":
+        drop_reasoning,
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
@@ -4390,7 +5034,7 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class TextDelta(NamedTuple):
-    """An event that carries a piece of an open item's text, and nothing else."""
+    """An event with a piece of an open item's text, and nothing else."""
     field: str              # the field with the piece
     pieces: list[str]       # the decoder's list of them
     key: Any                # for the sink
@@ -4404,10 +5048,14 @@ class Decoder:
     failed = False
     paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
+    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
         """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
@@ -4436,8 +5084,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
-        event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -4447,7 +5094,42 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        if self.notice and not self.items_begun:
+            self.sink.fail(self.notice)
+
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
+
+    def _call_id(self, item_key: int, given: Any) -> str:
+        """The provider's id of a call, or one made here if it is missing or was used before."""
+        call_id = str(given or f"{self.prefix}{item_key}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{item_key}"
+        self.call_ids.add(call_id)
+        return call_id
+
+    def _carry(self, replay: JSON) -> None:
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        self.sink.text("", "summary")
+        self.sink.done(sealed_replay=replay)
+
+    def _image(self, data: str) -> None:
+        self._new_key()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
+
+    def _annotate(self, start: int, end: int, source: JSON) -> None:
+        """Adds the source of a span of characters of the open message, if it has an address."""
+        if isinstance(source.get("url"), str):
+            self.sink.annotate({
+                "type": "url_citation",
+                "start_index": start,
+                "end_index": end,
+                "url": source["url"],
+                "title": source.get("title") or "",
+            })
 
 
 class ResponsesDecoder(Decoder):
@@ -4507,17 +5189,12 @@ class ResponsesDecoder(Decoder):
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
-        index = known.index
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name = str(item.get("name") or "")
-            space = str(item.get("namespace") or "")
-            call_id = item.get("call_id") or f"call_{index}"
-            if kind == "function_call" and not space:
-                tool = self.tool_map.resolve(name)
-            else:
-                tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(call_id), tool)
+            tool = Tool(item["type"], str(item.get("name") or ""), str(item.get("namespace") or ""))
+            if kind == "function_call" and not tool.namespace:
+                tool = self.tool_map.resolve(tool.name)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -4532,14 +5209,11 @@ class ResponsesDecoder(Decoder):
         if not text or not isinstance(text, str):
             return
         known = self.items.take(event, kind)
-        if known.kind != kind:
-            return
-        number = event.get("content_index", event.get("summary_index", 0))
-        place = known.text(channel, number, done)
-        if done:
-            self._complete(known, place, text)
-        else:
-            self._extend(known, place, text)
+        if known.kind == kind:
+            number = event.get("content_index", event.get("summary_index", 0))
+            place = known.text(channel, number, done)
+            add = self._complete if done else self._extend
+            add(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
         part = object_in(event, "part")
@@ -4574,9 +5248,7 @@ class ResponsesDecoder(Decoder):
         """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
-            texts, known.texts,
-            lambda text: (text.channel, text.so_far()),
-            lambda text: text.channel)
+            texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new in texts:
             text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
@@ -4624,10 +5296,8 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):
-            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
-                replay["id"] = item["id"]
+        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -4641,8 +5311,7 @@ class ResponsesDecoder(Decoder):
         reason = ""
         # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
-            details = response.get("incomplete_details") or {}
-            reason = details.get("reason") or "max_output_tokens"
+            reason = object_in(response, "incomplete_details").get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     on_incomplete = on_failed = on_completed
@@ -4656,10 +5325,9 @@ class ResponsesDecoder(Decoder):
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
+            item, call = known.item, known.kind == "call"
             if known.closed:
                 continue
-            item = known.item
-            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)
@@ -4688,81 +5356,24 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-class ItemDecoder(Decoder):
-    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
-    themselves."""
-
-    items_begun = 0             # number of items begun
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.call_ids: set[str] = set()
-
-    def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.items_begun:
-            self.sink.fail(self.notice)
-
-    def _new_key(self) -> int:
-        self.items_begun += 1
-        return self.items_begun - 1
-
-    def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{item_key}")
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{item_key}"
-        self.call_ids.add(call_id)
-        return call_id
-
-    def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.text("", "summary")
-        self.sink.done(sealed_replay=replay)
-
-    def _image(self, data: str) -> None:
-        self._new_key()
-        self.sink.open(None, "image_generation_call", result=None)
-        self.sink.done(result=data)
-
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
-
-
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
 # agent would see an empty answer and ask again (coder#28470)
-END_REASONS: dict[str, Any] = {
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
-        "continuation pause_turn".split(),              # a pause that cannot be resumed
-        "max_output_tokens"),
-    **dict.fromkeys(
-        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
-        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
-        "pup_limited_disabled".split(),
-        "content_filter"),
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
+END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
+    # pause_turn: of a pause that cannot be resumed
+    "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+    "repetition continuation pause_turn",
+    "content_filter": "content_filter safety sensitive refusal recitation language blocklist spii no_image "
+    "prohibited_content image_safety image_prohibited_content image_recitation image_other model_armor "
+    "escalation pup_limited_disabled",
+    "overload": "error abort network_error insufficient_system_resource",
+    "tool_generation": "function_call_filter malformed_function_call malformed_response "
+    "unexpected_tool_call too_many_tool_calls",
+}.items() for reason in reasons.split()}
 
 
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    return {
-        "type": "search",
-        "query": queries[0] if queries else "",
-        "queries": queries}
+    return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects ---
@@ -4814,10 +5425,7 @@ def encode_chat(ctx: EncodeContext) -> JSON:
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {
-        "model": ctx.model,
-        "messages": ChatMessages(ctx).encode(instruction),
-    }
+    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
@@ -4861,10 +5469,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {
-            name: shape.get(name)
-            for name in ("name", "description", "schema", "strict")
-        }
+        known = {name: shape.get(name) for name in ("name", "description", "schema", "strict")}
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4879,8 +5484,7 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
-    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
-    if value != "0" else {"enable_thinking": False},
+    "budget": lambda value: {"enable_thinking": value != "0", "thinking_budget": int(value) or None},
 }
 
 
@@ -4912,8 +5516,7 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        texts = filter(None, (*self.history.system, closing))
-        system = "\n\n".join(texts)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4953,8 +5556,7 @@ class ChatMessages(TurnEncoder):
             message[form] = reasoning or ""
         for replay in replays:
             for extra in replay.get("extra_content", ()):
-                call = calls.get(extra["id"], {})
-                call["extra_content"] = extra["extra_content"]
+                calls.get(extra["id"], {})["extra_content"] = extra["extra_content"]
         if calls:
             message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
@@ -4962,8 +5564,9 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            parts = self.encode_parts(result["output"])
-            content: Any = text_of(parts, "\n")
+            output = result["output"]
+            parts = [] if isinstance(output, str) else self.encode_parts(output)
+            content: Any = text_of(parts or output, "\n")
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
@@ -5042,10 +5645,8 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if length <= 2 * len(piece):    # a shorter piece repeats nothing
-            text = self.text
-            if text.lstrip().startswith("{"):
-                rest = rest_of_snapshot(text, piece)
+        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+            rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
@@ -5097,9 +5698,7 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    if arguments is None or arguments != parse_object(snapshot):
-        return None
-    return ""
+    return None if arguments is None or arguments != parse_object(snapshot) else ""
 
 
 THINK, END_THINK = "<think>", "</think>"
@@ -5130,9 +5729,8 @@ class ThinkTags:
         if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if not tag and mark and END_THINK.startswith(mark + rest):
-                self.held = mark + rest
-                reasoning = start
+            if not tag and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
             if self.place == "waiting":
                 self.waiting.append(reasoning)
                 reasoning = ""
@@ -5141,10 +5739,9 @@ class ThinkTags:
                 if waiting.strip() not in "".join(self.reasoning):
                     reasoning = waiting
                 self.place = "behind"
-        if self.place == "behind":
-            text = text.lstrip()
-            if text:
-                self.place = ""
+        text = text.lstrip()
+        if text:
+            self.place = ""
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
@@ -5158,7 +5755,7 @@ class ThinkTags:
         return (held, "") if place == "inside" else ("", held)
 
 
-class ChatDecoder(ItemDecoder):
+class ChatDecoder(Decoder):
     """One chat stream, or one whole answer.
 
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
@@ -5188,11 +5785,10 @@ class ChatDecoder(ItemDecoder):
     def on_event(self, event: Any) -> None:
         chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
-        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = [holder["usage"] for holder in holders if holder.get("usage")]
+        given = [holder.get("usage") for holder in (chunk, object_in(chunk, "x_groq"), *choices)]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
+        counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
+        usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -5243,9 +5839,11 @@ class ChatDecoder(ItemDecoder):
         for image in objects_in(message, "images"):    # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
-        if not (snapshot and self.cited):
+        if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
-                self._cite(object_in(annotation, "url_citation"))
+                self.cited = True
+                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -5256,7 +5854,7 @@ class ChatDecoder(ItemDecoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside" and text:
+        elif channel == "summary" and self.tags.place == "inside":
             if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
@@ -5283,11 +5881,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = detail.get("index")
-        if kind == "reasoning.encrypted":
-            place = len(self.details)
-        key = (name, kind, str(place))
-        fields, pieces = self.details.setdefault(key, ({}, []))
+        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
+        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
         for member, value in detail.items():
             if value is not None or member not in (*fields, name):
                 fields[member] = value
@@ -5302,17 +5897,6 @@ class ChatDecoder(ItemDecoder):
             self.images.add(data)
             self._end_items()
             self._image(data)
-
-    def _cite(self, citation: JSON) -> None:
-        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
-        url = citation.get("url")
-        if self.open_item == "message" and isinstance(url, str):
-            self.cited = True
-            self._annotate(
-                count(citation, "start_index"),
-                count(citation, "end_index"),
-                url,
-                citation.get("title"))
 
     # calls
 
@@ -5371,25 +5955,25 @@ class ChatDecoder(ItemDecoder):
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": signature}
-            self._carry({"extra_content": [extra]})
-        tool = self.tool_map.resolve(call.name)
-        self.sink.call(item_key, call_id, tool)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
+        self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
     # ends
 
     def _end_text(self) -> None:
+        text = "".join(self.texts["summary"][self.sealed_texts:])
+        details = [
+            {**fields, name: "".join(pieces)} if pieces else fields
+            for (name, *_), (fields, pieces) in self.details.items()
+        ]
+        replays = {
+            "reasoning_content": text,
+            "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
+        }
         form = self.settings.replay
-        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
-        if form == "reasoning_details":
-            value = [
-                {**fields, name: "".join(pieces)} if pieces else fields
-                for (name, *_), (fields, pieces) in self.details.items()
-            ]
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        replay = {form: value} if form and value else {}
-        self.sink.done(sealed_replay=replay)
+        value = replays.get(form)
+        self.sink.done(sealed_replay={form: value} if value else {})
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -5438,7 +6022,7 @@ class ChatDecoder(ItemDecoder):
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
-        stop = self.stop or Stop(final=True)
+        stop = self.stop or Stop()
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
@@ -5452,13 +6036,10 @@ class ChatDecoder(ItemDecoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")
-    shown = [
-        {"text": detail.get("text") or detail.get("summary")}
-        for detail in details
-    ]
+    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
+    yield "summary", text_of(next(fields, shown))
     content = message.get("content")        # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
@@ -5566,8 +6147,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
-    cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -5587,10 +6167,8 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {
-            "type": "enabled",
-            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
-        }
+        budget = max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))
+        thinking = {"type": "enabled", "budget_tokens": budget}
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -5612,18 +6190,15 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    if choice == {"type": "auto"} and not instruction:      # the default
-        choice = {}
-    return choice, instruction
+    is_default = choice == {"type": "auto"} and not instruction
+    return {} if is_default else choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    defs = {
-        **object_in(schema, "definitions"),       # from zod-to-json-schema
-        **object_in(schema, "$defs"),
-    }
+    # the old name from zod-to-json-schema
+    defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -5638,16 +6213,20 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
-    reference = str(root.pop("$ref", ""))
-    target = defs.pop(reference.rpartition("/")[2], None)
-    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    root["allOf"] = objects_in(root, "allOf") + only_dicts([target])
+
+    def take(keyword: str) -> list[JSON]:
+        return [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
+
+    options = take("anyOf") + take("oneOf")
+    merged = [root, *take("allOf")]
     properties: JSON = {}
     for branch in merged + options:
         for name, inner in object_in(branch, "properties").items():
             known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+            if known != inner:
+                properties[name] = {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, merged))
     if options:
         needed |= set.intersection(*map(required_by, options))
@@ -5725,8 +6304,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
-        budget."""
+        """Does the last turn answer calls without reasoning before them? A 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5748,14 +6326,12 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """Places a system message right after a user turn, and before the assistant's or at the end."""
-        role, form = "user", LATER_SYSTEM
-        if self.last_role() == "user":
-            role, form = "system", "{}"
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["sealed_replay"].get("blocks"))
+        blocks = objects_in(item["sealed_replay"], "blocks")
         if not blocks:
             self.dropped.append("reasoning")
         elif blocks[-1]["type"] in THINKING_BLOCKS:
@@ -5796,8 +6372,8 @@ class MessagesTurns(TurnEncoder):
         if file.url:
             source = {"type": "url", "url": file.url}
         elif file.text is not None:
-            source = {"type": "text", "media_type": file.mime, "data": file.text}
-        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            source |= {"type": "text", "data": file.text}
+        elif file.mime not in (*IMAGE_TYPES, "application/pdf"):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
@@ -5809,15 +6385,11 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
     would miss the first)."""
     messages = body["messages"]
-    blocks = [*itertools.chain(*(message["content"] for message in messages))]
-    for block in list(blocks):
-        blocks += objects_in(block, "content")
-    if ttl == "off" or any("cache_control" in block for block in blocks):
+    blocks = [block for message in messages for block in message["content"]]
+    inner = [part for block in blocks for part in objects_in(block, "content")]
+    if ttl == "off" or any("cache_control" in block for block in blocks + inner):
         return
-    mark = without_empty({
-        "type": "ephemeral",
-        "ttl": "" if ttl == "5m" else ttl,
-    })
+    mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
     turns = [message["content"] for message in (*users[-1:], messages[-1])]
     for content in (body["tools"], body["system"], *turns):
@@ -5847,7 +6419,7 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
-    thinking = body.setdefault("thinking", {"type": "adaptive"})
+    thinking = body["thinking"] = body.get("thinking") or {"type": "adaptive"}
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
     else:
@@ -5856,8 +6428,10 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
-    if body.get("thinking", {}).get("type") == "enabled":
+        if isinstance(message["content"], list):        # a client may send a string
+            message["content"] = [
+                block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
+    if object_in(body, "thinking").get("type") == "enabled":
         del body["thinking"]
 
 
@@ -5889,11 +6463,11 @@ class Block:
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
-class MessagesDecoder(ItemDecoder):
+class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
-    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
+    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
+    example those of compaction, fallback and code execution.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -5914,7 +6488,7 @@ class MessagesDecoder(ItemDecoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, though it was asked to be."""
+        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -5932,8 +6506,7 @@ class MessagesDecoder(ItemDecoder):
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
-            error = "The provider spliced a second message into its stream."
-            raise ProviderError(error, kind="overload")
+            raise ProviderError("The provider spliced a second message into its stream.", kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = object_in(event, "usage")
@@ -5946,8 +6519,7 @@ class MessagesDecoder(ItemDecoder):
             self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = object_in(delta, "stop_details")
-            explanation = details.get("explanation") or ""
+            explanation = object_in(delta, "stop_details").get("explanation") or ""
             self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
@@ -5958,8 +6530,7 @@ class MessagesDecoder(ItemDecoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
-        truncated."""
+        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -5974,9 +6545,7 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {
-            name: getattr(self.earlier, name) + getattr(now, name)
-            for name in COUNTED}
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5993,16 +6562,14 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if kind == "tool_use":
             call_id = self._call_id(block.item_key, content.get("id"))
-            tool = self.tool_map.resolve(str(content.get("name") or ""))
-            self.sink.call(block.item_key, call_id, tool)
+            self.sink.call(block.item_key, call_id, self.tool_map.resolve(str(content.get("name") or "")))
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks[event.get("index", 0)]
-        delta = event.get("delta") or {}
+        block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
@@ -6036,7 +6603,10 @@ class MessagesDecoder(ItemDecoder):
         elif text.strip():
             content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
-            self._cite(content)
+            start = self.length
+            self.length += len(text)
+            for citation in objects_in(content, "citations"):
+                self._annotate(start, self.length, citation)    # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -6060,14 +6630,6 @@ class MessagesDecoder(ItemDecoder):
             self.empty_calls.append(block.item_key)
         elif parse_object(arguments) is not None:
             self.sink.done(block.item_key)
-
-    def _cite(self, content: JSON) -> None:
-        start = self.length
-        self.length += len(content["text"])
-        for citation in objects_in(content, "citations"):
-            url = citation.get("url")
-            if isinstance(url, str):        # a document citation names a file that no client knows
-                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
         while self.empty_calls:
@@ -6197,10 +6759,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     thinking: JSON = {}
     if param:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
-        thinking = {
-            param: int(value) if value.isdigit() else value,
-            "includeThoughts": shown or None,
-        }
+        thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
@@ -6230,17 +6789,13 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
-            made["$defs"] = {
-                **as_dict(made.pop("definitions")),
-                **object_in(made, "$defs"),
-            }
+            made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
-            value = made.pop("const")
-            made["enum"] = [value]
-            made["type"] = made.get("type") or JSON_TYPES[type(value)]
+            made["enum"] = [made.pop("const")]
+            made["type"] = made.get("type") or JSON_TYPES[type(made["enum"][0])]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -6331,9 +6886,7 @@ class GeminiContents(TurnEncoder):
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n")
-        if parts and not text:
-            text = "The content follows."
+        text = text_of(parts, "\n") or ("The content follows." if parts else "")
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
@@ -6344,18 +6897,15 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            address = {"fileUri": file.url}
-            if file.mime not in ("", "image/"):
-                address["mimeType"] = file.mime
-            return {"fileData": address}
+            address = {"fileUri": file.url, "mimeType": file.mime.removesuffix("image/")}
+            return {"fileData": without_empty(address)}
         if GEMINI_MEDIA.match(file.mime):
             return {"inlineData": {"mimeType": file.mime, "data": file.data}}
         return None
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
-    too, so that their bytes never change."""
+    """Signs the first call of a step, which must be signed: in old turns too, so their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
             part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
@@ -6394,7 +6944,7 @@ GEMINI_ENDS = {
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-class GeminiDecoder(ItemDecoder):
+class GeminiDecoder(Decoder):
     """One Gemini stream, or one whole answer.
 
     Parts follow each other, so only one item is open at a time. The message stays open after its signature,
@@ -6418,7 +6968,6 @@ class GeminiDecoder(ItemDecoder):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
@@ -6446,8 +6995,7 @@ class GeminiDecoder(ItemDecoder):
     def _count(self, given: JSON) -> None:
         if self.finished:                       # after the end only higher counts are used
             given = {
-                name: value
-                for name, value in given.items()
+                name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -6471,8 +7019,7 @@ class GeminiDecoder(ItemDecoder):
             self._carry({"part": part})
             call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = object_in(call, "args")
-                self._search(args.get("queries"))
+                self._search(object_in(call, "args").get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -6482,9 +7029,7 @@ class GeminiDecoder(ItemDecoder):
         if signature and not thought:
             if self.signature:
                 self._close_texts()
-            self.signature = {
-                "signature": signature,
-                "characters": len(text or "")}
+            self.signature = {"signature": signature, "characters": len(text or "")}
 
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
@@ -6515,8 +7060,7 @@ class GeminiDecoder(ItemDecoder):
         self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name = given.get("name")
-        args = given.get("args")
+        name, args = given.get("name"), given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -6527,10 +7071,8 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.tool_map.resolve(name)
-            self.sink.call(item_key, call_id, tool)
-            arguments = value_text(args) or "{}"
-            self.sink.add(item_key, arguments, "arguments")
+            self.sink.call(item_key, call_id, self.tool_map.resolve(name))
+            self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -6544,17 +7086,14 @@ class GeminiDecoder(ItemDecoder):
         self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        explanation = ""
-        if outcome == "content_filter":
-            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(outcome, explanation=explanation))
+        explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(outcome, explanation=explanation if outcome == "content_filter" else ""))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
-    one."""
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
+    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = objects_in(grounding, "groundingChunks")
+    sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
         segment = object_in(support, "segment")
         start = count(segment, "startIndex")
@@ -6566,11 +7105,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, chunk in enumerate(chunks):
-            source = object_in(chunk, "web")
+        for index, source in enumerate(sources):
             if source and index in indices:
-                url = source.get("uri") or ""
-                yield begin, begin + len(cited), url, source.get("title")
+                yield begin, begin + len(cited), {**source, "url": source.get("uri") or ""}
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
@@ -6629,17 +7166,10 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     """The answer of a demo model, as chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    deltas = demo_answer(ctx)
     for delta in deltas:
         yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
-    usage = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": len(deltas),
-    }
+    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(deltas)}
     yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
@@ -6650,29 +7180,25 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """The answer: a text or a call."""
+def demo_answer(ctx: EncodeContext) -> list[JSON]:
+    """The deltas of the answer: the words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
-    text = ""
-    if ctx.model != "tools":
-        for item in items:
-            if item.get("role") == "user":
-                text = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
-    if items and items[-1]["type"] == "function_call_output":
-        text = text_of(items[-1]["output"]).strip()
-        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
-    if not functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
-    schema = tool["parameters"]
-    required = required_by(schema)
-    arguments: JSON = {}
-    for name, rule in object_in(schema, "properties").items():
-        if name in required:
-            kind = str(as_dict(rule).get("type"))
-            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
-    return "", {"name": tool["name"], "arguments": dumps(arguments)}
+    sent = [item["content"] for item in items if item.get("role") == "user"]
+    says, content = "You sent: ", sent[-1] if sent else ""
+    if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
+        says, content = "The command printed: ", items[-1]["output"]
+    elif ctx.model == "tools" and functions:
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        properties = object_in(tool["parameters"], "properties")
+        arguments = {
+            name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
+            for name in properties if name in required_by(tool["parameters"])}
+        function = {"name": tool["name"], "arguments": dumps(arguments)}
+        return [{"tool_calls": [{"index": 0, "id": f"call_{len(items)}_demo", "function": function}]}]
+    elif ctx.model == "tools":
+        says, content = "You offered no tool, so there is nothing to run.", ""
+    text = f"{DEMO_SAYS} {says}{text_of(content).strip()[:MAX_DEMO_TEXT]}"
+    return [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
 
 
 # --- 6.6 the table ---
@@ -6829,16 +7355,17 @@ class UpstreamCall(NamedTuple):
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
-        body = json.loads(self.body)
+        body, refused = json.loads(self.body), ""
         for pattern, repair in self.wire.repairs.items():
             found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
             if found:
                 repair(body, *found.groups())
+                refused = "reasoning" if repair is drop_reasoning else "encrypted_content"
                 break
         if body == json.loads(self.body):
             return None
         if self.wire.repairs is RESPONSES_REPAIRS:
-            self.dropped.append("encrypted_content:refused")
+            self.dropped.append(f"{refused}:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
@@ -6873,13 +7400,10 @@ class WireApi(NamedTuple):
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
             ctx.dropped = []
-            row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model)
-            overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-            ctx.settings = (row or Dialect())._replace(**overrides)
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
-                                    self.headers(ctx.request.given))
+                                    self.headers({}))
             for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
                     sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
@@ -6907,8 +7431,13 @@ class WireApi(NamedTuple):
         attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
         return UpstreamCall(self, self.path, dumps(body).encode(), attempt, dropped)
 
+    def model_settings(self, ctx: EncodeContext) -> Any:
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+        return row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
+
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
+        ctx.settings = self.model_settings(ctx)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6958,6 +7487,7 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
     request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    ctx.settings = WIRES["chat"].model_settings(ctx)
     changes: JSON = {}
     if request.stream:
         changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
@@ -6986,6 +7516,53 @@ def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
     return {**rest, "reasoning_details": kept} if kept else rest
 
 
+def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, but for `model`, what only Pomex understands, and the key's limit."""
+    request, given = ctx.request, ctx.request.given
+    changes: JSON = {}
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = opened_messages(given["messages"], ctx)
+    limit = request.get("max_output_tokens")
+    if limit and limit != given.get("max_tokens"):
+        changes["max_tokens"] = limit
+        thinking = object_in(given, "thinking")
+        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+            changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
+        elif count(thinking, "budget_tokens") >= limit:
+            changes["thinking"] = {"type": "disabled"}
+            ctx.dropped.append("thinking")
+    body = None if changes else with_model(request.raw, given["model"], ctx.model)
+    attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
+    return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
+
+
+def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
+    """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
+    def clean(block: Any) -> list[Any]:
+        fields = as_dict(block)
+        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
+        if sealed.startswith(ENVELOPE_PREFIX):
+            return opened.get(sealed, [])
+        if isinstance(cited, list):
+            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
+            block = {**block, "citations": [each for each in cited if each not in own] or None}
+        return [block]
+
+    found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
+    items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
+    kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
+    ctx.dropped += dict.fromkeys(dropped)
+    opened = {item["at"]: objects_in(item["sealed_replay"], "blocks") for item in kept}
+    made = []
+    for message in messages:
+        content = as_dict(message).get("content")
+        if isinstance(content, list):
+            message = {**message, "content": [new for block in content for new in clean(block)]}
+        if message.get("content") or not content:
+            made.append(message)
+    return made
+
+
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
@@ -7004,7 +7581,8 @@ WIRES: dict[str, WireApi] = {
         repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
-        vendor="claude"),
+        vendor="claude",
+        relay=relay_messages),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=GeminiDecoder,
@@ -7792,7 +8370,7 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    # RFC 9110 11.6.1; Claude Code would ask for three minutes
+    # RFC 9110 11.6.1; Claude Code would repeat it for three minutes
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
@@ -8210,9 +8788,9 @@ class PriceTable:
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # only of providers that accept a service tier
+        # only of providers that accept a service tier, or a speed
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
-                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
+                        for name, provider in config.providers.items() if provider.wire_api not in ("gemini", "demo")}
 
     def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
@@ -10306,6 +10884,7 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
+COUNT_S = 10.0                  # how long a provider may take to count tokens
 LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
 SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
@@ -10453,14 +11032,22 @@ class Router:
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
-        client, provider = down.client, target.provider
+    def headers(self, target: Candidate, call: UpstreamCall, client: Client) -> list[tuple[str, str]]:
+        """Of a call: the configured ones, some of the client's where its body passes, the wire's own."""
+        provider, given = target.provider, client.head.headers
         fields = [("content-type", "application/json"), *provider.http_headers.items()]
         if provider.api_key:
             fields += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
-            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+            fields += [(name, value) for name, value in given if RELAYED_HEADERS.fullmatch(name)]
+        elif given.get("anthropic-beta"):
+            client.dropped.append("anthropic-beta")
+        sent = {name for name, _ in fields} - {"anthropic-beta"}        # a list: a repair adds to the client's own
+        return [*fields, *(header for header in call.headers if header[0] not in sent)]
+
+    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
+        client, provider = down.client, target.provider
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
@@ -10471,8 +11058,7 @@ class Router:
             if provider.wire_api == "demo":
                 exchange: Exchange = DemoExchange(call.frames)
             else:
-                sent = {name for name, _ in fields}
-                headers = [*fields, *(header for header in call.headers if header[0] not in sent)]
+                headers = self.headers(target, call, client)
                 exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
             reusable = False
             client.answering_ms = client.elapsed_ms()
@@ -10876,8 +11462,9 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
     api = CLIENT_APIS[request.api]
     named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
+                              int(client.started_s * 1000), named, tier)
     answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
@@ -10964,7 +11551,8 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
     if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
-    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    final = profile.final_failures and len(failures) > 1
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} or final else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
 
@@ -11052,6 +11640,41 @@ def short_count(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
+async def count_tokens(gateway: Gateway, client: Client) -> None:
+    """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
+    key, headers = await gateway.key(client), client.head.headers
+    raw = await client.body(key=f"key {key.id}")
+    request = parse_request(raw.replace(b"{", b'{"max_tokens":1,', 1), api="messages")
+    request.body.pop("max_output_tokens")
+    request.given.pop("max_tokens")             # which a count has not
+    name = gateway.catalogue.full_name(request.model)
+    request = dataclasses.replace(request, raw=raw, model=name)
+    check_model_access(key, name, STANDARD)
+    envelope = Envelope(gateway.ledger.secret, key.account)
+    target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
+    down = client_stream(gateway, client, key, request, STANDARD, "")
+    reservation, counted = down.reservation, 0
+    try:
+        await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
+        if target.provider.wire_api == "messages":
+            call, router = encode_call(target, envelope, down), gateway.router
+            async with asyncio.timeout(COUNT_S):
+                exchange = await router.upstream.exchange(
+                    target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
+                told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
+                await exchange.close()
+            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+    except LimitExceeded as no:
+        raise limit_error(key, no, client.started_s, to_codex=False) from None
+    except (UpstreamError, TimeoutError):       # an estimate will do
+        pass
+    finally:
+        gateway.ledger.abandon(reservation.response_id)
+    own = [] if counted else [("x-pomex-estimated", "true")]
+    body = dumps({"input_tokens": counted or request.estimated_input}).encode()
+    await client.answer(200, [*JSON_HEADERS, *own, *reservation.headers()], body)
+
+
 # --- 11.2 models ---
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
@@ -11060,8 +11683,16 @@ CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a h
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-def model_object(gateway: Gateway, name: str) -> JSON:
+def model_object(gateway: Gateway, name: str, headers: Headers) -> JSON:
+    """In the form of OpenAI or Anthropic, whose clients name themselves by their headers."""
+    if to_anthropic(headers):
+        created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
+        return {"type": "model", "id": name, "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
+
+
+def to_anthropic(headers: Headers) -> bool:
+    return bool(headers.get("anthropic-version") or (headers.get("x-api-key") and not headers.get("authorization")))
 
 
 def codex_release(text: str) -> int:
@@ -11124,9 +11755,13 @@ async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> N
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release = codex_release(client.head.query)
-    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
-            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
+    release, headers = codex_release(client.head.query), client.head.headers
+    body: JSON = {"data": [model_object(gateway, name, headers) for name in names]}
+    if to_anthropic(headers):
+        body |= {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+    else:
+        entries = [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]
+        body = {"object": "list", **body, "models": entries}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 
 
@@ -11145,7 +11780,7 @@ async def model(gateway: Gateway, client: Client) -> JSON:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    return model_object(gateway, name)
+    return model_object(gateway, name, client.head.headers)
 
 
 # --- 11.3 health ---
@@ -12170,6 +12805,7 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
     **{f"POST {api.endpoint}": functools.partial(generate, name) for name, api in CLIENT_APIS.items()},
+    "POST /v1/messages/count_tokens": count_tokens,
     "GET /v1/models": models,
     "GET /v1/models/*": model,
     "GET /v1/key": key_facts,
@@ -12291,6 +12927,8 @@ class Client:
         """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
+        if api_of(self.head.path) == "messages":
+            headers = [*headers, ("request-id", self.request_id)]
         # without chunks the end of the connection is the end of the body
         self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
         if self.chunked:

@@ -555,6 +555,8 @@ output = 10
 tiers = { priority = 2, geo = 1.1 }
 [providers.google]
 api_key = "k"
+[providers.anthropic]
+api_key = "k"
 """
 
 
@@ -565,7 +567,8 @@ api_key = "k"
     ("openai/gpt-6.1-sol", "flex", "flex", "1 5 0.05 1.25 2.5 10"), ("openai/gpt-6.1-sol", "ultrafast", "", "12 60 0.6 15 30 10"),
     ("openai/gpt-6.1-sol", "ultrafast", "priority", "4 20 0.2 5 10 10"), ("europe/m", "", "", "1.1 11 - - - -"),
     ("europe/m", "priority", "priority", "2.2 22 - - - -"), ("google/gemini-4-argon", "priority", "", "2 10 0.1 - - 14"),
-    ("google/gemini-4-argon", "", "priority", "3.6 18 0.18 - - 14"),
+    ("google/gemini-4-argon", "", "priority", "3.6 18 0.18 - - 14"), ("anthropic/claude-opus-4-8", "speed fast", "", "10 50 1 12.5 20 10"),
+    ("anthropic/claude-opus-4-8", "fast", "", "5 25 0.5 6.25 10 10"),
 ])
 def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_holds(ledger, target, asked, said, price):
     """Reserved is before an answer: the dearer of the standard tier and of the one asked for. Gemini is not asked for any."""

@@ -4364,7 +4364,7 @@ class ClientApi(NamedTuple):
 
     def adapt_error(self, error: GatewayError) -> None:
         status, words = self.known_errors.get(error.code or "", (error.status, ""))
-        if words.lower() not in str(error).lower():
+        if words.lower().rstrip(".") not in str(error).lower():
             error.args = (f"{words} {error}",)
         error.status = status
     untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
@@ -7881,20 +7881,21 @@ REFERENCE = ("env:", "file:")  # any other secret is a literal
 PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
+@dataclass(eq=False, repr=False)
 class ConfigFile:
     """One configuration file, with the variables and files that it may refer to."""
+    text: str
+    name: str
+    environ: Mapping[str, str]
+    read_file: Callable[[str], str]
 
-    def __init__(self, text: str, name: str, environ: Mapping[str, str],
-                 read_file: Callable[[str], str]) -> None:
-        self.name = name
-        self.environ = environ
-        self.read_file = read_file
+    def __post_init__(self) -> None:
         try:
-            self.toml: JSON = tomllib.loads(text)
+            self.toml: JSON = tomllib.loads(self.text)
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-            where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
-            raise ConfigError(where) from None
+            where = f" line {at[2]}: {at[1]} (column {at[3]})" if at else f": {error}"
+            raise ConfigError(self.name + where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
@@ -8354,7 +8355,7 @@ BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
 
 def has_checksum(token: str) -> bool:
     body = token[len(KEY_PREFIX):]
-    return len(body) == KEY_RANDOM + KEY_CHECK and key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
+    return key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
 
 
 def explain_bad_key(header: str) -> str:
@@ -8486,7 +8487,7 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Not one of the statement it was given."""
+    """False for a fault of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -8652,8 +8653,8 @@ def take_over_old_tables(tx: Transaction) -> None:
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
     # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
-    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
-               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', {columns} FROM old_daily")
     requests = read_old(tx, "usage ORDER BY id")
     while batch := [*itertools.islice(requests, 1000)]:
         rows = insert_rows(tx, [row for request in batch for row in old_rows(
@@ -8945,7 +8946,6 @@ class Limit(NamedTuple):
     unit: str     # nanos | requests | tokens | open
     maximum: int  # 0 for prepaid credit, whose bound is its balance
     kind: str     # key | account | credit | open | rate
-    owner_id: int
     since_day: int  # of a meter: it counts what was spent since then
 
 
@@ -8971,13 +8971,23 @@ def limits_of(key: Key, day: int) -> list[Limit]:
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     owner, account = f"key {key.id}", f"account {key.account_id}"
     limits = (
-        (owner, "nanos", key.budget_nanos, "key", key.id, start),
-        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
-        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
-        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
-        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
-        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+        (owner, "nanos", key.budget_nanos, "key", start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", 0),
+        (account, "nanos", key.account_limit_nanos, "account", month),
+        (f"{owner} open", "open", key.concurrent or None, "open", 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", 0))
     return [Limit._make(limit) for limit in limits if limit[2] is not None]
+
+
+def is_owner(owner: str) -> str:
+    """SQL of a condition: key_id = 7 of "key 7"."""
+    return owner.replace(" ", "_id = ")
+
+
+def select_spent(owner: str) -> str:
+    """SQL of what a key or an account has spent since a time."""
+    return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -8987,8 +8997,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
         return found[0]
     spent = 0
     if limit.kind != "open":
-        spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
-                        "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
+        spent = tx.read(select_spent(limit.owner), (limit.since_day * DAY_MS,))[0][0]
         tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",  # long over
                    (limit.owner, limit.since_day - 62))
     tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
@@ -9011,7 +9020,7 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
         return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
-        maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
+        maximum = tx.read(f"SELECT coalesce(sum(nanos), 0) FROM credits WHERE {is_owner(limit.owner)}")[0][0]
     spent, granted = spent_and_granted(tx, limit)
     taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
                        (amount, limit.owner, limit.since_day, amount, maximum))
@@ -9087,7 +9096,7 @@ class Ledger:
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
         # what one commit of each half second writes
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()  # of /metrics
+        self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
         self.notes: dict[str, str] = {}                # settings: the last error of each provider
         self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
@@ -9155,7 +9164,7 @@ class Ledger:
 
     def start(self) -> None:
         """Starts the background work of a server."""
-        self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
+        self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
         """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
@@ -9182,16 +9191,16 @@ class Ledger:
         return response_id not in self.unsaved
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
-                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
+                      held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
-        def run(tx: Transaction) -> list[tuple[int, float]]:
+        def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # unknown: this process was taken for dead and what it held was released
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
             reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
@@ -9245,26 +9254,24 @@ class Ledger:
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
         """Done when what waits now is written, or that has failed."""
-        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if self.flushed is None:
-            self.flushed = loop.create_future()
+            self.flushed = asyncio.get_running_loop().create_future()
         if self.flushing is None:
-            self.flushing = loop.create_task(self.flush())
+            self.flushing = asyncio.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
         """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
-        loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
                 if self.pending or not self.healthy:  # others may join, or the database may heal
-                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - time.monotonic())
                     if self.flushed is None:  # the ledger was closed
                         return
-                self.flushed_at = loop.time()
+                self.flushed_at = time.monotonic()
                 flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
                 self.flushed, self.writes = None, []
                 failure = None
@@ -9408,7 +9415,7 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+    def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
                      tx: Transaction) -> None:
         tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
         tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
@@ -9486,9 +9493,17 @@ def in_usd(values: JSON) -> JSON:
 
 # --- 8.8 what one request may use, and what it costs ---
 
+@dataclass(eq=False)
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
-    request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts."""
+    prices: PriceTable
+    ledger: Ledger
+    key: Key
+    response_id: str
+    model: str
+    started_ms: int
+    named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
+    asked_tier: str = ""
     reserved_output = 0      # output tokens whose cost is reserved
     charged_output = 0       # output tokens charged to a rate
     max_output_tokens = 0    # of the answer
@@ -9496,22 +9511,19 @@ class Reservation:
     max_price = ""           # the price that reservations are made at
     first = "", "", Usage()  # the target that is asked first, and what goes into it
 
-    def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
-                 named: Mapping[str, Any], asked_tier: str = "") -> None:
-        self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
-        self.response_id, self.model, self.started_ms = response_id, model, started_ms
+    def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS)
-        self.held: collections.Counter[Limit] = collections.Counter()  # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.limits = limits_of(self.key, self.started_ms // DAY_MS)
+        self.held = collections.Counter[Limit]()            # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
-        tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
+        asked = "priority" if self.asked_tier == "fast" else self.asked_tier
+        tiers = [usage.tier] if usage.tier or region is None else ["", asked]
         return max((schedule.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
@@ -9560,14 +9572,12 @@ class Reservation:
             needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
-                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                    self.states.update(await self.ledger.reserve(self.response_id, self.open_row, needs, self.held))
                 elif first:
                     self.ledger.begin(self.response_id, self.open_row)
                 break
             except LimitExceeded as no:
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                self.states[no.limit] = max(no.remaining, 0), no.wait_s
                 left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
@@ -9618,9 +9628,10 @@ class Reservation:
     def headers(self) -> list[tuple[str, str]]:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
-        for limit, (remaining, reset_s) in self.rates.items():
-            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
+        for limit, (remaining, reset_s) in self.states.items():
+            if limit.kind == "rate":
+                values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
 
 
@@ -9783,8 +9794,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
     wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
-        kind, owner_id = owner.split()
-        if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
+        if await db.read(select_spent(owner), since_day * DAY_MS) != [(spent,)]:
             wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
@@ -9804,10 +9814,10 @@ async def prune(ledger: Ledger, before_day: int) -> int:
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
-             "after": json.loads(after)} for before, after, *row in rows]
+    names = ("id", "time_ms", "who", "action", "name", "before", "after")
+    rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
+                         before_id, since_ms, limit)
+    return [dict(zip(names, (*row, json.loads(before), json.loads(after)))) for *row, before, after in rows]
 
 
 # === 9. upstream ===
@@ -9833,15 +9843,15 @@ def do_nothing() -> None:
 class StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
     is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    unread = 0  # bytes in the reader
+    pump: Callable[[bytes], None] | None = None
+    fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
         self.reader = asyncio.StreamReader(buffer_bytes)  # which holds up to twice that
         super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
-        self.unread = 0  # bytes in the reader
-        self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
-        self.fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
@@ -9928,7 +9938,7 @@ class TransportError(UpstreamError):
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """Of the provider's configuration."""
+    """A limit of the provider's configuration."""
 
 
 # --- 9.1 endpoints and proxies ---
@@ -9992,14 +10002,14 @@ def parse_proxy(proxy: str) -> Proxy:
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    usual = 443 if url.scheme == "https" else 80
+    host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
         address = environment_proxy(url.scheme, host, port, environ)
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
-    name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
-    path = url.path.rstrip("/")
+    name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
     if proxy and url.scheme == "http":  # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
@@ -10029,8 +10039,12 @@ NO_HEADERS = Headers([])
 LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)  # not a provider's
 
 
+@dataclass(eq=False)
 class Exchange:
     """One request and its answer. Its holder calls close() in any case."""
+    pool: ConnectionPool
+    provider: ProviderConfig
+    origin: Origin
     status = 0
     headers = NO_HEADERS
     connection: UpstreamConnection | None = None  # None after close()
@@ -10042,10 +10056,9 @@ class Exchange:
     inflater: ContentDecoder | None = None
     compressed = b""  # bytes not inflated yet
 
-    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
-        self.pool, self.provider, self.origin = pool, provider, origin
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.total_due = self.loop.time() + provider.total_timeout_s
+        self.total_due = self.loop.time() + self.provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
         """The error to raise; of a timeout, `limit` is its setting."""
@@ -10187,7 +10200,7 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """Of answer and request. The decoder may have stopped at the last event."""
+        """Were request and answer sent whole? The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
                 await connection.receive()  # without waiting: the bytes are in the buffer
@@ -10198,13 +10211,16 @@ class Exchange:
         return self.finished and not connection.unsent_bytes()
 
 
+@dataclass(eq=False)
 class Pump:
     """Gives the bytes of an answer to take() as the event loop receives them."""
+    exchange: Exchange
+    connection: UpstreamConnection
+    take: Callable[[bytes], bool]
+    error: Exception | None = None  # of take()
 
-    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take = exchange, connection, take
-        self.stopped = exchange.loop.create_future()
-        self.error: Exception | None = None  # of take()
+    def __post_init__(self) -> None:
+        self.stopped = self.exchange.loop.create_future()
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -10243,16 +10259,16 @@ class Pump:
 
 class ConnectionPool:
     """All connections to providers of this process."""
+    closed = False
+    secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
-        self.environ = dict(environ or {})
+    def __init__(self, environ: Mapping[str, str] = {}) -> None:
+        self.environ = environ
         self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
-        self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
+        self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
         self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}  # in progress, by host
-        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
-        self.closed = False
-        self.secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
+        self.not_reused: set[Origin] = set()  # that sent unsolicited bytes
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:

@@ -445,7 +445,9 @@ def test_a_failure_is_the_last_event_and_in_anthropics_form():
 def test_errors_have_the_words_and_types_that_claude_code_knows():
     """It compacts after "prompt is too long", and asks no more after a billing error (measured)."""
     def shown(words, code):
-        return pomex.messages_error(pomex.BadRequest(words, code=code), "")["error"]
+        error = pomex.BadRequest(words, code=code)
+        pomex.CLIENT_APIS["messages"].adapt_error(error)
+        return pomex.messages_error(error, "")["error"]
     assert shown("Too many tokens.", "context_length_exceeded") == {"type": "invalid_request_error", "message": "Prompt is too long. Too many tokens."}
     assert shown("prompt is too long: 9 > 8", "context_length_exceeded")["message"] == "prompt is too long: 9 > 8"
     assert shown("No price.", "price_unknown")["type"] == "billing_error"

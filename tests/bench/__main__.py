@@ -64,9 +64,11 @@ CLIENTS = [
     ("Chat turn passed", "chat", "mockchat", 1.0),
     ("Messages turn passed", "messages", "mockmessages", 1.0),
     ("Responses turn from chat", "responses", "mockchat", None),
-    ("Chat turn from messages", "chat", "mockmessages", 1.0),
-    ("Chat turn from gemini", "chat", "mockgemini", 1.0),
     ("Messages turn from chat", "messages", "mockchat", 1.0),
+    ("Responses turn from messages", "responses", "mockmessages", None),
+    ("Chat turn from messages", "chat", "mockmessages", 1.0),
+    ("Responses turn from gemini", "responses", "mockgemini", None),
+    ("Chat turn from gemini", "chat", "mockgemini", 1.0),
     ("Messages turn from gemini", "messages", "mockgemini", 1.0),
 ]
 # API: its path, the end of a stream

@@ -11354,12 +11354,11 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/completions", "wrong_wire_api",
-     "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
-    (r"/v1/messages/batches.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
-    (r"/v1beta/.*", "wrong_wire_api",
-     "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
-    (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
+    (r"/v1/completions|/(v1beta|api)/.*", "wrong_wire_api",
+     "This API is not served: {path}. Set the client to an OpenAI-compatible provider at {base}, or Claude Code to {root}."),
+    (r"(/.*)?/messages(/count_tokens)?", "wrong_base_url",
+     "ANTHROPIC_BASE_URL must be {root}, without /v1 (in opencode with it); this request came to {path}."),
+    (r"(/.*)?/(responses|models|chat/completions)|/v1/v1/.*", "wrong_base_url",
      "base_url must end with /v1: {base}. The client adds the rest; this request came to {path}."),
     (r"/v1/responses/input_tokens", "not_found",
      "Pomex does not count tokens beforehand: usage in the answer has the true counts."),
@@ -11370,19 +11369,19 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/alpha/search", "not_found",
      "Pomex has no search service of its own. Leave supports_standalone_web_search out of [model_providers.pomex]: "
      "web_search is then a tool of the model."),
-    (r"/v1/(embeddings|images|audio|moderations|files|uploads|batches|fine_tuning|vector_stores|realtime|assistants|threads)"
-     r"(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
+    (r"/v1/(embeddings|images|audio|moderations|files|uploads|(messages/)?batches|fine_tuning|vector_stores|realtime|assistants"
+     r"|threads)(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
+    root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
-    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses and GET /v1/models; its dashboard is at "
-                      "/admin.", status=404, code="not_found")
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
+                      "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ---
@@ -12053,12 +12052,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     """The requests in flight in all processes, oldest first."""
     rows = await db.read(f"SELECT {', '.join(OPEN_COLUMNS)}, {KEY_NAME_OF} FROM open_requests "
                          f"WHERE {key_condition(key_id)} ORDER BY response_id")
-    return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
-
-
-def client_view(row: JSON) -> JSON:
-    """With what the page asks of the client."""
-    return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
+    return [dict(zip((*OPEN_COLUMNS, "key"), row)) for row in rows]
 
 
 def row_detail(row: JSON) -> JSON:
@@ -12068,7 +12062,7 @@ def row_detail(row: JSON) -> JSON:
 def row_view(row: JSON) -> JSON:
     """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
-    return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
+    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
@@ -12091,15 +12085,63 @@ def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     return "PROVIDER/NAME"
 
 
-def codex_block(url: str, model: str) -> list[str]:
-    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
-    models from it, so it is left out for a model of which they know more than we do."""
-    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
-             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
-             'wire_api = "responses"']
-    known = model.count("/") < 2 and codex_fields(model, CODEX_TABLE)       # Codex takes one prefix off, not two
-    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
+class Agent(NamedTuple):
+    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: in a file, else lines for a shell."""
+    name: str
+    settings: str
+    variable: str = ""          # moves `home`
+    home: str = ""
+    file: str = ""
+
+
+CODEX_AGENT = Agent("codex", """\
+model_provider = "pomex"
+model = "{MODEL}"
+
+[model_providers.pomex]
+name = "Pomex API"
+base_url = "{URL}/v1"
+env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
+wire_api = "responses"
+model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" would be a special name
+AGENTS = {each.name: each for each in (
+    CODEX_AGENT,
+    Agent("claude-code", """\
+{"apiKeyHelper":"printenv POMEX_API_KEY","env":{"ANTHROPIC_BASE_URL":"{URL}","ANTHROPIC_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_OPUS_MODEL":"{MODEL}","ANTHROPIC_DEFAULT_SONNET_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_HAIKU_MODEL":"{MODEL}"}}""", "CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"),
+    Agent("opencode", """\
+{"model":"pomex/{MODEL}","small_model":"pomex/{MODEL}","provider":{"pomex":{"npm":"@ai-sdk/openai-compatible",
+"options":{"baseURL":"{URL}/v1","apiKey":"{env:POMEX_API_KEY}"},"models":{"{MODEL}":{}}}}}""",
+          "XDG_CONFIG_HOME", "~/.config", "opencode/opencode.json"),
+    Agent("qwen-code", """\
+{"security":{"auth":{"selectedType":"openai","baseUrl":"{URL}/v1","apiKey":"$POMEX_API_KEY"}},
+"model":{"name":"{MODEL}"}}""", "QWEN_HOME", "~/.qwen", "settings.json"),
+    Agent("aider", """\
+export AIDER_OPENAI_API_BASE="{URL}/v1"
+export AIDER_OPENAI_API_KEY="$POMEX_API_KEY"
+export AIDER_MODEL=openai/{MODEL}"""),
+    Agent("cline", 'cline auth openai-compatible -b "{URL}/v1" -k "$POMEX_API_KEY" -m {MODEL}'),
+    Agent("continue", """\
+{"name":"Pomex","version":"1.0.0","schema":"v1","models":[{"name":"Pomex","provider":"openai","model":"{MODEL}",
+"apiBase":"{URL}/v1","apiKey":"${{ secrets.POMEX_API_KEY }}","roles":["chat","edit","apply"]}]}""",
+          "CONTINUE_GLOBAL_DIR", "~/.continue", "config.yaml"))}       # YAML includes JSON
+
+
+def agent_settings(agent: Agent, url: str, model: str) -> str:
+    """Ready to paste. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of models from it, so it is
+    left out for a model of which they know more than we do."""
+    text = agent.settings
+    if text.startswith("{"):
+        text = dump_json(json.loads(text))
+    elif agent is CODEX_AGENT and model.count("/") < 2 and codex_fields(model, CODEX_TABLE):    # it takes one prefix off
+        text = text.rpartition("\n")[0]
+    fit = dumps(model)[1:-1] if agent.file else shlex.quote(model)
+    return text.replace("{URL}", url).replace("{MODEL}", fit)
+
+
+def dump_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 # --- 11.7 access to the dashboard and the admin API ---
@@ -12704,21 +12746,17 @@ async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
+    model = best_model(gateway.catalogue, request.key)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {
-        "block": codex_block("{ORIGIN}", best_model(gateway.catalogue, request.key)),
+        "agents": [(each.name, each.file and f"{each.home}/{each.file}", agent_settings(each, "{ORIGIN}", model))
+                   for each in AGENTS.values()],
         "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
-        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
-        "latest": await newest_request(db, mine),
+        "latest": [row_view(row) for row in await usage_rows(db, f"{mine} AND client NOT LIKE 'Mozilla%'", [], 1)],
         "running": running[-1] if running else None,
         "refused": [json.loads(data) for data, in refused]}
-
-
-async def newest_request(db: Database, where: str) -> JSON | None:
-    rows = await usage_rows(db, where, [], 1)
-    return row_view(rows[0]) if rows else None
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
@@ -13707,7 +13745,7 @@ def say(*lines: str) -> None:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(dump_json(value))
 
 
 def plural(number: int, noun: str) -> str:
@@ -13863,8 +13901,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
-            "", 'Then, in another terminal: codex "What is 2 + 2?"')
+            re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
+            "", 'Then, in another terminal: codex "What is 2 + 2?"', f"Other agents: {command('connect AGENT')}")
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
@@ -14294,7 +14332,7 @@ def run_init(args: Args) -> None:
     say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
-# codex
+# connect
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -14308,19 +14346,36 @@ BLOCK_END = "# <<< pomex"
 REPLACED = "# pomex replaced: "
 
 
-def codex_home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
+    return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    """key path -> value, of everything that is not a table."""
+def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table, in JSON also of empty ones."""
+    is_toml = agent is CODEX_AGENT
+
     def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (path and not value and not is_toml):
             yield path, value
             return
         for key, inner in value.items():
             yield from walk((*path, key), inner)
-    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
+
+
+def toml_leaves(text: str) -> dict[KeyPath, Any]:
+    return settings_leaves(CODEX_AGENT, text)
+
+
+def json_text(values: Mapping[KeyPath, Any]) -> str:
+    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+    tables: JSON = {}
+    for (*folders, last), value in values.items():
+        table = tables
+        for name in folders:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return dump_json(tables) + "\n"
 
 
 def is_codex_key(path: KeyPath) -> bool:
@@ -14347,7 +14402,7 @@ def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ConfigError if its form does not allow that."""
+    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
     line_end = "\r\n" if "\r\n" in text else "\n"
     top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
     for path, value in values.items():
@@ -14361,8 +14416,7 @@ def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by "
-                      f"hand. It needs the lines that this prints: {command('codex')}")
+    raise ValueError
 
 
 def without_block(text: str) -> str:
@@ -14380,18 +14434,33 @@ def without_block(text: str) -> str:
                       f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
-def codex_text(path: pathlib.Path) -> str | None:
-    """A TOML file as it is; None if there is none. ConfigError if it cannot be read."""
+def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
+    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
+    if agent is CODEX_AGENT:
+        return BLOCK_BEGIN in text
+    return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
+
+
+def connect_words(agent: Agent) -> str:
+    return "connect " * (agent is not CODEX_AGENT) + agent.name
+
+
+def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
+                       f"prints: {command(connect_words(agent))}")
+
+
+def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
+    """(text, leaves) of a file; nothing if there is none. ConfigError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
         text = path.read_bytes().decode()
-        toml_leaves(text)
+        return text, settings_leaves(agent, text)
     except FileNotFoundError:
-        return None
+        return "", {}
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
-    return text
+        raise unsafe_file(agent, path, f"is not {'TOML' if agent is CODEX_AGENT else 'JSON'}: {error}") from None
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
@@ -14418,7 +14487,7 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+def change_file(path: pathlib.Path, now: str, after: str) -> None:
     """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
     if after.strip("\ufeff\r\n"):
@@ -14427,41 +14496,58 @@ def change_codex(path: pathlib.Path, now: str, after: str) -> None:
         path.unlink()
 
 
-def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
+def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path) or ""
-    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
+    now, found = read_settings(agent, path)
+    ours = settings_leaves(agent, settings)
+    more = {name: value for name, value in found.items()      # that somebody else put into our table
             if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
-    if toml_leaves(after) == toml_leaves(now):
+    try:
+        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
+    except (AttributeError, TypeError, ValueError):
+        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
-        return 0
+        return
     kept = ""
-    if now and BLOCK_BEGIN not in now:          # as its user had it
+    if now and not has_settings(agent, now, found):         # as its user had it
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
-    change_codex(path, now, after)
+    change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command(f'{connect_words(agent)} --undo{profile}')}")
     if not os.environ.get("POMEX_API_KEY"):
-        say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
-    return 0
+        say(f"Now export POMEX_API_KEY in the shell that starts {agent.name}. A new key: {command('keys create NAME')}")
 
 
-def undo_codex(path: pathlib.Path) -> int:
-    now = codex_text(path) or ""
-    if BLOCK_BEGIN not in now:
-        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
+def undo_settings(agent: Agent, path: pathlib.Path) -> int:
+    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    now, found = read_settings(agent, path)
+    if not has_settings(agent, now, found):
+        say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    change_codex(path, now, without_block(now))
+    if agent is CODEX_AGENT:
+        change_file(path, now, without_block(now))
+    else:
+        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
+        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
+        before, old = read_settings(agent, copy)
+        ours = settings_leaves(agent, agent.settings)
+        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
+        after |= {name: value for name, value in old.items() if name in ours}
+        change_file(path, now, before if after == old else json_text(after))
+        copy.unlink(missing_ok=True)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
-def run_codex(args: Args) -> int:
-    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+def run_connect(args: Args) -> int:
+    agent = AGENTS[args.agent]
+    path = agent_home(agent) / ("pomex.config.toml" if args.profile else agent.file)
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    if not agent.file and (args.write or args.undo):
+        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {command(connect_words(agent))}")
     if args.undo:
-        return undo_codex(path)
+        return undo_settings(agent, path)
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
@@ -14471,24 +14557,27 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config.server), model)
+    settings = agent_settings(agent, own_url(config.server), model)
     if not (args.write or args.profile or args.run):
-        print(*block, sep="\n")
+        place = f"For {home_short(path)}; to put it there: {command(connect_words(agent))} --write"
+        say(place if agent.file else "For a shell:")
+        print(settings)
         return 0
-    code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config.server)):
+    if not args.run:
+        write_settings(agent, path, settings)
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
     if args.run:
-        return start_codex(config, block, args.prompt)
-    if args.profile and code == 0:
+        return start_codex(config, settings, args.prompt)
+    if args.profile:
         say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
-    return code
+    return 0
 
 
-def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
+def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    values = toml_leaves("\n".join(block))
-    overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
+    overrides = [word for path, value in toml_leaves(settings).items()
+                 for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
@@ -14527,7 +14616,7 @@ async def diagnose(config: Config) -> list[Check]:
     checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
                      "serve", "missing"), check_program(), file]
     checks += check_provider(provider, url) if provider else []
-    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+    if (agent_home() / "app-server-control" / "app-server-control.sock").exists():
         checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
     check, key = await check_key(provider, url, tls_cert)
     if not (url and key):
@@ -14568,7 +14657,7 @@ def check_program() -> Check:
 
 def check_codex_file() -> tuple[Check, JSON, JSON]:
     """(what it is like, what it says, its table of the provider)."""
-    path = codex_home() / "config.toml"
+    path = agent_home() / "config.toml"
     shown = home_short(path)
     if not path.is_file():
         other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
@@ -15019,6 +15108,8 @@ LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
+CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is kept"),
+           flag("undo", "take them out again; all other changes stay"))
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
@@ -15042,10 +15133,10 @@ COMMANDS = {
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
-            MODEL,
-            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+            Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
+        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+            *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
@@ -15143,7 +15234,7 @@ def command_parser() -> CommandParser:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
         example = f"example: {command(each.example)}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
-        added.set_defaults(command=each, parser=added)
+        added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)
     return parser
 
@@ -15415,7 +15506,7 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
 # name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
 # of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see codex_block.
+# (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
 gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
@@ -15542,7 +15633,7 @@ main:focus{outline:0}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
+.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);
   font-weight:600;box-shadow:0 0 0 1px var(--line)}
 .btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
   border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
@@ -16382,36 +16473,21 @@ for event in client.responses.create(**${pythonText(body)}):
     print(event)`,
 };
 
-function setupTabs(block, token = "sk-rh-…") {
-  const texts = {
-    Codex: "# ~/.codex/config.toml\n" + block.join("\n").replaceAll("{ORIGIN}", location.origin),
-    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
-    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
-  };
-  const shown = scrollBox("pre", "code", "Set-up snippet");
-  const names = Object.keys(texts);
-  let current = "";
-  const tabs = names.map(name =>
-    el("button", {role: "tab", type: "button", onclick: () => select(name), onkeydown: move}, name));
-  function move(event) {
-    const step = ARROWS[event.key];
-    if (!step) return;
-    const next = tabs[(names.indexOf(current) + step + tabs.length) % tabs.length];
-    next.focus();
-    next.click();
+// How to set up one agent at a time; `agents` are [name, file, settings].
+function setupBox(agents, token = "sk-rh-…") {
+  const all = [...agents,
+    ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
+    ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
+  const shown = scrollBox("pre", "code", "Set-up snippet"), where = para("d");
+  function show(wanted) {
+    const [, file, text] = all.find(([name]) => name === wanted);
+    where.textContent = file ? "For " + file : "For a shell";
+    shown.textContent = text.replaceAll("{ORIGIN}", location.origin);
   }
-  function select(name) {
-    current = name;
-    shown.textContent = texts[name];
-    for (const tab of tabs) {
-      const isSelected = tab.textContent === name;
-      tab.ariaSelected = String(isSelected);
-      tab.tabIndex = isSelected ? 0 : -1;
-    }
-  }
-  select(names[0]);
-  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": "Set-up snippets"}, tabs),
-    copyButton("Copy", "s", () => texts[current].trim())), shown);
+  show("codex");
+  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]),
+    {onchange: event => show(event.target.value)}),
+    copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
 const STEP_MARKS = {done: "✓", bad: "!"};
@@ -16450,8 +16526,8 @@ function drawOverview(data, redraw) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
   const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
+    para("", "Set up a client, or try the demo in the playground."),
+    link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
   const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
   const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
@@ -16612,15 +16688,15 @@ function showKeys(main) {
   return page;
 }
 
-const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
-const WAITING = "Waiting for the first request from Codex…";
+const requestText = row => [bdi(row.model), ", ", bdi(row.client), " at ", time(row.started_ms)];
+const WAITING = "Waiting for the first request…";
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
-    step("", "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+    step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : step("now", WAITING, 'Run: codex "What is 2 + 2?"'),
+      : step("now", WAITING, 'Like: codex "What is 2 + 2?"'),
   ];
 }
 
@@ -16638,7 +16714,7 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
@@ -16869,7 +16945,7 @@ function describeTotals(sums) {
 
 function noRequests(query) {
   if (!query.size) {
-    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
+    const hint = [link(null, "#setup", "Set up a client"), " to see requests here."];
     return div("empty", h2("No request yet"), para("", hint));
   }
   return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
@@ -17213,12 +17289,13 @@ async function* readEvents(response) {
 // --- set-up ---
 const CAUSES = {
   invalid_api_key: "The key was refused", wrong_base_url: "base_url is wrong", use_http_sse: "A WebSocket was tried",
+  wrong_wire_api: "Another API was asked",
 };
 
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
-  function draw({block, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupTabs(block));
+  function draw({agents, refused, ...state}) {
+    if (!snippets.firstChild) snippets.append(setupBox(agents));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -17228,33 +17305,30 @@ function showSetup(main) {
   const page = livePage(main, parts, () => api("setup"), draw);
   function live(kind, event) {
     if (kind === "refused") announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
-    if (kind === "usage" && event.codex) announce("A request from Codex ended with response." + event.status);
+    if (kind === "usage") announce("A request ended: " + event.status);
     page.live();
   }
   return {...page, live};
 }
 
-function setupSteps({providers, demo, keys, running, codex, latest}) {
+function setupSteps({providers, demo, keys, running, latest}) {
   let provider = step("bad", "No provider is ready", "Set a provider's key.");
   if (demo) provider = step("done", "The demo is ready", "For real models set a provider's key.");
   if (providers.length) provider = step("done", "Providers are configured", providers.join(", "));
   const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
     : step("bad", "No key yet", link(null, "#keys", "Create a key"));
   return [step("done", "The gateway answers on " + location.host), provider, key,
-    ...codexSteps(running, codex, running || latest)];
+    ...requestSteps(running, latest[0])];
 }
 
-function codexSteps(running, codex, newest) {
-  const end = step("", "The stream ends with response.completed");
-  if (running?.codex) return [step("now", "A request from Codex is in flight", requestText(running)), end];
-  if (!codex) {
-    const other = newest && [" Another client at ", time(newest.started_ms)];
-    return [step("now", WAITING, 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
-  }
-  const {status, error} = codex;
-  const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
-  return [step("done", "A request from Codex was received", requestText(codex)),
-    step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
+function requestSteps(running, latest) {
+  const end = step("", "Its stream ends as it should");
+  if (running) return [step("now", "A request is in flight", requestText(running)), end];
+  if (!latest) return [step("now", WAITING, 'Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"'), end];
+  const {status, error, endpoint} = latest;
+  const ended = (endpoint === "/v1/responses" ? "Its stream ended with response." : "Its stream ended: ") + status;
+  return [step("done", "A request was received", requestText(latest)),
+    step(status === "completed" ? "done" : "bad", status === "cancelled" ? "The client left" : ended, clip(error, 300))];
 }
 
 const REFUSED_COLUMNS = [

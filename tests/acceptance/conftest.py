@@ -46,11 +46,15 @@ def pomex(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield direct(upstream)
         return
     config = f'[server]\nport = {free_port()}\nadmin_token = "{ADMIN_TOKEN}"\n[database]\nurl = "sqlite:pomex.db"\n'
-    for name, lines in WIRES.items():
-        config += (f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
-                   f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n')
+    config += providers(upstream)
     with running_pomex(tmp_path_factory.mktemp("pomex"), config, {"SCRIPTED_KEY": "upstream-secret"}) as gateway:
         yield gateway
+
+
+def providers(upstream: Upstream) -> str:
+    """The scripted provider in the configuration, once for each wire."""
+    return "".join(f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
+                   f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n' for name, lines in WIRES.items())
 
 
 def direct(upstream: Upstream) -> Pomex:
@@ -68,6 +72,7 @@ def direct(upstream: Upstream) -> Pomex:
 @pytest.fixture
 def script(upstream: Upstream) -> Iterator[Script]:
     """The provider's script, empty at the start of each test. No request may have been refused at its end."""
+    upstream.script.whole_answers = False
     upstream.script.play()
     upstream.script.refused.clear()
     yield upstream.script

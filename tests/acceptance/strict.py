@@ -82,6 +82,7 @@ ANTHROPIC_MODELS = {
 }
 MESSAGES_FIELDS = {"model", "max_tokens", "messages", "system", "tools", "tool_choice", "thinking", "output_config",
                    "metadata", "temperature", "top_p", "top_k", "stop_sequences", "stream", "service_tier"}
+NEWER_VERSION = "2026-10-21"            # the SDKs', which send their key as a Bearer; 2023-06-01 stays valid
 BETA_FIELDS = {"context_management": "context-management-", "speed": "fast-mode-", "mcp_servers": "mcp-client-"}
 BLOCK_FIELDS = {
     "text": {"text", "citations"}, "tool_reference": {"tool_name"}, "image": {"source"}, "document": {"source", "title", "context", "citations"},
@@ -130,8 +131,11 @@ def messages_complaint(body: JSON, headers: dict[str, str], memory: Memory) -> s
 
 
 def check_messages(body: JSON, row: AnthropicModel, headers: dict[str, str], whole_answers: bool = False) -> None:
-    need(DIRECT or headers.get("x-api-key") == "upstream-secret", "invalid x-api-key")
-    need(headers.get("anthropic-version") == "2023-06-01", "anthropic-version: header is required")
+    key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+    need(DIRECT or key == "upstream-secret", "invalid x-api-key")
+    version = headers.get("anthropic-version")
+    need(version in ("2023-06-01", NEWER_VERSION), "anthropic-version: header is required")
+    need(version != NEWER_VERSION or not {"temperature", "top_p", "top_k"} & set(body), "temperature: not supported")
     betas = headers.get("anthropic-beta", "")
     extra = sorted(set(body) - MESSAGES_FIELDS - {name for name, beta in BETA_FIELDS.items() if beta in betas})
     need(not extra, f"{extra[:1]}: Extra inputs are not permitted")
@@ -180,9 +184,8 @@ def check_source(at: str, kind: str, source: JSON) -> None:
 
 def check_claude_tools(body: JSON, row: AnthropicModel, betas: str) -> None:
     tools = body.get("tools", [])
-    fields = {"name", "description", "input_schema", "cache_control", "type", "strict"}
+    fields = {"name", "description", "input_schema", "cache_control", "type", "strict", "eager_input_streaming"}
     fields |= {"defer_loading", "allowed_callers", "input_examples"} if "advanced-tool-use-" in betas else set()
-    fields |= {"eager_input_streaming"} if "fine-grained-tool-streaming-" in betas else set()
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), "tools: Tool names must be unique.")
     for n, tool in enumerate(tools):

@@ -7,11 +7,13 @@ fault in a script, from a fault in Pomex.
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CODEX_VERSIONS, DIRECT, NEWEST_CODEX, SHARED, Codex, Pomex, free_port, running_pomex
+from harness import (CODEX_VERSIONS, DIRECT, HERE, NEWEST_CODEX, SHARED, Codex, Pomex, free_port, llama_python,
+                     running_pomex)
 from scripted import Script, Upstream
 
 MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-luna", "gpt-5.6-sol", "gpt-6-sol", "gpt-6.2-sol", "plain-model",
@@ -67,6 +69,22 @@ def direct(upstream: Upstream) -> Pomex:
         'model_provider = "pomex"\n', 'model = "direct/gpt-5.3-codex"\n', "\n", "[model_providers.pomex]\n",
         'name = "Pomex API"\n', f'base_url = "{upstream.base_url("direct")}"\n', 'env_key = "POMEX_API_KEY"\n',
         'wire_api = "responses"\n', f'model_catalog_url = "{upstream.base_url("direct")}/models"\n', "\n"])
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The origin of a running llama.cpp."""
+    log = (tmp_path_factory.mktemp("llama") / "log").open("w")
+    process = subprocess.Popen([str(llama_python()), str(HERE / "llama_server.py")], text=True, stderr=log,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    origin = process.stdout.readline().strip()
+    assert origin.startswith("http://127.0.0.1:"), Path(log.name).read_text()
+    yield origin
+    process.stdin.close()
+    process.wait(20)
+    process.stdout.close()
+    log.close()
 
 
 @pytest.fixture

@@ -197,6 +197,57 @@ def test_claude_code_with_an_unknown_model_is_told_which_there_is(start: Start, 
     script.played_out(requests=0)
 
 
+# --- Claude Code and a real model -------------------------------------------------------------------
+
+PERSONA = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def small(tools: str) -> tuple[str, ...]:
+    """Options with which a request fits a small model's context."""
+    return "--bare", "--system-prompt", PERSONA, "--tools", tools
+
+
+@pytest.fixture(scope="module")
+def llamas(llama: str, upstream: Upstream, pomex: Pomex, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pomex]:
+    """Pomex before llama.cpp, by its chat and by its imitation of Messages, and before the scripted provider."""
+    if DIRECT:
+        yield Pomex(f"{llama}/v1", "any", {})
+        return
+    config = "[server]\nport = 0\n" + providers(upstream)
+    for name in ("chat", "messages"):
+        config += (f'[providers.llama-{name}]\nwire_api = "{name}"\nbase_url = "{llama}/v1"\nenv_key = "LLAMA_KEY"\n'
+                   'models = ["*"]\n')
+    secrets = {"SCRIPTED_KEY": "upstream-secret", "LLAMA_KEY": "any"}
+    with running_pomex(tmp_path_factory.mktemp("llamas"), config, secrets) as running:
+        yield running
+
+
+@pytest.mark.parametrize("wire", ["messages"] if DIRECT else ["messages", "chat"])
+def test_claude_code_is_answered_by_llamacpp(llamas: Pomex, wire: str, tmp_path: Path) -> None:
+    agent = Agent("claude-code", tmp_path, llamas.url, llamas.key, f"llama-{wire}/smollm2")
+    ran = agent.run("Say hello.", *small(""), timeout=180)
+    assert (ran.code, ran.result["is_error"]) == (0, False), ran
+    assert ran.result["result"].startswith("Hello")
+    assert ran.result["usage"]["input_tokens"] + ran.result["usage"]["cache_read_input_tokens"] > 20
+
+
+@pytest.mark.parametrize("wire", ["messages"] if DIRECT else ["chat", *(["messages"] if LONG else [])])
+def test_llamacpp_calls_claude_codes_tool(llamas: Pomex, pomex: Pomex, wire: str, script: Script, tmp_path: Path) -> None:
+    """Another model begins the session: after two examples even one of 135 million parameters calls for the third."""
+    before = llamas if not DIRECT else pomex
+    agent = Agent("claude-code", tmp_path, before.url, before.key, "direct/claude-opus-4-8" if DIRECT else model_of("messages"))
+    for number, word in enumerate(("one", "two")):
+        script.play(says(Call("Bash", {"command": f"echo {word}"})), says(f"It says {word}."))
+        ran = agent.run(f"Run echo {word}", *small("Bash"), *(["--continue"] if number else []))
+        assert ran.result["result"] == f"It says {word}.", ran
+    agent.environment |= {"ANTHROPIC_BASE_URL": llamas.url.removesuffix("/v1"), "ANTHROPIC_MODEL": f"llama-{wire}/smollm2",
+                          "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "60"}
+    ran = agent.run("Run echo three", *small("Bash"), "--continue", timeout=180)
+    session = next((agent.home / ".claude" / "projects").rglob("*.jsonl")).read_text()
+    assert '"command":"echo three"' in session.replace('": "', '":"'), ran
+    assert re.search(r'"tool_result","content":"three"', session), session[-3000:]
+
+
 # --- the others -------------------------------------------------------------------------------------
 
 @pytest.fixture

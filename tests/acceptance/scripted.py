@@ -93,7 +93,8 @@ class Seen:
     @property
     def signatures(self) -> list[str]:
         """What a thought or a part was signed with, in order."""
-        return signatures_in(self.body) if self.path.endswith("/messages") or "contents" in self.body else []
+        body = in_blocks(self.body) if self.path.endswith("/messages") else self.body
+        return signatures_in(body) if self.path.endswith("/messages") or "contents" in body else []
 
     def of_type(self, kind: str) -> list[JSON]:
         return [item for item in self.items if item.get("type") == kind]

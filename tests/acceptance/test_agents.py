@@ -58,11 +58,6 @@ def start(gateway: Pomex, tmp_path: Path) -> Start:
     return started
 
 
-def asked(script: Script) -> list[Seen]:
-    """The requests that offer tools: an agent's own turn, no title or the like."""
-    return [seen for seen in script.seen if seen.body.get("tools")]
-
-
 # --- Claude Code ------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -282,7 +277,7 @@ def test_an_agent_writes_a_file_with_its_tool(agent: Agent, script: Script) -> N
 @through_pomex_only
 @pytest.mark.parametrize("agent_name", CHAT_AGENTS)
 def test_an_agent_with_a_wrong_key_says_so_at_once(agent_name: str, start: Start, script: Script) -> None:
-    ran = start(agent_name, "chat/plain-model", key="sk-rh-nothing").run("Hi", timeout=45)
+    ran = start(agent_name, "chat/plain-model", key="sk-rh-nothing").run("Say hello", timeout=60)
     assert "key" in ran.shown.lower(), ran
     script.played_out(requests=0)
 
@@ -290,7 +285,7 @@ def test_an_agent_with_a_wrong_key_says_so_at_once(agent_name: str, start: Start
 @through_pomex_only
 @pytest.mark.parametrize("agent_name", CHAT_AGENTS)
 def test_an_agent_with_an_unknown_model_is_told_which_there_is(agent_name: str, start: Start, script: Script) -> None:
-    ran = start(agent_name, "chat/plane-model").run("Hi", timeout=45)
+    ran = start(agent_name, "chat/plane-model").run("Say hello", timeout=60)
     assert "chat/plain-model" in ran.shown.replace("\n", ""), ran
     script.played_out(requests=0)
 
@@ -301,5 +296,5 @@ def test_an_interrupted_stream_does_not_send_an_agent_round_in_circles(start: St
     """opencode asks again at once, and for ever, where a stream ends without a `finish_reason` and without an error."""
     script.play(says("This one never gets to its end, the wire is cut.", end="cut"), says("Here it is, whole."))
     ran = start("opencode", model_of(wire)).run("Say it")
-    assert ran.code == 1 and "Error" in ran.shown, ran
-    assert len(asked(script)) == 1
+    assert ran.code == 0 and "Here it is, whole." in ran.stdout, ran
+    script.played_out(requests=2)

@@ -88,7 +88,6 @@ def test_a_text_comes_with_the_upstreams_counts(sdk: Driver, wire: str, way: str
     made = sdk("text", way=way, model=chosen(wire))
     assert (made["text"], made["usage"]) == ("Hello ✓", [50, 10, 7])
     assert made.get("stop") in ("stop", "end_turn", None)
-    assert script.seen[0].streams or (wire in PASSED and way == "whole") or DIRECT
     script.played_out(requests=1)
 
 

@@ -69,6 +69,7 @@ import asyncio
 import asyncio.staggered
 import base64
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
@@ -136,7 +137,7 @@ JSON: TypeAlias = dict[str, Any]    # one decoded JSON object; the function that
 log = logging.getLogger("pomex")
 
 
-# === 1. errors and constants ======================================================================
+# === 1. errors and constants ===
 
 VERSION = "v00083"      # the product's own numbering; the first release with the terminal-event fallback
 
@@ -208,7 +209,7 @@ class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
 
 
-# --- JSON -----------------------------------------------------------------------------------------
+# --- JSON ---
 
 dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 json_string = json.encoder.encode_basestring_ascii
@@ -265,7 +266,7 @@ def only_dicts(value: Any) -> list[JSON]:
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
-# === 2. stream events =============================================================================
+# === 2. stream events ===
 #
 # A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
 # and reads no clock.
@@ -379,14 +380,12 @@ class Sink:
         """Reports an error inside the upstream's stream. It overrides any evidence of an end."""
 
 
-# === 3. HTTP/1.1 ==================================================================================
+# === 3. HTTP/1.1 ===
 #
-# Both sides, fed with bytes. The parser refuses anything that two parsers could read in two ways (LF or CR
-# alone as a line end, folded lines, a blank before the colon ...). RFC 9112 allows several of these; each has
-# been a hole in some server. Patterns check numbers before int(), which accepts "+5" and "1_0". Blanks are
-# only SP and HTAB; strip() alone removes \x0b and \x85.
-#
-# A broken peer causes a ProtocolError, the same at every later call.
+# Both sides, fed with bytes. The parser refuses what two parsers could read in two ways (LF or CR alone as a
+# line end, folded lines, a blank before the colon ...): RFC 9112 allows several, each has been a hole in some
+# server. Patterns check numbers before int(), which takes "+5" and "1_0". Blanks are only SP and HTAB;
+# strip() removes more.
 
 PROTOCOL_CODES = {
     408: "request_timeout", 413: "request_too_large", 414: "uri_too_long",
@@ -396,7 +395,7 @@ PROTOCOL_CODES = {
 
 
 class ProtocolError(GatewayError):
-    """The peer violated HTTP or exceeded a limit. Answer, then close."""
+    """The peer violated HTTP or exceeded a limit: the connection is closed after the answer."""
     status, type, code = 400, "invalid_request_error", "invalid_http"
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -460,7 +459,7 @@ NEED_DATA: Final = Signal.NEED_DATA
 END: Final = Signal.END
 Head = TypeVar("Head", RequestHead, ResponseHead)
 
-# --- grammar (RFC 9110 5, RFC 9112, RFC 3986) -----------------------------------------------------
+# --- grammar (RFC 9110 5, RFC 9112, RFC 3986) ---
 
 CRLF = b"\r\n"
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -474,8 +473,7 @@ REQUEST_START = re.compile(TOKEN + rb"(?: |\Z)|\r?\Z")      # every beginning of
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"(?=[/Hh])(?:[Hh][Tt][Tt][Pp][Ss]?://(" + HOST + rb"))?"
                     rb"(/" + PATH + rb")?(?:\?(" + QUERY + rb"))?")
-# the last SP is optional
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t -~\x80-\xff]*)?")    # some omit the last SP
 FIELD = re.compile("(?m)^(" + TOKEN.decode() + r"):[\t ]*+([\t -~\x80-\xff]*+)(?:\r\n|\Z)")   # *+: linear
 FIELD_LINE = re.compile(TOKEN + rb": [\t -~\x80-\xff]*\r\n")
 STRAY_BYTE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")     # in a section of lines that is incomplete
@@ -487,9 +485,7 @@ CHUNK_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?)?\r
 
 def parse_fields(section: bytes, max_headers: int) -> Headers:
     """Parses the header lines, without the last one's CRLF."""
-    if not section:
-        return Headers([])
-    lines = section.count(b"\n") + 1
+    lines = section.count(b"\n") + bool(section)
     if lines > max_headers:
         raise ProtocolError(f"There are more than {max_headers} header fields.", 431)
     found = FIELD.findall(section.decode("latin-1"))
@@ -514,24 +510,23 @@ def body_framing(headers: Headers, http11: bool, max_body_bytes: int) -> tuple[i
     """Content-Length if there is one, and whether the body is chunked (RFC 9112 6.1, 6.3; strict)."""
     lengths = list_values(headers, "content-length")
     codings = list_values(headers, "transfer-encoding")
-    if not codings:
-        if not lengths:
-            return None, False
-        if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
-            raise ProtocolError("Content-Length is not one decimal number.")
-        length = int(lengths[0])
-        check_body_size(length, max_body_bytes)
-        return length, False
-    if lengths or not http11:
-        raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
-    if codings != ["chunked"]:
-        raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
-    return None, True
+    if codings:
+        if lengths or not http11:
+            raise ProtocolError("Transfer-Encoding needs HTTP/1.1, and no Content-Length beside it.")
+        if codings != ["chunked"]:
+            raise ProtocolError("The only Transfer-Encoding taken is chunked, once.", 501)
+        return None, True
+    if not lengths:
+        return None, False
+    if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):   # equal values count as one
+        raise ProtocolError("Content-Length is not one decimal number.")
+    return check_body_size(int(lengths[0]), max_body_bytes), False
 
 
-def check_body_size(size: int, max_bytes: int) -> None:
+def check_body_size(size: int, max_bytes: int) -> int:
     if size > max_bytes:
         raise ProtocolError(f"The body is over {max_bytes} bytes.", 413)
+    return size
 
 
 def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> RequestHead:
@@ -562,32 +557,25 @@ def parse_request_head(line: bytes, headers: Headers, max_body_bytes: int) -> Re
     expectations = list_values(headers, "expect")
     if expectations not in ([], ["100-continue"]):
         raise ProtocolError("The only expectation met is 100-continue.", 417)
-    return RequestHead(
-        method.decode(),
-        path.decode() or "/",
-        query.decode(),
-        http11,
-        headers,
-        keeps_alive(headers, http11),
-        expect_continue=bool(expectations) and http11 and length != 0,  # not in HTTP/1.0 (RFC 9110 10.1.1)
-        length=length)
+    expect_continue = bool(expectations) and http11 and length != 0     # not in HTTP/1.0 (RFC 9110 10.1.1)
+    return RequestHead(method.decode(), path.decode() or "/", query.decode(), http11, headers,
+                       keeps_alive(headers, http11), expect_continue, length)
 
 
-# --- readers --------------------------------------------------------------------------------------
+# --- readers ---
 
 class Reader(Generic[Head]):
     """The part that both sides share: the buffer, header blocks, and bodies by length or by chunks.
 
-    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is
-    required. After feed_eof() it raises if the message is incomplete. Generators yield the results.
-    """
+    next() returns the head, then body pieces as they come, then END; or NEED_DATA where more input is needed,
+    which after feed_eof() is an error. A ProtocolError is the same at every later call."""
 
     def __init__(self, limits: Limits = ANSWER_LIMITS) -> None:
         self.limits = limits
         self._method = ""               # of the request under way; "" between messages
         self._data = b""
         self._at = 0                    # all bytes before it have been returned
-        self._scanned = 0               # this many bytes from there contain no end of the header block
+        self._scanned = 0               # so many from there on hold no end of a header block
         self._eof = False
         self._error: ProtocolError | None = None
         self._parts: Iterator[Head | bytes | Signal] = self._messages()
@@ -616,9 +604,8 @@ class Reader(Generic[Head]):
         except ProtocolError as error:
             self._error = error
             raise
-        if part is NEED_DATA or part is END:    # an idle connection keeps no buffer alive
-            self._data = self._data[self._at:]
-            self._at = 0
+        if part is NEED_DATA or part is END:
+            self.feed(b"")              # an idle connection keeps no buffer alive
         return part
 
     def _need_more_data(self) -> Signal:
@@ -632,8 +619,7 @@ class Reader(Generic[Head]):
         data, at = self._data, self._at
         end = data.find(b"\r\n\r\n", at + max(0, self._scanned - 3), at + limit + 4)
         if end >= 0:
-            self._at = end + 4
-            self._scanned = 0
+            self._at, self._scanned = end + 4, 0
             line, _, fields = data[at:end].partition(CRLF)
             return line, parse_fields(fields, self.limits.max_headers)
         if len(data) - at >= limit + 4:
@@ -657,13 +643,11 @@ class Reader(Generic[Head]):
 
     def _chunked_body(self) -> Iterator[bytes | Signal]:
         """RFC 9112 7.1. Buffered chunks come joined; a size is checked before its data is read."""
-        limits, match, total = self.limits, CHUNK_LINE.match, 0
+        limits, total = self.limits, 0
         while True:
-            data, at = self._data, self._at
-            pieces = []
-            while line := match(data, at, at + MAX_CHUNK_LINE_BYTES):
-                start = line.end()
-                size = int(line[1], 16)
+            data, at, pieces = self._data, self._at, []
+            while line := CHUNK_LINE.match(data, at, at + MAX_CHUNK_LINE_BYTES):
+                start, size = line.end(), int(line[1], 16)
                 end = start + size
                 if data[end:end + 2] != CRLF or not size:
                     break
@@ -672,8 +656,7 @@ class Reader(Generic[Head]):
             if pieces:
                 self._at = at
                 joined = b"".join(pieces)
-                total += len(joined)
-                check_body_size(total, limits.max_body_bytes)
+                total = check_body_size(total + len(joined), limits.max_body_bytes)
                 yield joined
                 continue
             if line is None:
@@ -684,8 +667,7 @@ class Reader(Generic[Head]):
             if not size:
                 break
             self._at = start
-            total += size
-            check_body_size(total, limits.max_body_bytes)
+            total = check_body_size(total + size, limits.max_body_bytes)
             yield from self._fixed_length_body(size)
             while not self._data.startswith(CRLF, self._at):
                 if not CRLF.startswith(self._data[self._at:self._at + 2]):  # CVE-2025-43859: check both bytes
@@ -706,8 +688,7 @@ class RequestReader(Reader[RequestHead]):
             if not blank_skipped and self._data.startswith(CRLF, self._at):     # RFC 9112 2.2
                 self._at += 2
                 blank_skipped = True
-            # a TLS hello, NULs or an endless line are refused before any CRLF
-            if not REQUEST_START.match(self._data, self._at):
+            if not REQUEST_START.match(self._data, self._at):       # before any CRLF: a TLS hello has none
                 raise ProtocolError("This is not an HTTP/1.1 request (is it https or HTTP/2?).")
             line_end = self._at + limits.max_line_bytes + 2
             if len(self._data) >= line_end and self._data.find(CRLF, self._at, line_end) < 0:
@@ -724,8 +705,7 @@ class RequestReader(Reader[RequestHead]):
                 self._method = ""
             blank_skipped = False
             yield END
-        while True:         # data after the last request is not read
-            yield NEED_DATA
+        yield from itertools.repeat(NEED_DATA)      # what follows the last request is not read
 
 
 class ResponseReader(Reader[ResponseHead]):
@@ -774,7 +754,7 @@ class ResponseReader(Reader[ResponseHead]):
             yield END
 
 
-# --- writers --------------------------------------------------------------------------------------
+# --- writers ---
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 HeaderFields: TypeAlias = "Iterable[tuple[str, str]]"     # names and values
@@ -784,7 +764,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 @functools.lru_cache(256)       # most fields are the same in each message
 def field_line(name: str, value: str) -> bytes:
-    """ValueError for a header that our own reader would refuse; the message hides the value."""
+    """ValueError, without the value, for a header that our own reader would refuse."""
     line = f"{name}: {value}\r\n".encode("latin-1")
     if not FIELD_LINE.fullmatch(line):
         raise ValueError(f"header {name!r} has a character that no header may have")
@@ -792,7 +772,7 @@ def field_line(name: str, value: str) -> bytes:
 
 
 def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) -> bytes:
-    """One request without additions: the caller supplies host and content-length."""
+    """One request; the caller supplies host and content-length."""
     line = f"{method} {target} HTTP/1.1".encode("latin-1")
     if not REQUEST_LINE.fullmatch(line):
         raise ValueError(f"{method!r} or its target cannot stand in a request line")
@@ -800,17 +780,16 @@ def request_bytes(method: str, target: str, headers: HeaderFields, body: bytes) 
 
 
 def response_head(status: int, headers: HeaderFields) -> bytes:
-    """The status line and headers, without additions."""
     line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
     return b"".join([line, *itertools.starmap(field_line, headers), CRLF])
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk; nothing for empty data, since an empty chunk would end the body."""
+    """Nothing for empty data: an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-# --- content codings ------------------------------------------------------------------------------
+# --- content codings ---
 
 MAX_MEMBERS = 1024          # a body of countless empty gzip members costs work and gives no output
 INFLATE_SLICE = 65536       # zlib copies the rest of its input at each member's end
@@ -866,7 +845,7 @@ class ContentDecoder:
         return data
 
 
-# === 4. SSE =======================================================================================
+# === 4. SSE ===
 #
 # Server-sent events (WHATWG HTML 9.2.6), whole events at a time. Line ends are ASCII, so each event can be
 # decoded by itself.
@@ -963,10 +942,10 @@ def sse_frame(type: str, data: str) -> bytes:
     return f"{name}data: {data}\n\n".encode("utf-8", "replace")
 
 
-# === 5. the Responses API =========================================================================
+# === 5. the Responses API ===
 # This layer makes every `response.*` event and ends every stream, once.
 
-# --- 5.1 the request ------------------------------------------------------------------------------
+# --- 5.1 the request ---
 
 def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -1084,6 +1063,11 @@ def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> N
             check_members(entry, known[kind], f"{path}[{index}]")
 
 
+def check_printable(name: str, path: str) -> None:
+    if not name.isprintable():
+        raise invalid_param(path, " holds characters that no name has.")
+
+
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
@@ -1114,7 +1098,7 @@ REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
     **dict.fromkeys(("input", "instructions"), Field((str, list))),
-    "model": Field(minimum=1, maximum=256),
+    "model": Field(minimum=1, maximum=256, inner=check_printable),
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
@@ -1211,7 +1195,8 @@ class AroundInput(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
     """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
-    then those of input items, in order."""
+    then those of input items, in order. A request of another client API is translated into this form; its
+    input and tools only on demand, by `translated()`."""
     body: JSON
     raw: bytes
     model: str
@@ -1223,6 +1208,8 @@ class ResponsesRequest:
     around: AroundInput = field(default=AroundInput(), compare=False)
     # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+    api: str = "responses"      # of CLIENT_APIS
+    given: JSON = field(default_factory=dict, compare=False)    # the client's own body, decoded
 
     @property
     def estimated_input(self) -> int:
@@ -1233,6 +1220,14 @@ class ResponsesRequest:
         """A field of the body; null counts as absent."""
         value = self.body.get(name)
         return default if value is None else value
+
+    def translated(self) -> ResponsesRequest:
+        """The request with its input and tools."""
+        if self.input or self.api == "responses":
+            return self
+        body = {**CLIENT_APIS[self.api].translate(self), **self.body}
+        whole = validate_request(body, self.raw, self.weight, None, self.around)
+        return dataclasses.replace(whole, model=self.model, memo=self.memo, api=self.api, given=self.given)
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""
@@ -1266,7 +1261,8 @@ MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
 COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
 
 
-INPUT_ARRAY = re.compile(rb'"input"\s*:\s*\[')     # never inside a JSON string, which escapes quotes
+INPUT_ARRAYS = {        # by the field's name; never inside a JSON string, which escapes quotes
+    name: re.compile(rb'"%s"\s*:\s*\[' % name.encode()) for name in ("input", "messages")}
 INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
 
 
@@ -1285,13 +1281,20 @@ def common_prefix(one: bytes, other: bytes) -> int:
 def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
     """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
     input items; else None. Only new text is decoded."""
+    name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
-    array = INPUT_ARRAY.search(raw, 0, shared)
-    ends = raw[shared:shared + 1] + last.raw[shared:shared + 1]     # more here, the end there
-    if array is None or ends != b",]" or LONE_SURROGATE.search(raw, shared):
+    array = INPUT_ARRAYS[name].search(raw, 0, shared)
+    if array is None or LONE_SURROGATE.search(raw, shared):
         return None
-    start, body = array.end() - 1, last.around.body
+    start, body, same = array.end() - 1, last.around.body, last.given[name]
     try:
+        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":   # more here, the end there
+            # Claude Code moves its cache marks, so its messages differ in the last one
+            shared = raw.rfind(b',{"role":', start, shared)
+            if shared < 0 or last.api == "responses":
+                return None
+            changed, _ = STRICT_DECODER.raw_decode("[0" + last.raw[shared:].decode())
+            same = same[:1 - len(changed)]
         text = "[0" + raw[shared:].decode()
         items, end = STRICT_DECODER.raw_decode(text)
         around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
@@ -1299,21 +1302,22 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
             body = strict_json(around)
     except (ValueError, RecursionError):
         return None
-    if body.get("input") != INPUT_MARK:
+    if body.get(name) != INPUT_MARK:
         return None
-    grown = {**body, "input": [*last.body["input"], *items[1:]]}
+    grown = {**body, name: [*same, *items[1:]]}
     weight = last.weight - weigh_input(last.raw, shared) + weigh_input(raw, shared)
     return grown, weight, AroundInput(around, body, start, len(text[end:].encode()))
 
 
-def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> ResponsesRequest:
-    """Parses the body of POST /v1/responses. A BadRequest names the field and its valid values. `last` is the
+def parse_request(raw: bytes, last: ResponsesRequest | None = None,
+                  api: str = "responses") -> ResponsesRequest:
+    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. `last` is the
     conversation's previous request: the common part is neither decoded nor validated again."""
     marks = (b",", b"[", b"{")
     if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
-    grown = last and grown_body(raw, last)
+    grown = last and last.api == api and grown_body(raw, last)
     if grown:
         body, weight, around = grown
     else:
@@ -1326,6 +1330,10 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None) -> Responses
                              code="invalid_json")
         last, weight, around = None, weigh_input(raw), AroundInput()
     try:
+        if api != "responses":
+            fields = CLIENT_APIS[api].fields(body)
+            return ResponsesRequest(fields, raw, fields["model"], fields.get("stream", False), "", [], [],
+                                    weight, around, last.memo if last else {}, api, body)
         return validate_request(body, raw, weight, last, around)
     except RecursionError:              # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
@@ -1344,8 +1352,6 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         value = body.get(name)
         if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
-    if not body["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -1370,7 +1376,8 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         tools=tools,
         weight=weight,
         around=around,
-        memo=last.memo if last else {})
+        memo=last.memo if last else {},
+        given=body)
 
 
 def instructions_text(body: JSON) -> str:
@@ -1388,7 +1395,7 @@ def text_of(content: Any, separator: str = "") -> str:
     return separator.join(text for text in texts if isinstance(text, str))
 
 
-# --- 5.2 the envelope of reasoning ----------------------------------------------------------------
+# --- 5.2 the envelope of reasoning ---
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
@@ -1454,7 +1461,7 @@ def unseal_items(items: list[JSON], envelope: Envelope,
     return kept, dropped
 
 
-# --- 5.3 tools for providers that know only functions ---------------------------------------------
+# --- 5.3 tools for providers that know only functions ---
 
 MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
 SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's names begin with a letter or _
@@ -1691,7 +1698,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 
-# --- 5.4 history for providers that know only functions --------------------------------------------
+# --- 5.4 history for providers that know only functions ---
 
 class Turn(NamedTuple):
     """Consecutive plain items of one role, and the outputs of its calls."""
@@ -1958,7 +1965,7 @@ def read_attachment(part: JSON) -> Attachment | None:
     return Attachment(mime, name, detail, data=data, text=text)
 
 
-# --- 5.5 client profiles --------------------------------------------------------------------------
+# --- 5.5 client profiles ---
 
 class ClientProfile(NamedTuple):
     """How one client's protocol differs from the standard."""
@@ -1967,6 +1974,7 @@ class ClientProfile(NamedTuple):
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
     echo_request: bool = True           # every response object repeats tools and instructions
+    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
@@ -1977,13 +1985,17 @@ CODEX = ClientProfile(
     echo_request=False,
 )
 
+CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
+
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
+    if user_agent.startswith("claude-cli/"):
+        return CLAUDE_CODE
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
-# --- 5.6 the answer, one per client request -------------------------------------------------------
+# --- 5.6 the answer, one per client request ---
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
@@ -2034,19 +2046,72 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
 
 
 @dataclass(eq=False)
-class ResponseContext:
-    """The state that the attempts at one answer share. The client sees the output of only one."""
+class ClientAnswer:
+    """The state that the attempts at one answer share, and the frames of its stream in the client's API. The
+    client sees the output of only one attempt: no frame is asked for before its output has started."""
     request: ResponsesRequest
     id: str
     created_s: int
     profile: ClientProfile
     # set later, if at all
-    sequence = 0            # of the next event
     started = False
     max_chars = 32 << 20    # of one attempt's output
     max_items = 4096
     estimated_input = 0     # tokens
     secrets = re.compile(r"(?!)")   # a call id must not match it
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        """The frames that open the stream, or nothing if they have been sent; without an attempt, those that
+        need none."""
+        return b""
+
+    def heartbeat(self) -> bytes:
+        return b""
+
+    # what an Assembler reports: an item begins, a part of it begins, grows and ends, the item ends
+
+    def begin_item(self, item: Item) -> bytes:
+        return b""
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        return b""
+
+    def delta(self, item: Item, text: str) -> bytes:
+        """More text of the open part of an item, or of a call."""
+        return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        between = item.delta_tail + item.delta_head
+        return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        """A source of the open text; `item.annotations` has it, as the last one."""
+        return b""
+
+    def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
+        """`text` and the whole `part` as JSON text."""
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        """`rest`: the part of a call's `arguments` that no delta has brought; `json`: the whole item."""
+        return b""
+
+    def whole_item(self, index: int, json: str) -> bytes:
+        """An item that begins and ends at once, of a type that only Responses has."""
+        return b""
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The frames that end the stream, after the attempt has ended."""
+        raise NotImplementedError
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        """The whole answer as JSON text, for a client that does not stream."""
+        raise NotImplementedError
+
+
+class ResponsesAnswer(ClientAnswer):
+    """Events of the Responses API, numbered."""
+    sequence = 0            # of the next event
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2075,16 +2140,8 @@ class ResponseContext:
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
 
-    def frames(self, kind: str, events: list[str]) -> bytes:
-        """The frames of several events of a kind."""
-        before = f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":'
-        numbered = enumerate(events, self.sequence)
-        self.sequence += len(events)
-        return "".join([f"{before}{number},{fields}}}\n\n" for number, fields in numbered]).encode()
-
-    def start(self) -> bytes:
-        """response.created and .in_progress, or nothing if they have been sent."""
-        if self.started or not self.request.stream:
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
             return b""
         self.started = True
         return self.frame("response.created", f'"response":{self.response("in_progress")}') + self.heartbeat()
@@ -2092,6 +2149,82 @@ class ResponseContext:
     def heartbeat(self) -> bytes:
         """A data event: comments do not reset Codex's idle timer."""
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
+
+    def begin_item(self, item: Item) -> bytes:
+        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        if item.kind in CALL_FIELD:
+            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
+        fields = f'"output_index":{item.index},"item":{item.to_json("in_progress")}'
+        frames = [self.frame("response.output_item.added", fields)]
+        for step in HOSTED_STEPS.get(item.kind, ()):
+            frames.append(self.frame(f"response.{item.kind}.{step}", item.location_json))
+        return b"".join(frames)
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        number = len(item.parts[shape.container])
+        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.delta_event = f"{shape.delta}.delta"
+        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
+        return self.frame(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.frame(item.delta_event, item.delta_head + json_string(text))
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        before = f'event: {item.delta_event}\ndata: {{"type":"{item.delta_event}","sequence_number":'
+        numbered = enumerate(map(json_string, texts), self.sequence)
+        self.sequence += len(texts)
+        frames = [f"{before}{number},{item.delta_head}{text}}}\n\n" for number, text in numbered]
+        return "".join(frames).encode()
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.frame("response.output_text.annotation.added",
+                          f'{item.part_location_json},"annotation_index":{len(item.annotations) - 1},'
+                          f'"annotation":{item.annotations[-1]}')
+
+    def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
+        location_json = item.part_location_json
+        return (self.frame(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
+                + self.frame(f"{shape.event}.done", f'{location_json},"part":{part}'))
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        frames = self.delta(item, rest) if rest else b""
+        if item.kind in CALL_FIELD:
+            name = CALL_FIELD[item.kind]
+            more = f',"name":{json_string(item.tool.name)}' if item.tool and name == "arguments" else ""
+            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            frames += self.frame(f"response.{item.kind}_{name}.done", fields)
+        if item.kind in HOSTED_STEPS:
+            frames += self.frame(f"response.{item.kind}.completed", item.location_json)
+        return frames + self.frame("response.output_item.done", f'"output_index":{item.index},"item":{json}')
+
+    def whole_item(self, index: int, json: str) -> bytes:
+        fields = f'"output_index":{index},"item":{json}'
+        return (self.frame("response.output_item.added", fields)
+                + self.frame("response.output_item.done", fields))
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The rest of the output, the terminal event, [DONE]."""
+        frames, error, kind = self.start(attempt), attempt.error, attempt.status
+        if error and not self.profile.errors_as_events:
+            frames += self.frame("error", f'"error":{dumps(error.body()["error"])}')
+        if kind == "incomplete" and self.profile.incomplete_as_completed:
+            kind = "completed"
+        return frames + self.frame(f"response.{kind}", f'"response":{attempt.body(now_s)}') + DONE_FRAME
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        error, usage = attempt.error, attempt.usage
+        assert usage is not None
+        return self.response(
+            attempt.status,
+            attempt.output(),
+            completed_at=now_s if attempt.status == "completed" else None,
+            error={"code": error.code, "message": str(error)} if error else None,
+            incomplete_details=(
+                {"reason": attempt.incomplete_reason} if attempt.status == "incomplete" else None),
+            usage=usage_object(usage),
+        )
 
 
 def usage_object(usage: Usage) -> JSON:
@@ -2159,8 +2292,9 @@ class Attempt(Sink):
     output_chars = 0         # for estimates
     unbilled = False         # the provider refused the request and will not bill it
     estimated_input = 0      # tokens; 0 if no provider was called
+    opening = b""            # the upstream's own first event, where it passes
 
-    def __init__(self, answer: ResponseContext) -> None:
+    def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
         self.out: list[bytes] = []
         self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
@@ -2177,10 +2311,12 @@ class Attempt(Sink):
         self.out.clear()
         return block
 
-    def emit(self, kind: str, fields: str) -> None:
+    def emit(self, frames: Callable[..., bytes], *arguments: Any) -> None:
+        """Adds frames of the answer, if it is streamed."""
         answer = self.answer
         if answer.request.stream:
-            self.out.append(answer.start() + answer.frame(kind, fields))
+            self.out.append(answer.start(self))
+            self.out.append(frames(*arguments))
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
@@ -2252,30 +2388,15 @@ class Attempt(Sink):
         return "[" + ",".join(self.items[index] for index in sorted(self.items)) + "]"
 
     def body(self, now_s: int) -> str:
-        """The whole response object, after finish()."""
-        assert self.usage is not None
-        return self.answer.response(
-            self.status,
-            self.output(),
-            completed_at=now_s if self.status == "completed" else None,
-            error={"code": self.error.code, "message": str(self.error)} if self.error else None,
-            incomplete_details={"reason": self.incomplete_reason} if self.status == "incomplete" else None,
-            usage=usage_object(self.usage),
-        )
+        """The whole answer as JSON text, after finish()."""
+        return self.answer.body(self, now_s)
 
     def terminal(self, now_s: int) -> bytes:
-        """The last frames: the rest of the output, the terminal event, [DONE]."""
-        error = self.error
-        if error and not self.answer.profile.errors_as_events:
-            self.emit("error", f'"error":{dumps(error.body()["error"])}')
-        kind = self.status
-        if kind == "incomplete" and self.answer.profile.incomplete_as_completed:
-            kind = "completed"
-        self.emit(f"response.{kind}", f'"response":{self.body(now_s)}')
-        return self.take_output() + DONE_FRAME
+        """The last frames, after finish()."""
+        return self.take_output() + self.answer.terminal(self, now_s)
 
 
-# --- 5.7 the assembler: from decoder calls to events ----------------------------------------------
+# --- 5.7 the assembler: from decoder calls to events ---
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
@@ -2332,6 +2453,7 @@ class Item:
     upstream_part = 0       # the provider's number for it
     delta_event = ""
     delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
+    delta_tail = ""         # what follows it
     part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
@@ -2374,7 +2496,7 @@ class Item:
 class Assembler(Attempt):
     """The Sink that makes Responses events: numbered, with each item complete, in order and once."""
 
-    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str]) -> None:
+    def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str]) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
@@ -2449,18 +2571,16 @@ class Assembler(Attempt):
         texts = list(filter(None, texts))
         item.text += texts
         if self.answer.request.stream:
-            deltas = [item.delta_head + json_string(text) for text in texts]
-            self.out.append(self.answer.frames(item.delta_event, deltas))
+            self.out.append(self.answer.deltas(item, texts))
 
     def annotate(self, annotation: JSON, key: Any = None) -> None:
         item = self.open_items.get(key)
         if item is None or item.shape is not PARTS["text"]:
             return
-        text, number = dumps(annotation), len(item.annotations)
+        text = dumps(annotation)
         self.check_limits(len(text))
-        self.emit("response.output_text.annotation.added",
-                  f'{item.part_location_json},"annotation_index":{number},"annotation":{text}')
         item.annotations.append(text)
+        self.emit(self.answer.annotate, item, annotation)
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
@@ -2484,8 +2604,7 @@ class Assembler(Attempt):
         if parse_object(text) is None:
             raise UpstreamError("The provider sent an item with a number that is not JSON.")
         self.check_limits(len(text), 1)
-        for step in ("added", "done"):
-            self.emit(f"response.output_item.{step}", f'"output_index":{index},"item":{text}')
+        self.emit(self.answer.whole_item, index, text)
         self.items[index] = text
 
     # items and their parts
@@ -2503,35 +2622,24 @@ class Assembler(Attempt):
     def item_added(self, item: Item) -> None:
         item.index, item.id = self.next_index, self.new_item_id(ID_PREFIX[item.kind])
         self.next_index += 1
-        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
-        if item.kind in CALL_FIELD:
-            item.delta_head = f'{item.location_json},"delta":'
-            item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         self.output_started = True
-        self.emit("response.output_item.added",
-                  f'"output_index":{item.index},"item":{item.to_json("in_progress")}')
-        for step in HOSTED_STEPS.get(item.kind, ()):
-            self.emit(f"response.{item.kind}.{step}", item.location_json)
+        self.emit(self.answer.begin_item, item)
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        number = len(item.parts.setdefault(shape.container, []))     # reasoning may have content, too
-        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.parts.setdefault(shape.container, [])      # reasoning may have content, too
         item.shape, item.upstream_part = shape, upstream_part
-        item.delta_event = f"{shape.delta}.delta"
-        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
         item.text, item.annotations = [], []
-        self.emit(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+        self.emit(self.answer.begin_part, item, shape)
 
     def close_part(self, item: Item) -> None:
-        shape, location_json = item.shape, item.part_location_json
+        shape = item.shape
         if shape is None:
             return
         text = json_string("".join(item.text))
-        part_json = item.part_json(shape, text)
-        self.emit(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
-        self.emit(f"{shape.event}.done", f'{location_json},"part":{part_json}')
-        item.parts[shape.container].append(part_json)
+        part = item.part_json(shape, text)
+        self.emit(self.answer.end_part, item, shape, text, part)
+        item.parts[shape.container].append(part)
         item.shape = None
 
     def text_delta(self, item: Item, text: str) -> None:
@@ -2540,7 +2648,7 @@ class Assembler(Attempt):
             return
         item.text.append(text)
         if self.answer.request.stream:
-            self.out.append(self.answer.frame(item.delta_event, item.delta_head + json_string(text)))
+            self.out.append(self.answer.delta(item, text))
 
     def finish_item(self, key: Any, item: Item, status: str = "completed") -> None:
         """Finishes an item, but leaves a call with truncated arguments open."""
@@ -2549,17 +2657,11 @@ class Assembler(Attempt):
             return
         del self.open_items[key]
         self.close_part(item)
+        rest = ""
         if item.tool and item.kind in CALL_FIELD:
-            name = CALL_FIELD[item.kind]
             rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
-            self.text_delta(item, rest)
-            more = f',"name":{json_string(item.tool.name)}' if name == "arguments" else ""
-            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
-            self.emit(f"response.{item.kind}_{name}.done", fields)
-        if item.kind in HOSTED_STEPS:
-            self.emit(f"response.{item.kind}.completed", item.location_json)
         text = item.to_json(status, arguments)
-        self.emit("response.output_item.done", f'"output_index":{item.index},"item":{text}')
+        self.emit(self.answer.end_item, item, rest, arguments, text)
         self.items[item.index] = text
 
     # the end
@@ -2620,7 +2722,7 @@ def call_fields(tool: Tool, arguments: str) -> JSON:
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
-# --- 5.8 the items of a Responses upstream --------------------------------------------------------
+# --- 5.8 the items of a Responses upstream ---
 
 # type of a part, or of .delta and .done events -> channel, kind of item, field of the whole text
 TEXTS: dict[str, tuple[PartType, str, str]] = {
@@ -2853,7 +2955,7 @@ def is_incomplete_call(item: JSON) -> bool:
     return item.get("status") == "incomplete" or parse_object(arguments) is None
 
 
-# --- 5.9 passthrough ------------------------------------------------------------------------------
+# --- 5.9 passthrough ---
 #
 # If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
 # patterns, and a method for each type of parsed event: on_response_created for `response.created`.
@@ -2872,14 +2974,14 @@ class Passthrough(Attempt):
     DEFERRED_EVENTS: tuple[bytes, ...]      # one occurs in each unread event that may be needed later
     whole: Callable[[bytes], None]          # takes a response that came as one JSON object
 
-    def __init__(self, answer: ResponseContext, seal: Callable[[JSON], str], decoder: Any) -> None:
+    def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
         self.decoder = decoder                  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # until output begins
+        self.withheld: list[bytes] = []         # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
@@ -2913,7 +3015,7 @@ class Passthrough(Attempt):
     def read(self, data: str, frame: bytes) -> None:
         try:
             event = json.loads(data)
-            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
+            handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
             else:                               # the type was a nested one
@@ -2937,21 +3039,19 @@ class Passthrough(Attempt):
                 self.check_limits(len(block))
                 return
             self.output_started = True
-            self.out.append(self.answer.start())
+            if self.answer.request.stream:
+                self.out.append(self.answer.start(self))
             block, most = b"".join(self.withheld), len(self.withheld)
-        self.send(block, most)
+            self.withheld.clear()
+        if self.answer.request.stream:
+            self.send(block, most)
         self.passed_bytes += len(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
     def send(self, block: bytes, most: int) -> None:
-        """Numbers the events, continuing from our last one."""
-        if not self.answer.request.stream:
-            return
-        numbers = itertools.count(self.answer.sequence)
-        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
-        self.answer.sequence = next(numbers)
+        """Adds the events to the output, changed where the client's API promises something of ours."""
 
     def end(self) -> None:
         """The body ended cleanly. If every item is done, that counts as an end."""
@@ -2976,12 +3076,19 @@ class ResponsesPassthrough(Passthrough):
         rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
     DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
     streamed_items = math.inf                   # the number of items that came before the final response
+    answer: ResponsesAnswer
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         cache_options = self.answer.request.get("prompt_cache_options", {})
         self.decoder.asked_12h = cache_options.get("ttl") == "12h"
         self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
+
+    def send(self, block: bytes, most: int) -> None:
+        """Numbers the events, continuing from our last one."""
+        numbers = itertools.count(self.answer.sequence)
+        self.out.append(SEQUENCE_NUMBER.sub(lambda _: b'"sequence_number":%d' % next(numbers), block, most))
+        self.answer.sequence = next(numbers)
 
     def on_response_created(self, event: JSON, frame: bytes) -> None:
         """Ignores the upstream's first events: ours are sent."""
@@ -3130,15 +3237,1179 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
-# === 6. providers =================================================================================
+# --- 5.10 Chat Completions for clients ---
+
+def check_entry(entry: Any, known: Mapping[str, Fields], path: str, tag: str = "type") -> str:
+    """Checks an object by its type, which must be a known one, and returns the type."""
+    check(entry, OBJECT, path)
+    kind: str = check(entry.get(tag), Field(choices=known), f"{path}.{tag}")
+    check_members(entry, known[kind], path)
+    return kind
+
+
+def object_with(members: Fields) -> Field:
+    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
+
+
+def check_chat_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, CHAT_PARTS, path)
+
+
+CHAT_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in
+       "model stream stream_options service_tier prompt_cache_key reasoning tool_choice".split()},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
+    **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
+    **dict.fromkeys(("messages", "tools"), Field((list,))),
+    "n": Field((int,), 1, 128),
+    "stop": Field((str, list), items=TEXT),
+}
+CHAT_PARTS = {
+    "text": PART_TEXT,
+    "refusal": {"refusal": TEXT},
+    "image_url": {"image_url": object_with({"url": TEXT})},
+    "file": {"file": OBJECT},
+}
+CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
+MAYBE_CONTENT = CHAT_CONTENT._replace(types=(str, list, type(None)))
+CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are read
+    **dict.fromkeys(("developer", "system", "user"), {"content": CHAT_CONTENT}),
+    "assistant": {"content": MAYBE_CONTENT, "refusal": MAYBE_TEXT, "function_call": MAYBE_OBJECT,
+                  "tool_calls": Field((list, type(None)))},
+    "tool": {"content": CHAT_CONTENT, "tool_call_id": TEXT, "name": MAYBE_TEXT},
+    "function": {"content": MAYBE_CONTENT, "name": TEXT},
+}
+CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
+CHAT_CALLS = {kind: {"id": TEXT, kind: object_with(ITEM_FIELDS[item])} for kind, item in CALL_TYPES.items()}
+CHAT_TOOLS = {kind: {kind: object_with(TOOL_FIELDS[kind])} for kind in CALL_TYPES}
+CHAT_FORMATS: dict[str, Fields] = {
+    "text": {}, "json_object": {}, "json_schema": {"json_schema": object_with(JSON_SCHEMA)}}
+REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "reasoning_details"))
+# fields with another name or place in Responses
+CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
+tools tool_choice verbosity web_search_options""".split())
+CHAT_OWN_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "reasoning.effort": "reasoning_effort",
+    "text.format": "response_format",
+    "text.verbosity": "verbosity",
+}
+ONLY_CHAT_SERVERS = {"n": "n = 1", "functions": "tools", "function_call": "tool_choice"}
+
+
+def chat_fields(given: JSON) -> JSON:
+    """ClientApi.fields of a Chat Completions body."""
+    for name, spec in CHAT_FIELDS.items():
+        value = given.get(name)
+        if value is not None or name in ("model", "messages"):
+            check(value, spec, name)
+    for name in ("input", "instructions", "include", "text", "max_output_tokens"):
+        if name in given:
+            raise invalid_param(name, " is a field of the Responses API, which is at /v1/responses.")
+    fields = {name: value for name, value in given.items()
+              if name not in CHAT_MOVED and value not in (None, [], {})}
+    if limit := given.get("max_completion_tokens") or given.get("max_tokens"):
+        fields["max_output_tokens"] = limit
+    if isinstance(given.get("stop"), str):
+        fields["stop"] = [given["stop"]]
+    return fields
+
+
+def translate_chat(request: ResponsesRequest) -> JSON:
+    """ClientApi.translate. It adds fields `messages.NAME` for those of messages that have no place in an
+    item: no wire carries them, so they are reported."""
+    given, memo = request.given, request.memo
+    body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
+    for index, message in enumerate(given["messages"]):
+        known = memo.get(id(message))
+        if known is None or known[0] is not message:
+            known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
+        body["input"] += known[1]
+        body |= known[2]
+    if not body["input"]:
+        raise invalid_param("messages", " must hold some content.")
+    body["tools"] = tools = []
+    for index, tool in enumerate(given.get("tools") or ()):
+        check_entry(tool, CHAT_TOOLS, f"tools[{index}]")
+        flat = flatten(tool)
+        tools.append({**flat, "format": flatten(flat["format"])} if flat.get("format") else flat)
+    if (options := given.get("web_search_options")) is not None:
+        place = flatten(as_dict(options.get("user_location")))
+        tools.append({**options, "type": "web_search", "user_location": place})
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = flatten(choice)
+        choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
+    shape = given.get("response_format")
+    if shape is not None:
+        check_entry(shape, CHAT_FORMATS, "response_format")
+        shape = flatten(shape)
+    reasoning = {"effort": given.get("reasoning_effort"), **(given.get("reasoning") or {})}
+    if reasoning["effort"]:
+        reasoning = {"summary": "auto", **reasoning}
+    text = {"verbosity": given.get("verbosity"), "format": shape}
+    return {**body, "tool_choice": choice, "reasoning": reasoning, "text": text}
+
+
+def flatten(given: JSON) -> JSON:
+    """{"type": T, T: {...}} in the form of Responses: {"type": T, ...}."""
+    kind = str(given.get("type"))
+    flat = {**as_dict(given.get(kind)), **given}
+    flat.pop(kind, None)
+    return flat
+
+
+def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
+    """The items of a message, and fields for what has no place in them."""
+    role = check_entry(message, CHAT_MESSAGES, path, "role")
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = [chat_part(part, role) for part in content]
+    refusal, sealed = message.get("refusal"), sealed_details(message)
+    unread = message.keys() - CHAT_MESSAGES[role].keys() - {"role"} - (REASONING_KEYS if sealed else set())
+    lost = {f"messages.{name}": True for name in unread if message[name]}
+    if role in ("tool", "function"):
+        call_id = message["tool_call_id" if role == "tool" else "name"]
+        return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
+    contents = content, refusal and [{"type": "refusal", "refusal": refusal}]
+    items = [{"type": "message", "role": role, "content": each} for each in contents if each]
+    calls = [*(message.get("tool_calls") or ())]
+    if old := message.get("function_call"):     # its result has no other id than the name
+        calls.append({"id": old.get("name"), "type": "function", "function": old})
+    for index, call in enumerate(calls):
+        kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
+        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
+        others = call.keys() - {"id", "type", "index", kind}
+        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
+    for detail in sealed:
+        made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
+        items.insert(count(detail, "index"), made)
+    return items, lost
+
+
+def chat_part(part: JSON, role: str) -> JSON:
+    """A part of a message as that of Responses; of another type unchanged."""
+    kind = part["type"]
+    if kind == "text":
+        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
+    if kind == "image_url":
+        flat = flatten(part)
+        return {"image_url": flat.pop("url"), **flat, "type": "input_image"}
+    return {**flatten(part), "type": "input_file"} if kind == "file" else part
+
+
+def sealed_details(message: JSON) -> list[JSON]:
+    """The envelopes among a message's reasoning_details."""
+    return [detail for detail in only_dicts(message.get("reasoning_details"))
+            if str(detail.get("data")).startswith(ENVELOPE_PREFIX)]
+
+
+CHAT_TEXTS = {      # type of a part -> the field of a message
+    "output_text": "content",
+    "refusal": "refusal",
+    "summary_text": "reasoning_content",
+    "reasoning_text": "reasoning_content",
+}
+END_FIELDS = frozenset(("finish_reason", "usage"))
+FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
+
+
+def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
+    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK
+    joins streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
+    if field := CALL_FIELD.get(item["type"]):
+        kind = "function" if field == "arguments" else "custom"
+        call = {"name": item["name"], field: item[field]}
+        return "tool_calls", {"id": item["call_id"], "type": kind, kind: call}
+    if sealed := item.get("encrypted_content"):
+        detail = {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+        return "reasoning_details", detail
+    if image := item.get("result"):
+        link = {"url": f"data:image/png;base64,{image}"}
+        return "images", {"type": "image_url", "image_url": link, "index": index}
+    return "", {}
+
+
+class ChatAnswer(ClientAnswer):
+    """Chunks of Chat Completions. It does not separate texts of one kind: they are joined by empty lines."""
+    calls = 0               # begun in the stream
+    texts_begun: frozenset[str] = frozenset()
+    cited = False
+
+    def head(self, kind: str) -> JSON:
+        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
+        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
+
+    @functools.cached_property
+    def frame_head(self) -> str:
+        return f'data: {dumps(self.head("chat.completion.chunk"))[:-1]},"choices":['
+
+    @functools.cached_property
+    def chunk_head(self) -> str:
+        return self.frame_head + '{"index":0,"delta":{'
+
+    def chunk(self, name: str, value: Any) -> bytes:
+        """A chunk whose delta has one field."""
+        return f'{self.chunk_head}"{name}":{dumps(value)}{CHUNK_TAIL}'.encode()
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started or attempt is None or isinstance(attempt, Passthrough):
+            return b""
+        self.started = True
+        return f'{self.chunk_head}"role":"assistant","content":""{CHUNK_TAIL}'.encode()
+
+    def heartbeat(self) -> bytes:
+        return b": keep-alive\n\n"
+
+    def begin_item(self, item: Item) -> bytes:
+        if item.kind not in CALL_FIELD or item.tool is None:
+            return b""
+        index, field = self.calls, CALL_FIELD[item.kind]
+        self.calls += 1
+        given = {"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")}
+        name, call = chat_entry(given, index)
+        item.delta_head = f'{self.chunk_head}"{name}":[{{"index":{index},"{call["type"]}":{{"{field}":'
+        item.delta_tail = "}}]" + CHUNK_TAIL
+        return self.chunk(name, [{"index": index, **call}])
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        name = CHAT_TEXTS[shape.type]
+        item.delta_head, item.delta_tail = f'{self.chunk_head}"{name}":', CHUNK_TAIL
+        is_first = name not in self.texts_begun
+        self.texts_begun |= {name}
+        return b"" if is_first else self.delta(item, "\n\n")
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        self.cited = True       # the SDK takes only one list of them
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        if item.tool:
+            return self.delta(item, rest) if rest else b""
+        name, entry = chat_entry({"type": item.kind, **item.fields}, item.index)
+        return self.chunk(name, [entry]) if name else b""
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
+        if attempt.error is not None:
+            return sse_frame("", dumps(attempt.error.body()))
+        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
+        if self.cited:
+            frames += self.chunk("annotations", self.message(attempt)["annotations"])
+        if "finish_reason" not in passed:
+            reason = json_string(self.finish_reason(attempt, self.calls > 0))
+            frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
+        if self.wants_usage and usage and "usage" not in passed:
+            frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
+        return frames + DONE_FRAME
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.request.get("stream_options", {}).get("include_usage"))
+
+    def usage(self, usage: Usage) -> JSON:
+        return {name.replace("input", "prompt").replace("output", "completion"): value
+                for name, value in usage_object(usage).items()}
+
+    def finish_reason(self, attempt: Attempt, called: bool) -> str:
+        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
+
+    def message(self, attempt: Attempt) -> JSON:
+        """The finished items as one message. A truncated call is left out: no client can use it."""
+        lists = collections.defaultdict[str, list[Any]](list)
+        for index in sorted(attempt.items):
+            item = json.loads(attempt.items[index])
+            if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
+                name, entry = chat_entry(item, index)
+                lists[name].append(entry)
+            for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
+                texts = lists[CHAT_TEXTS.get(part["type"], "")]
+                begin = len("\n\n".join([*texts, ""]))
+                texts.append(part.get("text", part.get("refusal")))
+                for given in part.get("annotations", ()):
+                    note = {name: value + begin if name.endswith("_index") else value
+                            for name, value in given.items() if name != "type"}
+                    lists["annotations"].append({"type": given["type"], given["type"]: note})
+        message = {name: "\n\n".join(entries) if name in CHAT_TEXTS.values() else entries
+                   for name, entries in lists.items() if name}
+        content = None if "tool_calls" in message else ""
+        return {"role": "assistant", "content": content, "refusal": None, **message}
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        usage, message = attempt.usage, self.message(attempt)
+        assert usage is not None
+        reason = self.finish_reason(attempt, "tool_calls" in message)
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        answer = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage(usage)}
+        if usage.tier in ("default", "flex", "scale", "priority"):
+            answer["service_tier"] = usage.tier
+        return dumps(answer)
+
+
+CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
+    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
+    % CHUNK_STRING)
+ARGUMENTS = (       # of a call that has begun
+    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
+
+
+class ChatPassthrough(Passthrough):
+    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
+    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    OUTPUT_EVENTS = re.compile(
+        rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
+        rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
+        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
+    DEFERRED_EVENTS = (b'"arguments"',)
+    answer: ChatAnswer
+    theirs = ours = b'"model"'  # the provider's member, and the client's
+    final_text = ""             # a whole answer, for the client
+    overhead = sys.maxsize      # bytes of a chunk without its text
+    fail = Attempt.fail         # nothing follows
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.named = json_string(self.answer.request.given["model"]).encode()
+        self.choices_left = self.choices = self.answer.request.get("n", 1)
+        self.open_calls: set[Any] = set()
+        self.passed: set[str] = set()       # fields of the end that the client has
+
+    # what the decoder reports
+
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        self.open_calls.add(key)
+
+    def done(self, key: Any = None, **fields: Any) -> None:
+        self.open_calls.discard(key)
+
+    def set_stop(self, stop: Stop) -> None:
+        """Takes the stop of the last choice. The calls of several ones are not told apart."""
+        self.choices_left -= 1
+        if stop.final or self.choices_left <= 0:
+            super().set_stop(stop)
+        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
+
+    # the events
+
+    def take_event(self, event: Event) -> None:
+        if not self.answer.request.stream:
+            raise UpstreamError("The provider streamed an answer that should have come whole.")
+        self.read_deferred()
+        name, data = event
+        if name == "error" or data == "[DONE]":
+            self.decoder.feed(data, name)
+        elif not self.upstream_done:
+            self.take_chunk(data)
+
+    def take_chunk(self, data: str) -> None:
+        chunk = parse_object(data)
+        if chunk is None:
+            raise UpstreamError("The provider sent an event that cannot be read.")
+        self.decoder.read(chunk)
+        choices = only_dicts(chunk.get("choices"))
+        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
+            return
+        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
+        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(text) for text in deltas if isinstance(text, str))
+        self.overhead = min(self.overhead, len(frame) - size)
+        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
+        if self.stop is None:
+            self.forward(frame)
+        else:                           # an error may follow
+            self.withheld.append(frame)
+            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
+            self.check_limits(len(frame))
+
+    def read_deferred(self) -> None:
+        """Reads the arguments that passed unread."""
+        found = re.findall(ARGUMENTS, b"".join(self.deferred))
+        self.deferred.clear()
+        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
+            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
+            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
+            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+
+    def forward(self, block: bytes, most: int = 1) -> None:
+        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
+        super().forward(block, most)
+        self.output_chars = self.passed_bytes
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block.replace(self.theirs, self.ours))
+
+    def with_model(self, block: bytes) -> bytes:
+        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
+        if found := MODEL_FIELD.search(block):
+            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+        return block.replace(self.theirs, self.ours)
+
+    def close_open_items(self) -> None:
+        """Passes the end, or an answer without output, when it is known not to have failed."""
+        if self.error is None and self.answer.request.stream:
+            self.send(b"".join(self.withheld), 0)
+
+    # an answer that came as one JSON object
+
+    def whole(self, data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        self.decoder.whole(parse_object(text) or {})
+        if self.error is not None:
+            raise self.error
+        self.upstream_done = self.output_started = True
+        self.output_chars = len(data)
+        self.check_limits()
+        self.final_text = self.with_model(data).decode("utf-8", "replace")
+        if self.answer.request.stream:              # as one chunk
+            body = json.loads(self.final_text)
+            for choice in body["choices"]:
+                choice["delta"] = choice.pop("message")
+                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
+                    call.setdefault("index", index)
+            body |= {"object": "chat.completion.chunk", "usage": None}
+            self.out.append(sse_frame("", dumps(body)))
+            self.passed.add("finish_reason")
+
+    def body(self, now_s: int) -> str:
+        return self.final_text
+
+
+# --- 5.11 Messages for clients ---
+#
+# Another provider's model gets a translation; its reasoning becomes thinking blocks with our envelope as
+# their signature. An Anthropic upstream gets the client's own body, and its events pass.
+
+UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
+TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
+BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
+UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
+THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
+MAX_USER_ID = 64                # of a safety_identifier at OpenAI
+
+MESSAGES_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in ("model", "stream", "temperature", "top_p", "service_tier")},
+    **dict.fromkeys("metadata output_config output_format thinking tool_choice".split(), OBJECT),
+    "max_tokens": Field((int,), 1),
+    "messages": Field((list,)),
+    "stop_sequences": Field((list,), items=TEXT),
+    "system": Field((str, list)),
+    "tools": Field((list,)),
+    "top_k": Field((int,), 0),
+}
+MESSAGES_PARTS = {      # their known members; the others are fields of their own
+    "thinking": "type budget_tokens display",
+    "output_config": "effort format",
+    "metadata": "user_id",
+}
+# of Anthropic alone; unknown ones get a prefix, because Responses may have a field of that name
+ANTHROPIC_FIELDS = frozenset("""billing_policy compaction container context_management diagnostics fallbacks
+fallback_credit_token inference_geo mcp_servers speed thread user_profile_id workspace_id""".split())
+MESSAGES_FORMAT = {"type": Field(choices=("json_schema",)), "schema": OBJECT}
+TRANSLATED = "messages system tools tool_choice output_format service_tier cache_control".split()
+MESSAGES_RENAMED = {
+    **{name: name for name in {*ANTHROPIC_FIELDS, "model", "stream", "temperature", "top_p", "top_k"}},
+    "max_tokens": "max_output_tokens",
+    "stop_sequences": "stop",
+}
+MESSAGES_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "reasoning.effort": "thinking",
+    "text.format": "output_config.format",
+    "safety_identifier": "metadata.user_id",
+}
+CLIENT_MESSAGE = {
+    "role": Field(choices=("user", "assistant", "system")),
+    "content": Field((str, list)),
+}
+# the known blocks and their fields; the others have no meaning for another provider and are named
+MESSAGE_BLOCKS: dict[str, Fields] = {
+    "text": {"text": TEXT, "citations": Field((list, type(None)))},
+    "image": {"source": OBJECT},
+    "document": {"source": OBJECT, "title": MAYBE_TEXT},
+    "search_result": {"source": TEXT, "title": TEXT, "content": Field((list,))},
+    "thinking": {"thinking": MAYBE_TEXT, "signature": MAYBE_TEXT},
+    "redacted_thinking": {"data": TEXT},
+    "tool_use": {"id": NAME, "name": NAME, "input": OBJECT, "caller": MAYBE_OBJECT},
+    "tool_result": {
+        "tool_use_id": NAME,
+        "content": Field((str, list, type(None))),
+        "is_error": Field((bool, type(None))),
+    },
+    "tool_reference": {"tool_name": NAME},
+    "compaction": {"content": MAYBE_TEXT},
+}
+MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+    "base64": {"media_type": NAME, "data": NAME},
+    "content": {"content": CLIENT_MESSAGE["content"]},
+    "text": {"data": NAME},
+    "url": {"url": NAME},
+}
+MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
+WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
+TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def messages_fields(given: JSON) -> JSON:
+    """The fields of a Messages body under the names of Responses, or else their own."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name, spec in MESSAGES_FIELDS.items():
+        if name in fields or name in ("model", "max_tokens", "messages"):
+            check(given.get(name), spec, name)
+    if not given["model"].isprintable():
+        raise invalid_param("model", " holds characters that no name has.")
+    if not given["messages"]:
+        raise invalid_param("messages", " is empty: send at least one message.")
+    made: JSON = {"include": ["reasoning.encrypted_content"]}
+    for name in fields.keys() - TRANSLATED:
+        known = MESSAGES_PARTS.get(name, "").split()
+        inner = {f"{name}.{key}": value for key, value in as_dict(fields[name]).items() if key not in known}
+        made |= inner if known else {MESSAGES_RENAMED.get(name, f"messages:{name[:64]}"): fields[name]}
+    if made.get("speed") == "standard":
+        del made["speed"]
+    thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
+    made["reasoning"] = read_thinking(thinking, config)
+    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
+    for path, shape in formats.items():
+        if shape is not None:
+            check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
+            made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
+    if metadata.get("user_id") is not None:
+        user = check(metadata["user_id"], TEXT, "metadata.user_id")
+        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
+    if "service_tier" in fields:
+        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
+    return made
+
+
+def read_thinking(thinking: JSON, config: JSON) -> JSON:
+    """`reasoning`: the effort that was asked for, and whether its summary is shown."""
+    kinds = Field(choices=("enabled", "adaptive", "disabled", "between_tools"))
+    kind = check(thinking["type"], kinds, "thinking.type") if "type" in thinking else ""
+    if thinking and not kind:
+        raise type_error(None, TEXT, "thinking.type")
+    effort = check(config.get("effort"), MAYBE_TEXT, "output_config.effort")
+    if kind in ("disabled", "between_tools"):
+        return {"effort": "none"}
+    if kind == "enabled":
+        budget = check(thinking.get("budget_tokens"), Field((int,), 1), "thinking.budget_tokens")
+        effort = effort or next(name for least, name in THINKING_EFFORTS.items() if budget >= least)
+    shown = kind and thinking.get("display") != "omitted"
+    return {"effort": effort, "summary": "auto" if shown else None}
+
+
+def translate_messages(request: ResponsesRequest) -> JSON:
+    """The conversation and the tools as those of Responses. What is lost becomes a field of its own, which no
+    wire carries."""
+    given, dropped = request.given, list[str]()
+    items: list[JSON] = []
+    for index, message in enumerate(given["messages"]):
+        known = request.memo.get(id(message))
+        if known is None or known[0] is not message:
+            names: list[str] = []
+            known = message, message_items(message, f"messages[{index}]", names), names
+            request.memo[id(message)] = known
+        items += known[1]
+        dropped += known[2]
+    if not items:
+        raise invalid_param("messages", " have no content.")
+    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
+    kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
+    if len(kept) < len(texts):
+        dropped.append("system:x-anthropic-billing-header")
+    offered = enumerate(given.get("tools") or ())
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
+    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
+    body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
+    choice = given.get("tool_choice")
+    if choice is not None:
+        body["tool_choice"] = read_tool_choice(choice, tools)
+        body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    return {**dict.fromkeys(dropped, True), **body}
+
+
+def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """The items of a message: neighbouring texts, images and files are one."""
+    check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
+    role = message["role"].replace("system", "developer")
+    items: list[JSON] = []
+    for made in block_parts(message["content"], f"{path}.content", dropped):
+        if not made["type"].startswith("input_"):
+            items.append(made)
+        elif items and items[-1]["type"] == "message":
+            items[-1]["content"].append(made)
+        else:
+            items.append({"type": "message", "role": role, "content": [made]})
+    return items
+
+
+def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """Content as parts, and blocks that are items of their own."""
+    if isinstance(blocks, str):
+        return [input_text(blocks)]
+    check_typed(blocks, MESSAGE_BLOCKS, path)
+    made: list[JSON] = []
+    for index, block in enumerate(blocks):
+        kind = block["type"]
+        known = MESSAGE_BLOCKS.get(kind)
+        if known is None:
+            dropped.append(f"messages:{kind[:64]}")
+            continue
+        more = block.keys() - known.keys() - {"type", "cache_control"}
+        dropped += [f"messages:{kind}.{name[:64]}" for name in sorted(more) if block[name]]
+        made += block_part(block, f"{path}[{index}]", dropped)
+    return made
+
+
+def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    kind = block["type"]
+    if kind == "text":
+        return [input_text(block["text"])]
+    if kind == "tool_use":
+        fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
+        return [{"type": "function_call", **fields}]
+    if kind == "tool_result":
+        output = block.get("content") or ""
+        failed = bool(block.get("is_error"))
+        if isinstance(output, str):
+            output = TOOL_ERROR * failed + output
+        else:
+            output = [input_text(TOOL_ERROR)] * failed + block_parts(output, f"{path}.content", dropped)
+        return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
+    if kind in ("thinking", "redacted_thinking"):
+        sealed = block.get("signature") or block.get("data") or ""
+        if not sealed.startswith(ENVELOPE_PREFIX):
+            dropped.append(f"messages:{kind}")      # only its own provider can read it
+        elif sealed != UNSIGNED:
+            return [{"type": "reasoning", "summary": [], "encrypted_content": sealed}]
+        return []
+    if kind in ("image", "document"):
+        return source_parts(block, f"{path}.source", dropped)
+    if kind == "search_result":
+        found = block_parts(block["content"], f"{path}.content", dropped)
+        return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
+    if kind == "tool_reference":
+        return [input_text(f"The tool {block['tool_name']} is available.")]
+    return [input_text(block["content"])] if block.get("content") else []       # of a compaction
+
+
+def input_text(text: str) -> JSON:
+    return {"type": "input_text", "text": text}
+
+
+def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    """An image or a document as parts; a text is only text."""
+    source, title = block["source"], block.get("title") or ""
+    kind = source.get("type")
+    if kind not in MESSAGE_SOURCES:
+        dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
+        return []
+    check_members(source, MESSAGE_SOURCES[kind], path)
+    if kind == "content":
+        return block_parts(source["content"], f"{path}.content", dropped)
+    if kind == "text":
+        return [input_text(f"{title}\n\n{source['data']}".strip("\n"))]
+    data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    if block["type"] == "image":
+        return [{"type": "input_image", "image_url": data}]
+    if kind == "url":
+        return [{"type": "input_file", "file_url": data}]
+    name = title if "." in title else f"{title or 'document'}.pdf"
+    return [{"type": "input_file", "filename": name, "file_data": data}]
+
+
+def messages_client_tool(tool: Any, path: str) -> JSON:
+    check(tool, OBJECT, path)
+    kind = check(tool.get("type") or "custom", NAME, f"{path}.type")
+    more = {name: value for name, value in tool.items() if name not in WITHOUT_EFFECT}
+    if kind == "custom":
+        check_members(tool, MESSAGES_TOOL, path)
+        schema = more.pop("input_schema")
+        return {**more, "type": "function", "parameters": schema}
+    if not kind.startswith("web_search"):
+        return {"type": kind}
+    more.pop("name", None)
+    filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
+    return {**more, "type": "web_search", "filters": filters}
+
+
+def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
+    kind = choice.get("type")
+    if kind == "tool":
+        name = check(choice.get("name"), NAME, "tool_choice.name")
+        hosted = any(tool["type"] == name for tool in tools)
+        return {"type": name} if hosted else {"type": "function", "name": name}
+    if kind not in TOOL_CHOICES:
+        raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
+    return TOOL_CHOICES[kind]
+
+
+MESSAGES_ERRORS = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def messages_error(error: GatewayError, request_id: str) -> JSON:
+    """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
+    kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    if (error.ledger_code or error.code) in ("insufficient_quota", "price_unknown"):
+        kind = "billing_error"
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
+
+
+def messages_counts(usage: Usage) -> JSON:
+    """The usage object: cached input is counted apart."""
+    counts: JSON = {
+        "input_tokens": usage.input - usage.cached - usage.cache_write,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+    }
+    if usage.web_searches:
+        counts["server_tool_use"] = {"web_search_requests": usage.web_searches, "web_fetch_requests": 0}
+    return counts
+
+
+def messages_frame(kind: str, **fields: Any) -> bytes:
+    return sse_frame(kind, dumps({"type": kind, **fields}))
+
+
+MESSAGE_STOP = messages_frame("message_stop")
+BLOCK_DELTAS = {        # kind of block -> the type of its deltas, and their field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
+
+
+def item_blocks(item: JSON) -> list[JSON]:
+    """The content blocks of a finished item of Responses. A truncated call is none."""
+    kind = item["type"]
+    if kind == "message":
+        blocks: list[JSON] = []
+        for part in item["content"]:
+            cited = [citation(each) for each in only_dicts(part.get("annotations"))]
+            block = text_block(part.get("text", part.get("refusal")))
+            blocks.append({**block, "citations": cited} if cited else block)
+        return blocks
+    if kind == "reasoning":
+        thoughts = [part["text"] for part in (*item.get("summary", ()), *item.get("content", ()))]
+        text, sealed = "\n\n".join(thoughts), item.get("encrypted_content")
+        if text:
+            return [{"type": "thinking", "thinking": text, "signature": sealed or UNSIGNED}]
+        return [{"type": "redacted_thinking", "data": sealed}] if sealed else []
+    given = {"input": item["input"]} if "input" in item else parse_object(item.get("arguments", ""))
+    if kind not in CALL_FIELD or given is None:
+        return []
+    return [tool_use(item["call_id"], item["id"], item["name"], given)]
+
+
+def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
+    call_id = call_id if LASTING_ID.fullmatch(call_id) else item_id
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def citation(annotation: JSON) -> JSON:
+    """The source of a text. Its index is ours, so that it never goes up."""
+    return {
+        "type": "web_search_result_location",
+        "cited_text": "",
+        "encrypted_index": UNSIGNED,
+        "title": annotation.get("title"),
+        "url": str(annotation.get("url") or ""),
+    }
+
+
+def whole_block(index: int, block: JSON) -> bytes:
+    """The frames of a block that is complete."""
+    empty, deltas = dict(block), list[JSON]()
+    for name in ("text", "thinking", "signature"):
+        if isinstance(empty.get(name), str):
+            deltas.append({"type": f"{name}_delta", name: block[name]})
+            empty[name] = ""
+    cited = only_dicts(empty.pop("citations", None))
+    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
+    if "input" in empty:
+        deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
+        empty["input"] = {}
+    frames = [messages_frame("content_block_start", index=index, content_block=empty)]
+    frames += [messages_frame("content_block_delta", index=index, delta=delta) for delta in deltas]
+    return b"".join([*frames, messages_frame("content_block_stop", index=index)])
+
+
+def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
+    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
+        self.waiting.setdefault(item.index, []).append((make, item, given))
+        frames: list[bytes] = []
+        while self.waiting:
+            first = next(iter(self.waiting))
+            calls, self.waiting[first] = self.waiting[first], []
+            frames += [call(self, each, *rest) for call, each, rest in calls]
+            if not calls or calls[-1][0].__name__ != "end_item":
+                break
+            del self.waiting[first]
+        return b"".join(frames)
+    return hook
+
+
+class MessagesAnswer(ClientAnswer):
+    """Events of the Messages API."""
+    blocks = 0              # begun
+    stop_reason = "end_turn"
+
+    @functools.cached_property
+    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
+        """The calls that wait, by the index of their item."""
+        return {}
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
+        return {
+            "id": f"msg_{self.id.removeprefix('resp_')}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.request.given["model"],
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": messages_counts(usage),
+        }
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
+            return b""
+        self.started = True
+        if attempt and attempt.opening:
+            return attempt.opening
+        usage = (attempt and attempt.usage) or Usage(self.estimated_input)
+        return messages_frame("message_start", message=self.message([], None, usage))
+
+    def heartbeat(self) -> bytes:
+        return messages_frame("ping")
+
+    def begin_block(self, item: Item, block: JSON) -> bytes:
+        """Begins a block whose text is the item's."""
+        kind, name = BLOCK_DELTAS[block["type"]]
+        item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
+                           f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
+        self.blocks += 1
+        return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
+
+    def block_delta(self, **delta: Any) -> bytes:
+        return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
+
+    def end_block(self) -> bytes:
+        return messages_frame("content_block_stop", index=self.blocks - 1)
+
+    def texts(self, item: Item, texts: list[str]) -> bytes:
+        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
+        return "".join(frames).encode() if item.delta_head else b""
+
+    @in_turn
+    def begin_item(self, item: Item) -> bytes:
+        if item.tool is None or item.kind != "function_call":
+            return b""
+        self.stop_reason = "tool_use"
+        return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
+
+    @in_turn
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        if item.kind == "message":
+            return self.begin_block(item, text_block(""))
+        if item.delta_head:                     # the parts of a thought are one block
+            return self.texts(item, ["\n\n"])
+        return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
+
+    later_texts = in_turn(texts)
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        is_next = item.index == next(iter(self.waiting))        # nearly always
+        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.deltas(item, [text])
+
+    @in_turn
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.block_delta(type="citations_delta", citation=citation(annotation))
+
+    @in_turn
+    def end_part(self, item: Item, *given: Any) -> bytes:
+        return self.end_block() if item.kind == "message" else b""
+
+    @in_turn
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
+        """Ends an item's block, or makes those of one that began none."""
+        frames = [self.texts(item, [rest])] if rest else []
+        if item.delta_head and item.kind == "reasoning":
+            signature = item.fields.get("encrypted_content") or UNSIGNED
+            frames.append(self.block_delta(type="signature_delta", signature=signature))
+        if item.delta_head and item.kind != "message":
+            frames.append(self.end_block())
+        for block in () if item.delta_head else item_blocks(json.loads(text)):
+            frames.append(whole_block(self.blocks, block))
+            self.blocks += 1
+            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
+        return b"".join(frames)
+
+    def reason(self, attempt: Attempt) -> str:
+        filtered = self.stop_reason if self.profile.refusal_as_text else "refusal"
+        reasons = {"": self.stop_reason, "content_filter": filtered}
+        return reasons.get(attempt.incomplete_reason, "max_tokens")
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        if attempt.error:
+            return messages_frame("error", error=messages_error(attempt.error, "")["error"])
+        assert attempt.usage is not None
+        delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
+        ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
+        return self.start(attempt) + ending + MESSAGE_STOP
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        content: list[JSON] = []
+        for index in sorted(attempt.items):
+            content += item_blocks(json.loads(attempt.items[index]))
+        if any(block["type"] == "tool_use" for block in content):
+            self.stop_reason = "tool_use"
+        assert attempt.usage is not None
+        return dumps(self.message(content, self.reason(attempt), attempt.usage))
+
+
+BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
+
+
+def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
+    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
+    at = MODEL_FIELD.search(raw)
+    if at is None or json.loads(at[1]) != given:
+        return None
+    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
+        return None                             # one of them may be in a tool's input
+    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
+
+
+class MessagesPassthrough(Passthrough):
+    """The upstream's message with our `model`. What follows its stop_reason is withheld until the end."""
+    API_EVENTS = b""
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"content_block_(?:delta|stop)"')
+    PARSED_EVENTS = re.compile(rb"\A(?!event: content_block_delta\n)")
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
+    DEFERRED_EVENTS = (b"input_json_delta",)
+    fail = Attempt.fail         # nothing follows an error
+    answer: MessagesAnswer
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ending: list[bytes] = []
+        self.open_blocks: dict[Any, Any] = {}   # those of the decoder, by index
+        self.calls = False
+        self.broken_call = b""                  # the stop of a call whose input is not whole JSON
+        self.content: list[JSON] = []           # for a client that does not stream
+        self.whole_text = b""
+        if not self.answer.request.stream:
+            self.DEFERRED_EVENTS = (b"content_block_delta",)
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block)
+
+    def take_event(self, event: Event) -> None:
+        if event.data.strip() != "[DONE]":
+            super().take_event(event)
+
+    def read(self, data: str, frame: bytes) -> None:
+        self.read_deferred()
+        super().read(data, frame)
+
+    def read_deferred(self) -> None:
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def on_message_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if not self.opening:
+            self.final_response = as_dict(event.get("message"))
+            own = self.answer.request.given["model"]
+            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
+
+    def on_content_block_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.broken_call:
+            raise UpstreamError(BROKEN_CALL)
+        self.check_limits(items=1)
+        index = event.get("index", 0)
+        self.open_blocks[index] = block = self.decoder.blocks[index]
+        self.calls |= block.channel == "arguments"
+        self.forward(frame)
+
+    def on_content_block_delta(self, event: JSON, frame: bytes) -> None:
+        self.pass_unread(frame)
+
+    def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
+        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
+        block = self.open_blocks.pop(event.get("index", 0), None)
+        if block is None:
+            return
+        self.decoder.read(event)
+        self.content.append(block.content)
+        text = "".join(block.pieces).strip()
+        if block.channel == "arguments" and text and parse_object(text) is None:
+            self.broken_call = frame
+        else:
+            self.forward(frame)
+
+    def on_message_delta(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        message = self.final_response
+        usage = merge_counts(as_dict(message.get("usage")), event.get("usage"))
+        message |= {**as_dict(event.get("delta")), "usage": usage}
+        if self.stop is None:
+            self.forward(frame)
+        else:
+            self.ending.append(frame)
+
+    def on_message_stop(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.ending:
+            self.ending.append(frame)
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        """An error by its name or its form; other events without a type are a proxy's heartbeats."""
+        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
+        self.decoder.read({**event, **named})
+
+    def whole(self, data: bytes) -> None:
+        message = parse_object(data.decode("utf-8", "replace")) or {}
+        content = message.get("content")
+        if not isinstance(content, list):
+            self.decoder.read({**message, "type": "error"})
+            return
+        self.check_limits(len(data), len(content))
+        self.decoder.whole(message)
+        self.final_response, self.content, self.whole_text = message, content, data
+        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
+        self.opening = messages_frame("message_start", message=head)
+        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
+
+    def close_open_items(self) -> None:
+        """Ends the blocks that the upstream or the key's limit left open."""
+        self.read_deferred()
+        for index in [*self.open_blocks]:
+            if self.error is None:
+                stop = messages_frame("content_block_stop", index=index)
+                self.on_content_block_stop({"type": "content_block_stop", "index": index}, stop)
+        if self.broken_call and self.incomplete_reason:
+            self.forward(self.broken_call)
+        elif self.broken_call:
+            self.error = self.error or UpstreamError(BROKEN_CALL)
+
+    def terminal(self, now_s: int) -> bytes:
+        """The upstream's own end, if it sent one, completed."""
+        if self.error is not None or not self.ending:
+            self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
+            return super().terminal(now_s)
+        withheld = () if self.output_started else self.withheld         # pings
+        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
+        return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
+
+    def body(self, now_s: int) -> str:
+        own, message = self.answer.request.given["model"], self.final_response
+        passed = with_model(self.whole_text, message.get("model"), own)
+        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
+        return body.decode("utf-8", "replace")
+
+
+# --- 5.12 the table ---
+
+def openai_error(error: GatewayError, request_id: str) -> JSON:
+    return error.body()
+
+
+class ClientApi(NamedTuple):
+    """An API that clients speak. Its name is also that of the wire whose providers speak it."""
+    endpoint: str
+    history: str                    # the field of the body that holds the conversation
+    answer: type[ClientAnswer]
+    error: Callable[[GatewayError, str], JSON] = openai_error     # its body, with the request's id
+    # of another API than Responses: checks the body and returns all its fields but the conversation, the
+    # instructions and the tools, as those of Responses; and these three, when a target needs them
+    fields: Callable[[JSON], JSON] = dict
+    translate: Callable[[ResponsesRequest], JSON] = lambda request: {}
+    # paths of Responses fields -> the API's own, for messages
+    own_names: Mapping[str, str] = {}
+    # the code of an error -> the status, and words at its beginning, by which this API's clients know it
+    known_errors: Mapping[str, tuple[int, str]] = {}
+
+    def adapt_error(self, error: GatewayError) -> None:
+        status, words = self.known_errors.get(error.code or "", (error.status, ""))
+        if words.lower() not in str(error).lower():
+            error.args = (f"{words} {error}",)
+        error.status = status
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
+
+
+CLIENT_APIS: dict[str, ClientApi] = {
+    "responses": ClientApi("/v1/responses", "input", ResponsesAnswer),
+    "chat": ClientApi(
+        "/v1/chat/completions", "messages", ChatAnswer,
+        fields=chat_fields,
+        translate=translate_chat,
+        own_names=CHAT_OWN_NAMES,
+        untranslated=ONLY_CHAT_SERVERS,
+        known_errors={
+            "insufficient_quota": (402, ""),        # agents ask again after a 429
+            "context_length_exceeded": (400, "The input is over the maximum context length "
+                                             "(context_length_exceeded)."),     # opencode's words, aider's
+        }),
+    "messages": ClientApi(
+        "/v1/messages", "messages", MessagesAnswer,
+        error=messages_error,
+        fields=messages_fields,
+        translate=translate_messages,
+        own_names=MESSAGES_NAMES,
+        known_errors={
+            "insufficient_quota": (402, ""),
+            "context_length_exceeded": (400, "Prompt is too long."),    # Claude Code compacts
+        }),
+}
+
+
+def api_of(path: str) -> str:
+    """The client API that a path belongs to; Responses for any other path."""
+    found = (name for name, api in CLIENT_APIS.items() if path.startswith(api.endpoint))
+    return next(found, "responses")
+
+
+# === 6. providers ===
 #
 # One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
 # that is fed one event at a time and calls a Sink. Then the table.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
+    return as_dict(holder.get(name))
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
@@ -3146,7 +4417,7 @@ def objects_in(holder: JSON, name: str) -> list[JSON]:
     return only_dicts(holder.get(name))
 
 
-# --- 6.0 errors of providers ----------------------------------------------------------------------
+# --- 6.0 errors of providers ---
 #
 # A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
 # because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
@@ -3176,15 +4447,14 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
-# status, or by the message. A failure without a match is an overload.
+# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
+# message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
-    # one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, only PerDay is a long one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -3195,8 +4465,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
      r"rate.?limit|too many requests|throttling"),
     ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
-    # model
+    # OpenRouter sends 403; OpenAI 404 for a reasoning item that it did not store
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
@@ -3266,8 +4535,7 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
-    in the error's own fields counts."""
+    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -3283,12 +4551,8 @@ def classify_error(
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
-        message,
-        kind=kind,
-        code=code,
-        param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
-        upstream_status=status,
+        message, kind=kind, code=code, param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s), upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
 
@@ -3300,9 +4564,9 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
-    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
-    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
@@ -3310,11 +4574,9 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
-        fields |= without_empty({
-            **level,
-            "message": value_text(text),
-            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
+        text, code = (
+            next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
+        fields |= without_empty({**level, "message": value_text(text), "code": code})
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -3399,11 +4661,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
-UNIT_S = {
-    "ms": 0.001,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0}
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
@@ -3414,15 +4672,13 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
-    texts += TRY_AGAIN.findall(error.get("message", ""))
+        headers.get("retry-after"),
+        *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
+        *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
-        wait_s(value, date_s)
-        for name, value in headers
-        if LIMIT_RESET.fullmatch(name)
-        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+        wait_s(value, date_s) for name, value in headers
+        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
     for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
@@ -3460,7 +4716,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "truncation": ["disabled"],
     "include": [[], ["reasoning.encrypted_content"]],
-    **dict.fromkeys("temperature top_p".split(), [1]),
+    "logprobs": [False],
+    "modalities": [["text"]],
+    **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
@@ -3493,10 +4751,8 @@ def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text") and isinstance(value, dict):
-            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            fields[name] = value
+        nested = isinstance(value, dict) and name in ("reasoning", "text")
+        fields |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -3526,8 +4782,7 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
-        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
-    ]
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -3540,8 +4795,7 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
-    several names too."""
+    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -3553,8 +4807,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [flat for flat, known in offered.items() if exact == flat or name == known.name]
+        names += [exact] if exact in found else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -3625,10 +4879,9 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
-        omitted."""
+        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
         if isinstance(content, str):
-            content = [text_block(content)]
+            return [part for part in [self.text_part(content)] if part]
         parts = []
         for given in content:
             part = self.encode_part(given)
@@ -3639,8 +4892,7 @@ class TurnEncoder:
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file:
+        if file := read_attachment(part):
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -3649,18 +4901,31 @@ class TurnEncoder:
         return text_block(text) if text else {}
 
 
-# --- 6.1 responses: OpenAI's own API and its dialects ----------------------------------------------
+# --- 6.1 responses: OpenAI's own API and its dialects ---
 
 ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 # an escaped ASCII letter, digit, "-" or "." may hide a key or an envelope
 LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
+def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
+    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    raw, around = request.raw, request.around
+    start, end = around.start or len(raw), len(raw) - around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named,
+        raw[:start] + b"\0" + raw[end:])
+    exact = models == 1 and not LETTER_ESCAPE.search(outside)
+    return outside.replace(b"\0", raw[start:end]), exact
+
+
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
-    raw, body = request.raw, request.body
+    body = request.body
     envelopes: dict[bytes, bytes] = {}      # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
@@ -3668,18 +4933,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
             if not dropped:         # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
-    named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
-    start, end = request.around.start or len(raw), len(raw) - request.around.behind
-    outside, models = MODEL_FIELD.subn(
-        lambda at: at[0].removesuffix(at[1]) + named.encode(),
-        raw[:start] + b"\0" + raw[end:])
-    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
-    if envelopes:
+    spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
+    if envelopes and exact:
         spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
-        outside = spliced
-    exact = models == 1 and opened == len(envelopes) and body.get("store", False) is False
-    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        exact = opened == len(envelopes) and not LETTER_ESCAPE.search(spliced)
+    if exact and not dropped and body is request.given and body.get("store", False) is False:
         return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
@@ -3701,13 +4959,8 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [
-            {"type": "function", "strict": None, **function}
-            for function in functions
-        ]
-        body["tool_choice"] = mode
-        if names:
-            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -3720,22 +4973,12 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
-        return {
-            "type": "reasoning",
-            "id": f"rs_{index}",
-            "summary": [],
-            **item["sealed_replay"],
-        }
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
+        fixed = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed = {"id": f"msg_{index}", "status": "completed"}
-        return {
-            "type": "message",
-            **(fixed if assistant else {}),
-            "role": item["role"],
-            "content": parts,
-        }
+        return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
@@ -3759,14 +5002,23 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
-# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
-# model cannot take is a setting: `overrides` in the configuration.
+# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
+# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
+def drop_reasoning(body: JSON, *refused: str) -> None:
+    """The model does not reason, or not at this effort."""
+    for name in ("reasoning", "include"):
+        body.pop(name, None)
+
+
 RESPONSES_REPAIRS: Repairs = {
+    r"value: '(none|minimal)' is not supported|parameter: '(reasoning)|(encrypted) content is not supported":
+        drop_reasoning,
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
+    # a model that does not reason
+    "encrypted content is not supported": lambda body: body.pop("include", None),
 }
 
 
@@ -3782,7 +5034,7 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class TextDelta(NamedTuple):
-    """An event that carries a piece of an open item's text, and nothing else."""
+    """An event with a piece of an open item's text, and nothing else."""
     field: str              # the field with the piece
     pieces: list[str]       # the decoder's list of them
     key: Any                # for the sink
@@ -3796,14 +5048,22 @@ class Decoder:
     failed = False
     paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
+    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+    def feed(self, data: str, name: str = "") -> None:
+        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
+        alone may mark an error."""
         data = data.strip()
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data == "[DONE]":
             self.on_done()
         elif data:
@@ -3824,8 +5084,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
-        event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -3835,7 +5094,42 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        if self.notice and not self.items_begun:
+            self.sink.fail(self.notice)
+
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
+
+    def _call_id(self, item_key: int, given: Any) -> str:
+        """The provider's id of a call, or one made here if it is missing or was used before."""
+        call_id = str(given or f"{self.prefix}{item_key}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{item_key}"
+        self.call_ids.add(call_id)
+        return call_id
+
+    def _carry(self, replay: JSON) -> None:
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        self.sink.text("", "summary")
+        self.sink.done(sealed_replay=replay)
+
+    def _image(self, data: str) -> None:
+        self._new_key()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
+
+    def _annotate(self, start: int, end: int, source: JSON) -> None:
+        """Adds the source of a span of characters of the open message, if it has an address."""
+        if isinstance(source.get("url"), str):
+            self.sink.annotate({
+                "type": "url_citation",
+                "start_index": start,
+                "end_index": end,
+                "url": source["url"],
+                "title": source.get("title") or "",
+            })
 
 
 class ResponsesDecoder(Decoder):
@@ -3895,17 +5189,12 @@ class ResponsesDecoder(Decoder):
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
-        index = known.index
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name = str(item.get("name") or "")
-            space = str(item.get("namespace") or "")
-            call_id = item.get("call_id") or f"call_{index}"
-            if kind == "function_call" and not space:
-                tool = self.tool_map.resolve(name)
-            else:
-                tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(call_id), tool)
+            tool = Tool(item["type"], str(item.get("name") or ""), str(item.get("namespace") or ""))
+            if kind == "function_call" and not tool.namespace:
+                tool = self.tool_map.resolve(tool.name)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -3920,14 +5209,11 @@ class ResponsesDecoder(Decoder):
         if not text or not isinstance(text, str):
             return
         known = self.items.take(event, kind)
-        if known.kind != kind:
-            return
-        number = event.get("content_index", event.get("summary_index", 0))
-        place = known.text(channel, number, done)
-        if done:
-            self._complete(known, place, text)
-        else:
-            self._extend(known, place, text)
+        if known.kind == kind:
+            number = event.get("content_index", event.get("summary_index", 0))
+            place = known.text(channel, number, done)
+            add = self._complete if done else self._extend
+            add(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
         part = object_in(event, "part")
@@ -3962,9 +5248,7 @@ class ResponsesDecoder(Decoder):
         """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
-            texts, known.texts,
-            lambda text: (text.channel, text.so_far()),
-            lambda text: text.channel)
+            texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new in texts:
             text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
@@ -4012,10 +5296,8 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):
-            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
-                replay["id"] = item["id"]
+        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -4029,8 +5311,7 @@ class ResponsesDecoder(Decoder):
         reason = ""
         # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
-            details = response.get("incomplete_details") or {}
-            reason = details.get("reason") or "max_output_tokens"
+            reason = object_in(response, "incomplete_details").get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     on_incomplete = on_failed = on_completed
@@ -4044,10 +5325,9 @@ class ResponsesDecoder(Decoder):
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
+            item, call = known.item, known.kind == "call"
             if known.closed:
                 continue
-            item = known.item
-            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)
@@ -4076,84 +5356,27 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-class ItemDecoder(Decoder):
-    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
-    themselves."""
-
-    items_begun = 0             # number of items begun
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.call_ids: set[str] = set()
-
-    def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.items_begun:
-            self.sink.fail(self.notice)
-
-    def _new_key(self) -> int:
-        self.items_begun += 1
-        return self.items_begun - 1
-
-    def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{item_key}")
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{item_key}"
-        self.call_ids.add(call_id)
-        return call_id
-
-    def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.text("", "summary")
-        self.sink.done(sealed_replay=replay)
-
-    def _image(self, data: str) -> None:
-        self._new_key()
-        self.sink.open(None, "image_generation_call", result=None)
-        self.sink.done(result=data)
-
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
-
-
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
 # agent would see an empty answer and ask again (coder#28470)
-END_REASONS: dict[str, Any] = {
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
-        "continuation pause_turn".split(),              # a pause that cannot be resumed
-        "max_output_tokens"),
-    **dict.fromkeys(
-        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
-        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
-        "pup_limited_disabled".split(),
-        "content_filter"),
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
+END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
+    # pause_turn: of a pause that cannot be resumed
+    "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+    "repetition continuation pause_turn",
+    "content_filter": "content_filter safety sensitive refusal recitation language blocklist spii no_image "
+    "prohibited_content image_safety image_prohibited_content image_recitation image_other model_armor "
+    "escalation pup_limited_disabled",
+    "overload": "error abort network_error insufficient_system_resource",
+    "tool_generation": "function_call_filter malformed_function_call malformed_response "
+    "unexpected_tool_call too_many_tool_calls",
+}.items() for reason in reasons.split()}
 
 
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    return {
-        "type": "search",
-        "query": queries[0] if queries else "",
-        "queries": queries}
+    return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
-# --- 6.2 chat: Chat Completions and its dialects --------------------------------------------------
+# --- 6.2 chat: Chat Completions and its dialects ---
 #
 # One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
 # accepts every server's stream differences, so it has hardly a branch by dialect.
@@ -4194,19 +5417,19 @@ SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
 CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+
+
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {
-        "model": ctx.model,
-        "messages": ChatMessages(ctx).encode(instruction),
-    }
+    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
-    for path in ("temperature", "top_p", *dialect.passthrough_fields):
+    for path in (*SAMPLING_FIELDS, *dialect.passthrough_fields):
         body[path.rpartition(".")[2]] = ctx.take(path)
     if "prompt_cache_key" in body:
         body["prompt_cache_key"] = ctx.request.cache_key()
@@ -4246,10 +5469,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {
-            name: shape.get(name)
-            for name in ("name", "description", "schema", "strict")
-        }
+        known = {name: shape.get(name) for name in ("name", "description", "schema", "strict")}
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4264,8 +5484,7 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
-    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
-    if value != "0" else {"enable_thinking": False},
+    "budget": lambda value: {"enable_thinking": value != "0", "thinking_budget": int(value) or None},
 }
 
 
@@ -4297,8 +5516,7 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        texts = filter(None, (*self.history.system, closing))
-        system = "\n\n".join(texts)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4331,17 +5549,14 @@ class ChatMessages(TurnEncoder):
         self.out.append(message)
         form = self.settings.replay
         pieces = [replay[form] for replay in replays if form in replay]
-        reasoning: Any = [*itertools.chain(*pieces)]
-        if form == "reasoning_content":
-            reasoning = "".join(pieces)
+        reasoning: Any = "".join(pieces) if form == "reasoning_content" else [*itertools.chain(*pieces)]
         if form == "thinking" and reasoning:
             message["content"] = [*reasoning, text_block(text)] if text else reasoning
         elif reasoning or (form and calls and self.settings.replay_always):
             message[form] = reasoning or ""
         for replay in replays:
             for extra in replay.get("extra_content", ()):
-                call = calls.get(extra["id"], {})
-                call["extra_content"] = extra["extra_content"]
+                calls.get(extra["id"], {})["extra_content"] = extra["extra_content"]
         if calls:
             message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
@@ -4349,12 +5564,10 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            content: Any = result["output"]
-            others: list[JSON] = []
-            if not isinstance(content, str):
-                parts = self.encode_parts(content)
-                content = text_of(parts, "\n")
-                others = [part for part in parts if part["type"] != "text"]
+            output = result["output"]
+            parts = [] if isinstance(output, str) else self.encode_parts(output)
+            content: Any = text_of(parts or output, "\n")
+            others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
             elif others:                # elsewhere a tool message is only text
@@ -4384,9 +5597,7 @@ class ChatMessages(TurnEncoder):
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
             return None
-        return {
-            "type": "file",
-            "file": {"filename": name, "file_data": url}}
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
 # --- the answer
@@ -4434,10 +5645,8 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if length <= 2 * len(piece):    # a shorter piece repeats nothing
-            text = self.text
-            if text.lstrip().startswith("{"):
-                rest = rest_of_snapshot(text, piece)
+        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+            rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
@@ -4489,9 +5698,7 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    if arguments is None or arguments != parse_object(snapshot):
-        return None
-    return ""
+    return None if arguments is None or arguments != parse_object(snapshot) else ""
 
 
 THINK, END_THINK = "<think>", "</think>"
@@ -4522,9 +5729,8 @@ class ThinkTags:
         if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if not tag and mark and END_THINK.startswith(mark + rest):
-                self.held = mark + rest
-                reasoning = start
+            if not tag and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
             if self.place == "waiting":
                 self.waiting.append(reasoning)
                 reasoning = ""
@@ -4533,10 +5739,9 @@ class ThinkTags:
                 if waiting.strip() not in "".join(self.reasoning):
                     reasoning = waiting
                 self.place = "behind"
-        if self.place == "behind":
-            text = text.lstrip()
-            if text:
-                self.place = ""
+        text = text.lstrip()
+        if text:
+            self.place = ""
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
@@ -4550,7 +5755,7 @@ class ThinkTags:
         return (held, "") if place == "inside" else ("", held)
 
 
-class ChatDecoder(ItemDecoder):
+class ChatDecoder(Decoder):
     """One chat stream, or one whole answer.
 
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
@@ -4573,55 +5778,48 @@ class ChatDecoder(ItemDecoder):
         self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
         self.counts: JSON = {}    # of all usages
 
-    def on_event(self, event: Any) -> None:
-        chunk = as_dict(event)
-        self._chunk(chunk)
-        self._note_delta(chunk)
-
-    def _note_delta(self, chunk: JSON) -> None:
-        """Remembers a chunk with one text and nothing else of interest."""
-        choices = objects_in(chunk, "choices")
-        if len(choices) != 1 or self.tags.place == "inside":
-            return
-        delta = as_dict(choices[0].get("delta"))
-        fields = {**chunk, **choices[0], **delta}
-        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
-        channel = TEXT_CHANNELS.get(name)
-        in_tags = channel == "text" and self.tags.place
-        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
-            self.delta = TextDelta(name, self.texts[channel], None, channel)
-
     def whole(self, body: Any) -> None:
         super().whole(body)
         self.on_done()
 
-    def _chunk(self, chunk: JSON) -> None:
+    def on_event(self, event: Any) -> None:
+        chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
-        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = [holder["usage"] for holder in holders if holder.get("usage")]
+        given = [holder.get("usage") for holder in (chunk, object_in(chunk, "x_groq"), *choices)]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
+        counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
+        usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
         if errors or states_error(chunk):
-            raise classify_error([*errors, chunk][0])
+            raise classify_error(errors or chunk)
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = classify_error(chunk)
         for choice in choices:    # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
-            if reason := choice.get("finish_reason"):
-                self._finish(choice, reason)
-        if usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
+            self._finish(choice)
+        if len(choices) == 1:
+            self._note_delta(chunk, choices[0])
+        elif usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
+
+    def _note_delta(self, chunk: JSON, choice: JSON) -> None:
+        """Remembers a chunk with one text and nothing else of interest."""
+        delta = object_in(choice, "delta")
+        fields = {**chunk, **choice, **delta}
+        name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
+        channel = TEXT_CHANNELS.get(name)
+        in_tags = self.tags.place == "inside" or (channel == "text" and self.tags.place)
+        if channel and not others and isinstance(delta.get(name), str) and not in_tags:
+            self.delta = TextDelta(name, self.texts[channel], None, channel)
 
     def _message(self, message: JSON, whole: bool) -> None:
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
-        self.streamed = self.streamed or not whole
+        self.streamed |= not whole
         snapshot = whole and self.streamed
         known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
         if snapshot:
@@ -4641,9 +5839,11 @@ class ChatDecoder(ItemDecoder):
         for image in objects_in(message, "images"):    # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
-        if not (snapshot and self.cited):
+        if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
-                self._cite(object_in(annotation, "url_citation"))
+                self.cited = True
+                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -4654,7 +5854,7 @@ class ChatDecoder(ItemDecoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside" and text:
+        elif channel == "summary" and self.tags.place == "inside":
             if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
@@ -4681,11 +5881,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = detail.get("index")
-        if kind == "reasoning.encrypted":
-            place = len(self.details)
-        key = (name, kind, str(place))
-        fields, pieces = self.details.setdefault(key, ({}, []))
+        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
+        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
         for member, value in detail.items():
             if value is not None or member not in (*fields, name):
                 fields[member] = value
@@ -4700,17 +5897,6 @@ class ChatDecoder(ItemDecoder):
             self.images.add(data)
             self._end_items()
             self._image(data)
-
-    def _cite(self, citation: JSON) -> None:
-        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
-        url = citation.get("url")
-        if self.open_item == "message" and isinstance(url, str):
-            self.cited = True
-            self._annotate(
-                count(citation, "start_index"),
-                count(citation, "end_index"),
-                url,
-                citation.get("title"))
 
     # calls
 
@@ -4769,25 +5955,25 @@ class ChatDecoder(ItemDecoder):
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": signature}
-            self._carry({"extra_content": [extra]})
-        tool = self.tool_map.resolve(call.name)
-        self.sink.call(item_key, call_id, tool)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
+        self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
     # ends
 
     def _end_text(self) -> None:
+        text = "".join(self.texts["summary"][self.sealed_texts:])
+        details = [
+            {**fields, name: "".join(pieces)} if pieces else fields
+            for (name, *_), (fields, pieces) in self.details.items()
+        ]
+        replays = {
+            "reasoning_content": text,
+            "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
+        }
         form = self.settings.replay
-        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
-        if form == "reasoning_details":
-            value = [
-                {**fields, name: "".join(pieces)} if pieces else fields
-                for (name, *_), (fields, pieces) in self.details.items()
-            ]
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        replay = {form: value} if form and value else {}
-        self.sink.done(sealed_replay=replay)
+        value = replays.get(form)
+        self.sink.done(sealed_replay={form: value} if value else {})
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -4812,7 +5998,8 @@ class ChatDecoder(ItemDecoder):
         self._end_text()
         self._end_calls(last)
 
-    def _finish(self, choice: JSON, reason: Any) -> None:
+    def _finish(self, choice: JSON) -> None:
+        reason = choice.get("finish_reason")
         if isinstance(reason, dict):
             reason = reason.get("type") or reason.get("reason")
         if not reason:
@@ -4825,13 +6012,8 @@ class ChatDecoder(ItemDecoder):
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
         results = object_in(choice, "content_filter_results")      # from Azure
-        filters = [
-            name for name, result in results.items()
-            if as_dict(result).get("filtered")
-        ]
-        explanation = ""
-        if filters:
-            explanation = f"The provider's content filter stopped this answer: {', '.join(filters)}."
+        filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
+        explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
         self._end_items(last=not outcome)
         self.sink.set_stop(self.stop)
@@ -4840,7 +6022,7 @@ class ChatDecoder(ItemDecoder):
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
-        stop = self.stop or Stop(final=True)
+        stop = self.stop or Stop()
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
@@ -4854,13 +6036,10 @@ class ChatDecoder(ItemDecoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")
-    shown = [
-        {"text": detail.get("text") or detail.get("summary")}
-        for detail in details
-    ]
+    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
+    yield "summary", text_of(next(fields, shown))
     content = message.get("content")        # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
@@ -4870,7 +6049,7 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     yield "refusal", text_of(message.get("refusal"))
 
 
-# --- 6.3 messages: Anthropic -----------------------------------------------------------------------
+# --- 6.3 messages: Anthropic ---
 #
 # ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
 # return byte for byte: each is one reasoning item with the block in its envelope.
@@ -4954,8 +6133,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
         "metadata": without_empty({"user_id": user}),
+        "stop_sequences": ctx.take("stop"),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
+        body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
@@ -4966,8 +6147,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
-    cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -4987,10 +6167,8 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {
-            "type": "enabled",
-            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
-        }
+        budget = max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))
+        thinking = {"type": "enabled", "budget_tokens": budget}
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -5012,18 +6190,15 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    if choice == {"type": "auto"} and not instruction:      # the default
-        choice = {}
-    return choice, instruction
+    is_default = choice == {"type": "auto"} and not instruction
+    return {} if is_default else choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    defs = {
-        **object_in(schema, "definitions"),       # from zod-to-json-schema
-        **object_in(schema, "$defs"),
-    }
+    # the old name from zod-to-json-schema
+    defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -5038,16 +6213,20 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
-    reference = str(root.pop("$ref", ""))
-    target = defs.pop(reference.rpartition("/")[2], None)
-    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    root["allOf"] = objects_in(root, "allOf") + only_dicts([target])
+
+    def take(keyword: str) -> list[JSON]:
+        return [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
+
+    options = take("anyOf") + take("oneOf")
+    merged = [root, *take("allOf")]
     properties: JSON = {}
     for branch in merged + options:
         for name, inner in object_in(branch, "properties").items():
             known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+            if known != inner:
+                properties[name] = {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, merged))
     if options:
         needed |= set.intersection(*map(required_by, options))
@@ -5125,8 +6304,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
-        budget."""
+        """Does the last turn answer calls without reasoning before them? A 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5148,14 +6326,12 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """Places a system message right after a user turn, and before the assistant's or at the end."""
-        role, form = "user", LATER_SYSTEM
-        if self.last_role() == "user":
-            role, form = "system", "{}"
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["sealed_replay"].get("blocks"))
+        blocks = objects_in(item["sealed_replay"], "blocks")
         if not blocks:
             self.dropped.append("reasoning")
         elif blocks[-1]["type"] in THINKING_BLOCKS:
@@ -5196,8 +6372,8 @@ class MessagesTurns(TurnEncoder):
         if file.url:
             source = {"type": "url", "url": file.url}
         elif file.text is not None:
-            source = {"type": "text", "media_type": file.mime, "data": file.text}
-        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            source |= {"type": "text", "data": file.text}
+        elif file.mime not in (*IMAGE_TYPES, "application/pdf"):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
@@ -5209,15 +6385,11 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
     would miss the first)."""
     messages = body["messages"]
-    blocks = [*itertools.chain(*(message["content"] for message in messages))]
-    for block in list(blocks):
-        blocks += objects_in(block, "content")
-    if ttl == "off" or any("cache_control" in block for block in blocks):
+    blocks = [block for message in messages for block in message["content"]]
+    inner = [part for block in blocks for part in objects_in(block, "content")]
+    if ttl == "off" or any("cache_control" in block for block in blocks + inner):
         return
-    mark = without_empty({
-        "type": "ephemeral",
-        "ttl": "" if ttl == "5m" else ttl,
-    })
+    mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
     turns = [message["content"] for message in (*users[-1:], messages[-1])]
     for content in (body["tools"], body["system"], *turns):
@@ -5247,7 +6419,7 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
-    thinking = body.setdefault("thinking", {"type": "adaptive"})
+    thinking = body["thinking"] = body.get("thinking") or {"type": "adaptive"}
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
     else:
@@ -5256,8 +6428,10 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
-    if body.get("thinking", {}).get("type") == "enabled":
+        if isinstance(message["content"], list):        # a client may send a string
+            message["content"] = [
+                block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
+    if object_in(body, "thinking").get("type") == "enabled":
         del body["thinking"]
 
 
@@ -5289,11 +6463,11 @@ class Block:
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
-class MessagesDecoder(ItemDecoder):
+class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
-    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
+    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
+    example those of compaction, fallback and code execution.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -5314,7 +6488,7 @@ class MessagesDecoder(ItemDecoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, though it was asked to be."""
+        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -5332,8 +6506,7 @@ class MessagesDecoder(ItemDecoder):
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
-            error = "The provider spliced a second message into its stream."
-            raise ProviderError(error, kind="overload")
+            raise ProviderError("The provider spliced a second message into its stream.", kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = object_in(event, "usage")
@@ -5346,8 +6519,7 @@ class MessagesDecoder(ItemDecoder):
             self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = object_in(delta, "stop_details")
-            explanation = details.get("explanation") or ""
+            explanation = object_in(delta, "stop_details").get("explanation") or ""
             self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
@@ -5358,8 +6530,7 @@ class MessagesDecoder(ItemDecoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
-        truncated."""
+        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -5374,9 +6545,7 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {
-            name: getattr(self.earlier, name) + getattr(now, name)
-            for name in COUNTED}
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5393,16 +6562,14 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if kind == "tool_use":
             call_id = self._call_id(block.item_key, content.get("id"))
-            tool = self.tool_map.resolve(str(content.get("name") or ""))
-            self.sink.call(block.item_key, call_id, tool)
+            self.sink.call(block.item_key, call_id, self.tool_map.resolve(str(content.get("name") or "")))
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks[event.get("index", 0)]
-        delta = event.get("delta") or {}
+        block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
@@ -5436,7 +6603,10 @@ class MessagesDecoder(ItemDecoder):
         elif text.strip():
             content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
-            self._cite(content)
+            start = self.length
+            self.length += len(text)
+            for citation in objects_in(content, "citations"):
+                self._annotate(start, self.length, citation)    # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -5460,14 +6630,6 @@ class MessagesDecoder(ItemDecoder):
             self.empty_calls.append(block.item_key)
         elif parse_object(arguments) is not None:
             self.sink.done(block.item_key)
-
-    def _cite(self, content: JSON) -> None:
-        start = self.length
-        self.length += len(content["text"])
-        for citation in objects_in(content, "citations"):
-            url = citation.get("url")
-            if isinstance(url, str):        # a document citation names a file that no client knows
-                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
         while self.empty_calls:
@@ -5494,7 +6656,7 @@ def messages_usage(counts: JSON) -> Usage:
         **billing_facts(counts))
 
 
-# --- 6.4 gemini: Google's generateContent ----------------------------------------------------------
+# --- 6.4 gemini: Google's generateContent ---
 #
 # A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
 # further parts. A thought signature belongs to one part and must come back on that very part: it travels in
@@ -5569,6 +6731,17 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     return {"tools": tools, "toolConfig": config}
 
 
+GEMINI_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "stop": "stopSequences",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+
+
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
@@ -5586,16 +6759,12 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     thinking: JSON = {}
     if param:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
-        thinking = {
-            param: int(value) if value.isdigit() else value,
-            "includeThoughts": shown or None,
-        }
+        thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
-        "temperature": ctx.take("temperature"),
-        "topP": ctx.take("top_p"),
+        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
         "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
@@ -5620,17 +6789,13 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
-            made["$defs"] = {
-                **as_dict(made.pop("definitions")),
-                **object_in(made, "$defs"),
-            }
+            made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
-            value = made.pop("const")
-            made["enum"] = [value]
-            made["type"] = made.get("type") or JSON_TYPES[type(value)]
+            made["enum"] = [made.pop("const")]
+            made["type"] = made.get("type") or JSON_TYPES[type(made["enum"][0])]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -5721,9 +6886,7 @@ class GeminiContents(TurnEncoder):
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n")
-        if parts and not text:
-            text = "The content follows."
+        text = text_of(parts, "\n") or ("The content follows." if parts else "")
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
@@ -5734,18 +6897,15 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            address = {"fileUri": file.url}
-            if file.mime not in ("", "image/"):
-                address["mimeType"] = file.mime
-            return {"fileData": address}
+            address = {"fileUri": file.url, "mimeType": file.mime.removesuffix("image/")}
+            return {"fileData": without_empty(address)}
         if GEMINI_MEDIA.match(file.mime):
             return {"inlineData": {"mimeType": file.mime, "data": file.data}}
         return None
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
-    too, so that their bytes never change."""
+    """Signs the first call of a step, which must be signed: in old turns too, so their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
             part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
@@ -5784,7 +6944,7 @@ GEMINI_ENDS = {
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-class GeminiDecoder(ItemDecoder):
+class GeminiDecoder(Decoder):
     """One Gemini stream, or one whole answer.
 
     Parts follow each other, so only one item is open at a time. The message stays open after its signature,
@@ -5808,7 +6968,6 @@ class GeminiDecoder(ItemDecoder):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
@@ -5836,8 +6995,7 @@ class GeminiDecoder(ItemDecoder):
     def _count(self, given: JSON) -> None:
         if self.finished:                       # after the end only higher counts are used
             given = {
-                name: value
-                for name, value in given.items()
+                name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -5861,8 +7019,7 @@ class GeminiDecoder(ItemDecoder):
             self._carry({"part": part})
             call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = object_in(call, "args")
-                self._search(args.get("queries"))
+                self._search(object_in(call, "args").get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -5872,9 +7029,7 @@ class GeminiDecoder(ItemDecoder):
         if signature and not thought:
             if self.signature:
                 self._close_texts()
-            self.signature = {
-                "signature": signature,
-                "characters": len(text or "")}
+            self.signature = {"signature": signature, "characters": len(text or "")}
 
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
@@ -5905,8 +7060,7 @@ class GeminiDecoder(ItemDecoder):
         self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name = given.get("name")
-        args = given.get("args")
+        name, args = given.get("name"), given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -5917,10 +7071,8 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.tool_map.resolve(name)
-            self.sink.call(item_key, call_id, tool)
-            arguments = value_text(args) or "{}"
-            self.sink.add(item_key, arguments, "arguments")
+            self.sink.call(item_key, call_id, self.tool_map.resolve(name))
+            self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -5934,17 +7086,14 @@ class GeminiDecoder(ItemDecoder):
         self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        explanation = ""
-        if outcome == "content_filter":
-            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(outcome, explanation=explanation))
+        explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(outcome, explanation=explanation if outcome == "content_filter" else ""))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
-    one."""
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
+    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = objects_in(grounding, "groundingChunks")
+    sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
         segment = object_in(support, "segment")
         start = count(segment, "startIndex")
@@ -5956,11 +7105,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, chunk in enumerate(chunks):
-            source = object_in(chunk, "web")
+        for index, source in enumerate(sources):
             if source and index in indices:
-                url = source.get("uri") or ""
-                yield begin, begin + len(cited), url, source.get("title")
+                yield begin, begin + len(cited), {**source, "url": source.get("uri") or ""}
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
@@ -5996,7 +7143,7 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         model=model[:200])
 
 
-# --- 6.5 demo: a provider that works offline -------------------------------------------------------
+# --- 6.5 demo: a provider that works offline ---
 #
 # It speaks Chat Completions to the gateway, so everything else runs as with a real provider.
 
@@ -6019,17 +7166,10 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     """The answer of a demo model, as chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    deltas = demo_answer(ctx)
     for delta in deltas:
         yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
-    usage = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": len(deltas),
-    }
+    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(deltas)}
     yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
@@ -6040,32 +7180,28 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """The answer: a text or a call."""
+def demo_answer(ctx: EncodeContext) -> list[JSON]:
+    """The deltas of the answer: the words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
-    text = ""
-    if ctx.model != "tools":
-        for item in items:
-            if item.get("role") == "user":
-                text = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
-    if items and items[-1]["type"] == "function_call_output":
-        text = text_of(items[-1]["output"]).strip()
-        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
-    if not functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
-    schema = tool["parameters"]
-    required = required_by(schema)
-    arguments: JSON = {}
-    for name, rule in object_in(schema, "properties").items():
-        if name in required:
-            kind = str(as_dict(rule).get("type"))
-            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
-    return "", {"name": tool["name"], "arguments": dumps(arguments)}
+    sent = [item["content"] for item in items if item.get("role") == "user"]
+    says, content = "You sent: ", sent[-1] if sent else ""
+    if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
+        says, content = "The command printed: ", items[-1]["output"]
+    elif ctx.model == "tools" and functions:
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        properties = object_in(tool["parameters"], "properties")
+        arguments = {
+            name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
+            for name in properties if name in required_by(tool["parameters"])}
+        function = {"name": tool["name"], "arguments": dumps(arguments)}
+        return [{"tool_calls": [{"index": 0, "id": f"call_{len(items)}_demo", "function": function}]}]
+    elif ctx.model == "tools":
+        says, content = "You offered no tool, so there is nothing to run.", ""
+    text = f"{DEMO_SAYS} {says}{text_of(content).strip()[:MAX_DEMO_TEXT]}"
+    return [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
 
 
-# --- 6.6 the table ---------------------------------------------------------------------------------
+# --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
 MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
@@ -6147,16 +7283,10 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected. The event's name alone may mark an error."""
+        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
-        if event is None or self.upstream_done:
-            return
-        name, data = event
-        if name == "error":
-            error = parse_object(data) or {"message": plain_text(data)}
-            data = data if error.get("error") else dumps({"error": error})
-        if data:
-            self.decoder.feed(data)
+        if event and not self.upstream_done:
+            self.decoder.feed(event.data, event.event)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data)
@@ -6176,11 +7306,11 @@ class TranslatedStream(Assembler):
 @dataclass(slots=True)
 class EncodeContext:
     """One request for one target: the input of an encoder, and of a decoder after it."""
-    answer: ResponseContext
+    answer: ClientAnswer
     envelope: Envelope
     provider: str               # its name in envelopes
     model: str                  # the provider's own name for it
-    passthrough: bool           # a Responses upstream's bytes pass unchanged
+    passthrough: bool           # an upstream that speaks the client's API gets its own bytes
     dialect: str
     prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
     # overrides of the known properties of models, by prefix
@@ -6225,16 +7355,17 @@ class UpstreamCall(NamedTuple):
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
-        body = json.loads(self.body)
+        body, refused = json.loads(self.body), ""
         for pattern, repair in self.wire.repairs.items():
             found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
             if found:
                 repair(body, *found.groups())
+                refused = "reasoning" if repair is drop_reasoning else "encrypted_content"
                 break
         if body == json.loads(self.body):
             return None
         if self.wire.repairs is RESPONSES_REPAIRS:
-            self.dropped.append("encrypted_content:refused")
+            self.dropped.append(f"{refused}:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
@@ -6263,21 +7394,50 @@ class WireApi(NamedTuple):
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
     vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
+    # for clients that speak this API: their own body with little changed, and the reader of the answer
+    relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
         try:
+            ctx.dropped = []
+            if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
+                body, attempt = self.relay(ctx)
+                return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
+                                    self.headers({}))
+            for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
+                if ctx.request.get(name, 1) != 1:
+                    sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
+                    raise BadRequest(sentence, param=name, code="unsupported_parameter")
+            ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             if ctx.passthrough and self.encode is encode_responses:
-                return self._pass(ctx, items)
+                return self._send_whole(ctx, items)
             return self._translate(ctx, items)
         except RecursionError:
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
 
+    def _send_whole(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
+        """Sends OpenAI's own API the request of a client of another API: nothing of it needs simplifying."""
+        request, own_names = ctx.request, CLIENT_APIS[ctx.request.api].own_names
+        for item in items:
+            item.update(item.pop("sealed_replay", {}))
+        body: JSON = {"model": ctx.model, "input": items, "store": False}
+        for name, value in request.body.items():
+            if name in REQUEST_FIELDS:
+                body.setdefault(name, value)
+            elif name not in CARRIED_BY_ALL and value not in NEUTRAL.get(name, ()):
+                ctx.dropped.append(name)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
+        attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
+        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, dropped)
+
+    def model_settings(self, ctx: EncodeContext) -> Any:
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+        return row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
+
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-        ctx.settings = row._replace(**overrides)
+        ctx.settings = self.model_settings(ctx)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6296,10 +7456,11 @@ class WireApi(NamedTuple):
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         body = self.encode(ctx)
+        own_names = CLIENT_APIS[request.api].own_names
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
                 ctx.dropped.append(path)
-        dropped = list(dict.fromkeys(ctx.dropped))
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
@@ -6310,27 +7471,109 @@ class WireApi(NamedTuple):
             headers=self.headers(body),
             frames=() if path else demo_frames(ctx))
 
-    def _pass(self, ctx: EncodeContext, unsealed: list[JSON]) -> UpstreamCall:
-        """Sends the client's own bytes up and the upstream's bytes down."""
-        # nothing is stored there: a reasoning item with only its id would be a 404 in every later turn
-        items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
-        if len(items) < len(unsealed):
-            ctx.dropped.append("input:reasoning")
-        body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
-        decoder = ResponsesDecoder(ToolMap(()))
-        attempt = ResponsesPassthrough(ctx.answer, ctx.seal, decoder)
-        return UpstreamCall(self, self.path, body, attempt, ctx.dropped)
+
+def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, and the upstream's bytes come down."""
+    unsealed, dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
+    ctx.dropped += dropped
+    # nothing is stored there: a reasoning item with only its id would be a 404 in every later turn
+    items = [item for item in unsealed if "sealed_replay" in item or not is_summary_only(item)]
+    if len(items) < len(unsealed):
+        ctx.dropped.append("input:reasoning")
+    body = passthrough_body(ctx.request, items, ctx.dropped, ctx.model)
+    return body, ResponsesPassthrough(ctx.answer, ctx.seal, ResponsesDecoder(ToolMap(())))
+
+
+def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
+    request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    ctx.settings = WIRES["chat"].model_settings(ctx)
+    changes: JSON = {}
+    if request.stream:
+        changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
+    limit = request.get("max_output_tokens")
+    for name in [name for name in limits if given.get(name)] or [ctx.settings.max_tokens]:
+        changes[name] = min(given.get(name) or limit, limit) if limit else None
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = [without_envelopes(message, ctx) for message in given["messages"]]
+    changes = {name: value for name, value in changes.items() if value != given.get(name)}
+    body, exact = splice_model(request, ctx.model, changes)
+    if not exact or changes.keys() & given.keys():
+        body = dumps({**given, "model": ctx.model, **changes}).encode()
+    return body, ChatPassthrough(ctx.answer, ctx.seal, ChatDecoder(ToolMap(()), ctx.settings))
+
+
+def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
+    """A message without sealed reasoning, which is another provider's: a chat server's own is not sealed."""
+    sealed = sealed_details(as_dict(message))
+    for detail in sealed:
+        opened = ctx.envelope.open(detail["data"])
+        ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
+    if not sealed:
+        return message
+    kept = [detail for detail in message["reasoning_details"] if detail not in sealed]
+    rest = {name: value for name, value in message.items() if name != "reasoning_details"}
+    return {**rest, "reasoning_details": kept} if kept else rest
+
+
+def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, but for `model`, what only Pomex understands, and the key's limit."""
+    request, given = ctx.request, ctx.request.given
+    changes: JSON = {}
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = opened_messages(given["messages"], ctx)
+    limit = request.get("max_output_tokens")
+    if limit and limit != given.get("max_tokens"):
+        changes["max_tokens"] = limit
+        thinking = object_in(given, "thinking")
+        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+            changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
+        elif count(thinking, "budget_tokens") >= limit:
+            changes["thinking"] = {"type": "disabled"}
+            ctx.dropped.append("thinking")
+    body = None if changes else with_model(request.raw, given["model"], ctx.model)
+    attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
+    return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
+
+
+def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
+    """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
+    def clean(block: Any) -> list[Any]:
+        fields = as_dict(block)
+        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
+        if sealed.startswith(ENVELOPE_PREFIX):
+            return opened.get(sealed, [])
+        if isinstance(cited, list):
+            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
+            block = {**block, "citations": [each for each in cited if each not in own] or None}
+        return [block]
+
+    found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
+    items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
+    kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
+    ctx.dropped += dict.fromkeys(dropped)
+    opened = {item["at"]: objects_in(item["sealed_replay"], "blocks") for item in kept}
+    made = []
+    for message in messages:
+        content = as_dict(message).get("content")
+        if isinstance(content, list):
+            message = {**message, "content": [new for block in content for new in clean(block)]}
+        if message.get("content") or not content:
+            made.append(message)
+    return made
 
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
         decoder=ResponsesDecoder,
-        repairs=RESPONSES_REPAIRS),
+        repairs=RESPONSES_REPAIRS,
+        relay=relay_responses),
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
-        models=DIALECTS),
+        models=DIALECTS,
+        relay=relay_chat),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=MessagesDecoder,
@@ -6338,7 +7581,8 @@ WIRES: dict[str, WireApi] = {
         repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
-        vendor="claude"),
+        vendor="claude",
+        relay=relay_messages),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=GeminiDecoder,
@@ -6353,7 +7597,7 @@ WIRES: dict[str, WireApi] = {
 }
 
 
-# === 7. configuration =============================================================================
+# === 7. configuration ===
 #
 # pomex.toml as frozen dataclasses. A field made by `option` is a key of the file; the others are derived.
 
@@ -6375,7 +7619,7 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
 
 def read_base_url(url: str) -> str:
     """The address without its last slash."""
-    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+    if urllib.parse.urlsplit(url).port == 0:  # above 65535 is a ValueError, too
         raise ValueError
     return url.rstrip("/")
 
@@ -6515,8 +7759,8 @@ class ProviderConfig:
         {}, "capability overrides by model-name prefix", items=OBJECT,
         wanted='a table of tables, like { "name" = { key = value } }')
     free: bool = option(False, "its models cost nothing where they have no price")
-    local: bool = False         # base_url is on this machine or its private network
-    key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
+    local: bool = False   # base_url is on this machine or its private network
+    key_source: str = ""  # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
 
 
 class Target(NamedTuple):
@@ -6567,7 +7811,7 @@ class Config:
     providers: dict[str, ProviderConfig]
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
-    path: str = ""                      # of the file; "" without one
+    path: str = ""  # of the file; "" without one
 
     @property
     def warnings(self) -> list[str]:
@@ -6582,7 +7826,7 @@ SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConf
 NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}       # filled in layer 14
+BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}  # filled in layer 14
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
@@ -6600,7 +7844,7 @@ def config_fields(section: type[Any]) -> Fields:
     return {key.name: key.metadata["spec"] for key in keys if key.metadata}
 
 
-# --- 7.1 the file ---------------------------------------------------------------------------------
+# --- 7.1 the file ---
 
 def check_text(text: str, spec: Field, path: str) -> Any:
     """Converts and checks the text of a variable or an argument."""
@@ -6611,7 +7855,7 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     elif kind is bool:
         value = {"true": True, "false": False}.get(text, text)
     else:
-        with contextlib.suppress(ValueError):       # check reports the mistake
+        with contextlib.suppress(ValueError):  # check reports the mistake
             value = kind(text)
     return check(value, spec, path)
 
@@ -6633,24 +7877,25 @@ def no_file(path: str) -> str:
     raise OSError(errno.ENOENT, "no files here")
 
 
-REFERENCE = ("env:", "file:")       # any other secret is a literal
+REFERENCE = ("env:", "file:")  # any other secret is a literal
 PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
+@dataclass(eq=False, repr=False)
 class ConfigFile:
     """One configuration file, with the variables and files that it may refer to."""
+    text: str
+    name: str
+    environ: Mapping[str, str]
+    read_file: Callable[[str], str]
 
-    def __init__(self, text: str, name: str, environ: Mapping[str, str],
-                 read_file: Callable[[str], str]) -> None:
-        self.name = name
-        self.environ = environ
-        self.read_file = read_file
+    def __post_init__(self) -> None:
         try:
-            self.toml: JSON = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, deeply nested brackets
+            self.toml: JSON = tomllib.loads(self.text)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-            where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
-            raise ConfigError(where) from None
+            where = f" line {at[2]}: {at[1]} (column {at[3]})" if at else f": {error}"
+            raise ConfigError(self.name + where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
@@ -6727,7 +7972,7 @@ class ConfigFile:
             raise ValueError(f"that file cannot be read ({reason}).") from None
 
 
-# --- 7.2 providers and models ---------------------------------------------------------------------
+# --- 7.2 providers and models ---
 
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 MODEL_NAME = re.compile(r"[!-.0-~]+/[!-~]+")
@@ -6740,7 +7985,7 @@ def is_private(url: str) -> bool:
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
-    except ValueError:      # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
+    except ValueError:  # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
         domains = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
         return "." not in host or host.endswith(domains)
 
@@ -6752,9 +7997,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(config_fields(ProviderConfig), *path)
     if values.keys() & {"base_url", "api_key", "api_keys"}:
-        values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
+        values.setdefault("env_key", "")  # a built-in provider's key goes to no other address
     if "base_url" in values:
-        values.setdefault("relay", "normalise")     # no other server is trusted to behave like the original
+        values.setdefault("relay", "normalise")  # no other server is trusted to behave like the original
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
@@ -6788,7 +8033,7 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         return {}
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
-    keys: dict[str, str] = {}           # key -> its source
+    keys: dict[str, str] = {}  # key -> its source
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
@@ -6851,7 +8096,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     return prices
 
 
-# --- 7.3 the whole configuration ------------------------------------------------------------------
+# --- 7.3 the whole configuration ---
 
 ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
                     wanted="at least 16 characters, without spaces, and no API key")
@@ -6871,7 +8116,7 @@ def load_config(
             tokens.append(check(source.secret(token), ADMIN_TOKEN, ""))
     server["admin_token"] = tuple(tokens)
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    if not name:            # without a file, the state folder holds the database
+    if not name:  # without a file, the state folder holds the database
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
         state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
         database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
@@ -6923,31 +8168,28 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
     return found
 
 
-# === 8. ledger ====================================================================================
+# === 8. ledger ===
 #
-# Keys, accounts, limits and usage rows in one database, shared by all processes that open it.
+# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
+# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
+# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
+# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
+# So no answered request is without its row, and none has two. What waits to be written is committed together.
 #
-# `usage` is the one table of facts: a row for each attempt that a provider bills, the last of a request marked `final`. The
-# transaction that inserts rows adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
-# settlement is committed before the client sees how its request ended; an open request stands in `open_requests` before the
-# client sees its first byte, and becomes a row marked interrupted if its process dies. So no answered request is without
-# its row, and none has two. What waits to be written is committed together.
-#
-# Money is integer nano-dollars. A row keeps the price it was computed at. A balance is not stored: it is the sum of an
-# account's credits less its charges.
+# Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
-KEY_RANDOM = 28             # base62 characters, 166 bits; the ends that lists show take 48 of them away
-KEY_CHECK = 4               # of a checksum over those: one mistyped key in 15 million passes as unknown
+KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
+KEY_CHECK = 4    # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
 
 class LedgerError(GatewayError):
-    """The database cannot be used, so nothing is sent that could not be billed."""
+    """Nothing is sent that could not be billed."""
     status, code = 503, "ledger_unavailable"
 
 
@@ -6956,19 +8198,19 @@ class Key:
     id: int
     name: str
     digest: str = field(repr=False)
-    hint: str               # "sk-rh-7Qm2…Ja1U"
+    hint: str  # "sk-rh-7Qm2…Ja1U"
     created_s: int
-    expires_s: int          # 0: never
-    revoked_s: int          # 0: active
+    expires_s: int  # 0: never
+    revoked_s: int  # 0: active
     account_id: int
-    models: str             # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
-    period: str             # of the budget: day | week | month | total
-    rpm: int                # requests a minute; 0: any number, as for the next two
-    tpm: int                # tokens a minute
-    concurrent: int         # requests open at once
-    allow_unpriced: int     # 1: models without a price are served in spite of its budget
-    account: str            # its account's name, and what that says
+    period: str          # of the budget: day | week | month | total
+    rpm: int             # requests a minute; 0: any number, as below
+    tpm: int             # tokens a minute
+    concurrent: int      # requests open at once
+    allow_unpriced: int  # 1: models without a price are served in spite of its budget
+    account: str         # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -6984,11 +8226,11 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-KEY_SETTINGS = ("expires_s", "account_id", "models", "budget_nanos", "period", "rpm", "tpm", "concurrent", "allow_unpriced")
-SELECT_KEYS = """SELECT keys.id, keys.name, digest, hint, keys.created_s, expires_s, revoked_s, account_id, models,
-    budget_nanos, period, rpm, tpm, concurrent, allow_unpriced, accounts.name, prepaid, limit_nanos, multiplier, revision
+KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
+KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
+SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes, by which all processes see it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -6996,49 +8238,50 @@ class UsageRow(NamedTuple):
     """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
-    started_ms: int                 # of the request, Unix time
+    started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str                      # as the client asked for it
-    attempt: int = 0                # its number, from 1
-    final: int = 1                  # 1: how the request ended; 0: a failed attempt that is billed all the same
+    model: str        # as the client asked for it
+    attempt: int = 0  # its number, from 1
+    final: int = 1    # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""                # of RESULTS: that of its request
+    served_model: str = ""     # the model that the answer names, where it is another
+    status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""           # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway: who ended the stream; "": the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count; "": they are
-    tier: str = ""                  # the service tier, as the provider says
-    session: str = ""               # the client's name of the conversation
-    client: str = ""                # its User-Agent
-    input: int = 0                  # tokens, as in Usage
+    error: str = ""                # the reason of a failure, in words
+    terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
+    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
+    tier: str = ""                 # the service tier, as the provider says
+    session: str = ""              # the client's name of the conversation
+    client: str = ""               # its User-Agent
+    input: int = 0                 # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
-    multiplier: int = 1_000_000     # of the account, in millionths
+    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # by the cache
-    asked_ms: int = 0               # from the request: to the newest upstream call,
-    answering_ms: int = 0           # to the head of its answer,
-    first_ms: int = 0               # to the first output; 0: none came
-    total_ms: int = 0               # and to the end
-    attempts: int = 0               # requests sent upstream
-    upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
+    saved_nanos: int = 0   # by the cache
+    asked_ms: int = 0      # from the request: to the newest upstream call,
+    answering_ms: int = 0  # to the head of its answer,
+    first_ms: int = 0      # to the first output; 0: none came
+    total_ms: int = 0      # and to the end
+    attempts: int = 0      # requests sent upstream
+    upstream_id: str = ""  # the provider's request id
+    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
 SUMS = ("requests", "failed", "estimated", "unpriced", "input", "cached", "cache_write", "output", "reasoning", "cost_nanos",
         "saved_nanos")
 ROLLUP_KEY = ("started_ms", "key_id", "account_id", "model", "provider", "endpoint", "result")
+ROLLUP_COLUMNS = (*ROLLUP_KEY, *SUMS, "last_ms")
 RESULTS = ("completed", "incomplete", "failed over", "ended by gateway", "failed", "cancelled")
 
 
@@ -7048,7 +8291,7 @@ def result_of(status: str, terminal_by: str, attempts: int) -> str:
     return "ended by gateway" if terminal_by == "gateway" else "failed over" if attempts > 1 else status
 
 
-# --- 8.1 keys -------------------------------------------------------------------------------------
+# --- 8.1 keys ---
 
 def key_check(body: str) -> str:
     """The last characters of a key whose random part is `body`."""
@@ -7057,8 +8300,8 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Model patterns (names with * and ?) as stored, separated by blanks; "" for all. ValueError for an empty text: more
-    likely a variable that is not set."""
+    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: more likely a variable
+    that is not set."""
     patterns = " ".join(text.replace(",", " ").split())
     if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
@@ -7071,7 +8314,7 @@ def new_key() -> str:
 
 
 def mask_key(token: str) -> str:
-    """A key as lists and messages show it; nothing of a token that cannot be a whole key of ours."""
+    """As lists and messages show it; nothing of a token that cannot be a whole key of ours."""
     body = token[len(KEY_PREFIX):]
     if re.fullmatch("[0-9A-Za-z]{24,}", body):
         return f"{KEY_PREFIX}{body[:4]}…{body[-4:]}"
@@ -7086,7 +8329,16 @@ def utc_minute(unix_s: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(unix_s))
 
 
-BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
+def day_text(day: int) -> str:
+    return utc_minute(day * 86400)[:10]
+
+
+def day_of(text: str) -> int:
+    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
+
+
+BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
     (r"(bearer)? \Z", "No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this "
      "shell, then start codex again."),
     (r"(?!bearer )", "The Authorization header must read: Bearer sk-rh-…"),
@@ -7094,7 +8346,7 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
      'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'),
     (r"bearer (?i:bearer) ", 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'),
     (r"bearer (sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ)", "This looks like another provider's key. "
-     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),      # of vendors; and JWTs
+     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),  # of vendors; and JWTs
     (r"bearer (?!sk-rh-)", "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"),
     (r"bearer sk-rh-x+\Z",
      "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."),
@@ -7103,11 +8355,11 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
 
 def has_checksum(token: str) -> bool:
     body = token[len(KEY_PREFIX):]
-    return len(body) == KEY_RANDOM + KEY_CHECK and key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
+    return key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
 
 
 def explain_bad_key(header: str) -> str:
-    """Discloses nothing that was sent but the two ends of a key of ours, and a variable's name."""
+    """Discloses no more of it than the two ends of a key of ours, and a variable's name."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -7119,66 +8371,62 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"),))    # RFC 9110 11.6.1
+    # RFC 9110 11.6.1; Claude Code would repeat it for three minutes
+    return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
-NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
+NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not codex exec
 
 
-# --- 8.2 the database -----------------------------------------------------------------------------
+# --- 8.2 the database ---
 #
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
-SCHEMA_VERSION = 5              # below it: the schemas of v00083 and of the programs before this one
-APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
-TEXT_COLUMNS = frozenset(name for name, kind in UsageRow.__annotations__.items() if "str" in str(kind))
-ROW_TYPES = ", ".join(f"{name} {'TEXT' if name in TEXT_COLUMNS else 'BIGINT'} NOT NULL" for name in USAGE_COLUMNS)
+SCHEMA_VERSION = 5
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
+ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
+INTEGER = "BIGINT NOT NULL DEFAULT 0"
+STRING = "TEXT NOT NULL DEFAULT ''"
+TYPES = {name: STRING if "str" in str(kind) else INTEGER for name, kind in UsageRow.__annotations__.items()}
+ROW_TYPES = ", ".join(map(" ".join, TYPES.items()))
+ROLLUP_TYPES = ", ".join(f"{name} {TYPES[name] if name in ROLLUP_KEY else INTEGER}" for name in ROLLUP_COLUMNS)
 SCHEMA = (
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE accounts (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, prepaid BIGINT NOT NULL DEFAULT 0,
-        limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000, created_s BIGINT NOT NULL)""",
-    """CREATE TABLE keys (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, hint TEXT NOT NULL,
-        created_s BIGINT NOT NULL, expires_s BIGINT NOT NULL DEFAULT 0, revoked_s BIGINT NOT NULL DEFAULT 0,
-        account_id BIGINT NOT NULL DEFAULT 1, models TEXT NOT NULL DEFAULT '', budget_nanos BIGINT,
-        period TEXT NOT NULL DEFAULT 'month', rpm BIGINT NOT NULL DEFAULT 0, tpm BIGINT NOT NULL DEFAULT 0,
-        concurrent BIGINT NOT NULL DEFAULT 0, allow_unpriced BIGINT NOT NULL DEFAULT 0, revision BIGINT NOT NULL DEFAULT 1)""",
+    f"CREATE TABLE settings (name {STRING} PRIMARY KEY, value {STRING}) WITHOUT ROWID",
+    f"""CREATE TABLE accounts (
+        id {ROW_ID}, name {STRING} UNIQUE, prepaid {INTEGER}, limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000,
+        created_s {INTEGER})""",
+    f"""CREATE TABLE keys (
+        id {ROW_ID}, name {STRING}, digest {STRING} UNIQUE, hint {STRING}, created_s {INTEGER}, expires_s {INTEGER},
+        revoked_s {INTEGER}, account_id BIGINT NOT NULL DEFAULT 1, models {STRING}, budget_nanos BIGINT,
+        period TEXT NOT NULL DEFAULT 'month', rpm {INTEGER}, tpm {INTEGER}, concurrent {INTEGER}, allow_unpriced {INTEGER},
+        revision BIGINT NOT NULL DEFAULT 1)""",
     "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
     "CREATE INDEX keys_revision ON keys (revision)",
-    """CREATE TABLE credits (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, account_id BIGINT NOT NULL, created_s BIGINT NOT NULL, kind TEXT NOT NULL,
-        nanos BIGINT NOT NULL, reason TEXT NOT NULL)""",
+    f"""CREATE TABLE credits (
+        id {ROW_ID}, account_id {INTEGER}, created_s {INTEGER}, kind {STRING}, nanos {INTEGER}, reason {STRING})""",
     "CREATE INDEX credits_account ON credits (account_id)",
-    "CREATE TABLE usage (id INTEGER PRIMARY KEY AUTOINCREMENT, " + ROW_TYPES + ", UNIQUE (response_id, attempt))",
+    f"CREATE TABLE usage (id {ROW_ID}, {ROW_TYPES}, UNIQUE (response_id, attempt))",
     "CREATE INDEX usage_started ON usage (started_ms)",
-    "CREATE TABLE usage_rollups (" + ", ".join(
-        f"{name} {'TEXT' if name in TEXT_COLUMNS and name in ROLLUP_KEY else 'BIGINT'} NOT NULL"
-        for name in (*ROLLUP_KEY, *SUMS, "last_ms"))
-    + f", PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",        # started_ms: of the half hour
-    """CREATE TABLE meters (
-        owner TEXT NOT NULL, since_day BIGINT NOT NULL, spent BIGINT NOT NULL, granted BIGINT NOT NULL,
+    f"CREATE TABLE usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
+    f"""CREATE TABLE meters (
+        owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER},
         PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
-    "CREATE TABLE rates (owner TEXT PRIMARY KEY, full_ns BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE processes (
-        process TEXT PRIMARY KEY, host TEXT NOT NULL, pid BIGINT NOT NULL, start TEXT NOT NULL, beats BIGINT NOT NULL)""",
-    "CREATE TABLE open_requests (process TEXT NOT NULL, reserved TEXT NOT NULL, " + ROW_TYPES + ", PRIMARY KEY (response_id))",
-    """CREATE TABLE refusals (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, key_id BIGINT NOT NULL, code TEXT NOT NULL,
-        count BIGINT NOT NULL, data TEXT NOT NULL)""",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value BIGINT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE audit (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, time_ms BIGINT NOT NULL, who TEXT NOT NULL, action TEXT NOT NULL,
-        name TEXT NOT NULL, before TEXT NOT NULL, after TEXT NOT NULL)""",
-    """CREATE TABLE sessions (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, digest TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, key_id BIGINT NOT NULL,
-        expires_s BIGINT NOT NULL)""",
+    f"CREATE TABLE rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE processes (
+        process {STRING} PRIMARY KEY, host {STRING}, pid {INTEGER}, start {STRING}, beats {INTEGER})""",
+    f"CREATE TABLE open_requests (process {STRING}, reserved {STRING}, {ROW_TYPES}, PRIMARY KEY (response_id))",
+    f"""CREATE TABLE refusals (
+        id {ROW_ID}, time_ms {INTEGER}, key_id {INTEGER}, code {STRING}, count {INTEGER}, data {STRING})""",
+    f"CREATE TABLE counters (name {STRING} PRIMARY KEY, value {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE audit (
+        id {ROW_ID}, time_ms {INTEGER}, who {STRING}, action {STRING}, name {STRING}, before {STRING}, after {STRING})""",
+    f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -7187,11 +8435,11 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write. Not thread-safe: it is used by one thread at a time."""
+    """Passed to functions that write; used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """Returns the number of rows it changed."""
+        """The number of rows it changed."""
         return self.connection.execute(sql, values).rowcount
 
     def insert(self, table: str, row: Mapping[str, Any]) -> None:
@@ -7204,12 +8452,12 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction in a savepoint, which is rolled back if it raises."""
+        """Runs a part of the transaction, which is rolled back if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - returned to the caller
-            if not self.connection.in_transaction:      # e.g. a full disk ended it
+        except Exception as error:  # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:  # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7217,7 +8465,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7229,17 +8477,17 @@ FILE_TROUBLE = {            # SQLite's primary result code -> message for the op
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """What went wrong with a database file. The message does not disclose its folder."""
+    """The message does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        reason = error.strerror or ""       # str() would give the path
+        reason = error.strerror or ""  # str() would give the path
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
 def is_database_failure(error: Exception) -> bool:
-    """True if the database failed, not the statement it was given."""
+    """False for a fault of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7247,15 +8495,15 @@ def is_database_failure(error: Exception) -> bool:
 def database_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, OSError, RuntimeError) as error:        # RuntimeError: its thread has ended
+    except (sqlite3.Error, OSError, RuntimeError) as error:  # RuntimeError: its thread has ended
         raise database_trouble(path, error) from error
 
 
 def create_file(path: str) -> None:
-    """The database and its folder, for this user alone; SQLite gives -wal and -shm the mode of the file."""
+    """For this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
+    with contextlib.suppress(OSError):  # it belongs to another user, whose choice it is
         for suffix in ("", "-wal", "-shm"):
             os.chmod(path + suffix, 0o600)
 
@@ -7283,45 +8531,45 @@ class Database:
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in one transaction: committed as a whole, or rolled back if it raises."""
+        """Runs it in a transaction, which is rolled back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Like `write`, but on the calling thread: for use without a running loop."""
+        """The same on the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for reads and writes in progress; then only `commit` and `close` may be called."""
+        """Waits for what is in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
+        self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none; does not overwrite an existing file."""
+        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
-            os.unlink(part)
-        try:
-            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy:
-                self.reader.backup(copy)
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            os.rename(part, path)
-        finally:
-            with contextlib.suppress(OSError):
+        with database_errors(path):
+            with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
                 os.unlink(part)
+            try:
+                os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                with contextlib.closing(sqlite3.connect(part)) as copy:
+                    self.reader.backup(copy)
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                os.rename(part, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it. LedgerError for a file that is newer, in use by
-        v00083, or another program's."""
+        """Creates the schema, or upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -7356,11 +8604,11 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema in a SQLite file and moves the rows of an older schema into it."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
+    """Creates the schema and moves the rows of an older one into it."""
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
-    for kind, name in found:            # triggers, tables, indexes
+    for kind, name in found:  # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
         tx.execute(statement)
@@ -7376,10 +8624,9 @@ def create_tables(tx: Transaction) -> None:
     tx.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-# --- 8.3 files of v00083 --------------------------------------------------------------------------
+# --- 8.3 files of v00083 ---
 #
-# In v00083 a row of `usage` was a request, a row of `attempts` a failed attempt, and a row of `daily` the sums of a day, which
-# stayed when its rows were pruned.
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -7390,9 +8637,9 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
-    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
-    names = [column[0] for column in cursor.description]
-    return (dict(zip(names, row)) for row in cursor)
+    cursor = tx.connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return map(dict, cursor.execute("SELECT * FROM old_" + query, values))
 
 
 def take_over_old_tables(tx: Transaction) -> None:
@@ -7404,26 +8651,25 @@ def take_over_old_tables(tx: Transaction) -> None:
     for name, value in tx.read("SELECT * FROM old_settings"):
         if name in ("secret", "pruned_day") or name.startswith("disabled/"):
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
-    # the sums of a day go into its first half hour, less those of its remaining rows: what is left was pruned
+    # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
-    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
-               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', {columns} FROM old_daily")
     requests = read_old(tx, "usage ORDER BY id")
     while batch := [*itertools.islice(requests, 1000)]:
         rows = insert_rows(tx, [row for request in batch for row in old_rows(
             request, read_old(tx, "attempts WHERE response_id = ? ORDER BY attempt", request["response_id"]))])
         upsert_rollups(tx, [row._replace(started_ms=row.started_ms // DAY_MS * DAY_MS, result="unknown", saved_nanos=0)
                             for row in rows], -1)
-    tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND result = 'unknown'")
 
 
-# --- 8.4 prices -----------------------------------------------------------------------------------
+# --- 8.4 prices ---
 #
-# A price is one line of text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then
-# USD per thousand searches; "-" where there is none.
+# A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
+# thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1: multipliers are integer millionths
-PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
+ONE = 1_000_000             # a multiplier of 1
+PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
@@ -7431,11 +8677,11 @@ USUAL = {       # defaults for all models of a provider; a row of the table over
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")  # a dated model costs what its family does
 
 
 class Price(NamedTuple):
-    """In pico-dollars: per token (five), per search, and per answer where the provider reports its cost."""
+    """In pico-dollars: per token, per search, and per answer where the provider reports its cost."""
     input: int
     output: int
     cache_read: int
@@ -7447,7 +8693,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """Parses a price; None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -7457,7 +8703,7 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000        # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # a token is priced per million, a search per thousand
     return Price(*picos)
 
 
@@ -7473,12 +8719,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0                               # with more input than this (0: none) the whole request costs `long`
+    over: int = 0  # with more input than this a request costs `long`; 0: none does
     long: str = ""
-    changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
-    ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it is defined, for people
+    changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
+    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
+    ends: str = ""                             # the day its provider retires the model
+    source: str = ""                           # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7488,7 +8734,7 @@ class PriceSchedule(NamedTuple):
         if self.over and input_tokens > self.over:
             text = self.long
         beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
-        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
+        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5  # day 0 was a Thursday
         for tier in (tiers + " peak" * peak).split():
             text = scaled(text, self.factors[tier]) if tier in self.factors else text
         return text
@@ -7505,7 +8751,7 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table, parsed when it is first asked for."""
+    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -7514,18 +8760,14 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
         over, long, changes = 0, "", []
         for kind in [*factors]:
-            if kind.startswith("over"):         # the row's own comes last
+            if kind.startswith("over"):  # the row's own comes last
                 over, long = int(kind[4:]), scaled(base, factors.pop(kind))
             elif kind.startswith("from"):
-                day = datetime.date.fromisoformat(kind[4:]).toordinal() - EPOCH
-                changes.append((day, scaled(base, factors.pop(kind))))
+                changes.append((day_of(kind[4:]), scaled(base, factors.pop(kind))))
         ends = factors.pop("ends", "")
         source = f"{name} in the table of {PRICES_DATE}"
         schedules[name] = PriceSchedule(base, over, long, tuple(changes), factors, ends, source)
     return schedules
-
-
-EPOCH = datetime.date(1970, 1, 1).toordinal()
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
@@ -7539,17 +8781,17 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """The price of a target: of its own name, configured or built in; of its family; the one configured for the requested
-    name; zero at a free provider. It never guesses."""
+    """The price of a target: of its own name, of its family, the one configured for the requested name, zero at a free
+    provider. It never guesses."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # only of providers that accept a service tier
+        # only of providers that accept a service tier, or a speed
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
-                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
+                        for name, provider in config.providers.items() if provider.wire_api not in ("gemini", "demo")}
 
     def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
@@ -7558,7 +8800,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """Nano-dollars: the whole sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -7593,21 +8835,20 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
     return int(number)
 
 
-# --- 8.5 usage rows -------------------------------------------------------------------------------
+# --- 8.5 usage rows ---
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
 COLUMNS = ", ".join(USAGE_COLUMNS)
-ADD_TO_ROLLUPS = (insertion("usage_rollups", (*ROLLUP_KEY, *SUMS, "last_ms"))
+ADD_TO_ROLLUPS = (insertion("usage_rollups", ROLLUP_COLUMNS)
                   + f" ON CONFLICT ({', '.join(ROLLUP_KEY)}) DO UPDATE SET "
                   + ", ".join(f"{name} = usage_rollups.{name} + excluded.{name}" for name in SUMS)
                   + ", last_ms = CASE WHEN excluded.last_ms > usage_rollups.last_ms THEN excluded.last_ms "
                   "ELSE usage_rollups.last_ms END")
-DELETE_EMPTY_ROLLUPS = "DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0"
 
 
 def to_storable(value: Any) -> int | str:
-    """Makes a value storable: an absurd count from one provider must not stop the rows committed with it."""
+    """An absurd count from one provider must not stop the rows committed with it."""
     if type(value) is int and 0 <= value <= MAX_NUMBER or isinstance(value, str) and value.isascii() and "\0" not in value:
         return value
     if isinstance(value, str):
@@ -7631,28 +8872,32 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
                        for owner in (f"key {row.key_id}", f"account {row.account_id}")]
     tx.execute_many(ADD_TO_ROLLUPS, rollups)
     tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
+    if sign < 0:
+        tx.execute_many("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0 "
+                        "AND started_ms = ?", {place[:1] for place in rollups})
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Inserts rows and adds them to the sums; returns them as stored."""
+    """Returns them as stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
     return storable
 
 
+def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
+    return [UsageRow(*row) for row in tx.read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM {query}", values)]
+
+
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Inserts the rows of each request; returns the ids of those inserted. If a request is already settled, the first
-    settlement counts, unless it was a guess: the true one replaces `interrupted`."""
+    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
+    the true one replaces `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
         if found and found[0][0] == "interrupted" != rows[-1].error_code:
-            guessed = [UsageRow(*row) for row in tx.read(
-                f"SELECT {COLUMNS} FROM usage WHERE response_id = ?", (response_id,))]
-            upsert_rollups(tx, guessed, -1)
+            upsert_rollups(tx, read_rows(tx, "usage WHERE response_id = ?", response_id), -1)
             tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-            tx.execute(f"{DELETE_EMPTY_ROLLUPS} AND started_ms = ?", (guessed[0].started_ms // HALF_HOUR_MS * HALF_HOUR_MS,))
         elif found:
             del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
@@ -7660,7 +8905,7 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
 
 
 def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
-    """Deletes open requests and releases what they had reserved."""
+    """Releases what they had reserved."""
     for response_id in response_ids:
         for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
             tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
@@ -7669,7 +8914,7 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The final row of an open request whose process died: billed for its estimated input."""
+    """The row of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
@@ -7677,35 +8922,32 @@ def interrupted(row: UsageRow) -> UsageRow:
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
     """Settles the open requests of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = [UsageRow(*row) for row in tx.read(
-        f"SELECT {COLUMNS} FROM open_requests WHERE process NOT IN (SELECT process FROM processes)")]
+    rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
         log.warning("ledger: %d requests of an ended process are marked as interrupted", len(rows))
 
 
-# --- 8.6 limits -----------------------------------------------------------------------------------
+# --- 8.6 limits ---
 #
 # A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
-# its estimated input and some output, extends that while output streams, and releases it with its settlement; its row of
-# `open_requests` says how much, for the case that its process dies. A rate is a token bucket (GCRA): a row of `rates` with the
-# time at which it is full again. A transaction that writes holds the database alone: it can read, compare and write.
+# its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
+# of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused rather than cut so short
-WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
+RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    """One bound on what a key may use."""
-    owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str               # nanos | requests | tokens | open
-    maximum: int            # 0 for prepaid credit, whose bound is its balance
-    kind: str               # key | account | credit | open | rate
-    owner_id: int
-    since_day: int          # of a meter: it counts what was spent since then
+    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str     # nanos | requests | tokens | open
+    maximum: int  # 0 for prepaid credit, whose bound is its balance
+    kind: str     # key | account | credit | open | rate
+    since_day: int  # of a meter: it counts what was spent since then
+
 
 @dataclass(eq=False)
 class LimitExceeded(Exception):
@@ -7717,14 +8959,11 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """The first day (since 1970, UTC) of the period, and that of the next one; (0, 0) for total."""
-    day = int(now_s // 86400)
-    if period == "month":
-        start = datetime.date.fromordinal(day + EPOCH).replace(day=1)
-        end = (start + datetime.timedelta(days=31)).replace(day=1)
-        return start.toordinal() - EPOCH, end.toordinal() - EPOCH
-    monday = day - (day + 3) % 7        # day 0 was a Thursday
-    return {"day": (day, day + 1), "week": (monday, monday + 7), "total": (0, 0)}[period]
+    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
+    day, now = int(now_s // 86400), time.gmtime(now_s)
+    monday, first = day - now.tm_wday, day - now.tm_mday + 1
+    month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
+    return {"day": (day, day + 1), "week": (monday, monday + 7), "month": month, "total": (0, 0)}[period]
 
 
 @functools.lru_cache(4096)
@@ -7732,13 +8971,23 @@ def limits_of(key: Key, day: int) -> list[Limit]:
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     owner, account = f"key {key.id}", f"account {key.account_id}"
     limits = (
-        (owner, "nanos", key.budget_nanos, "key", key.id, start),
-        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
-        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
-        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
-        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
-        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+        (owner, "nanos", key.budget_nanos, "key", start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", 0),
+        (account, "nanos", key.account_limit_nanos, "account", month),
+        (f"{owner} open", "open", key.concurrent or None, "open", 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", 0))
     return [Limit._make(limit) for limit in limits if limit[2] is not None]
+
+
+def is_owner(owner: str) -> str:
+    """SQL of a condition: key_id = 7 of "key 7"."""
+    return owner.replace(" ", "_id = ")
+
+
+def select_spent(owner: str) -> str:
+    """SQL of what a key or an account has spent since a time."""
+    return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7748,9 +8997,8 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
         return found[0]
     spent = 0
     if limit.kind != "open":
-        spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
-                        "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
-        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",     # long over
+        spent = tx.read(select_spent(limit.owner), (limit.since_day * DAY_MS,))[0][0]
+        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",  # long over
                    (limit.owner, limit.since_day - 62))
     tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
     return spent, 0
@@ -7772,7 +9020,7 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
         return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
-        maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
+        maximum = tx.read(f"SELECT coalesce(sum(nanos), 0) FROM credits WHERE {is_owner(limit.owner)}")[0][0]
     spent, granted = spent_and_granted(tx, limit)
     taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
                        (amount, limit.owner, limit.since_day, amount, maximum))
@@ -7781,31 +9029,32 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
     return 0, 0.0
 
 
-# --- 8.7 the ledger -------------------------------------------------------------------------------
+# --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
-OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25              # between attempts to write while the ledger is unavailable
-SETTLE_WAIT_S = 2.0         # how long an answer waits for a failing ledger before it is sent anyway
-BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0               # without a beat a process of another host is dead
+KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
+GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
+RETRY_S = 0.25       # between two attempts of a failing ledger to write
+SETTLE_WAIT_S = 2.0  # how long an answer waits for it
+BEAT_S = 10.0        # how often a process with open requests says that it lives
+KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
+DEAD_S = 60.0        # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
-Unsaved: TypeAlias = Callable[[], UsageRow] | Settlement         # an open request, or a settled one
+OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
+Unsaved: TypeAlias = OpenRow | Settlement
 
 
 def host_name() -> str:
-    """Names the host and PID namespace: where process ids are comparable."""
+    """Where process ids are comparable: the host and PID namespace."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 def start_of(pid: int) -> str:
-    """Start time of a running process, "" if unknown: process ids are reused."""
+    """When a process that runs was started, "" if unknown: process ids are reused."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state != "Z" else ""
@@ -7813,7 +9062,7 @@ def start_of(pid: int) -> str:
 
 
 def has_ended(pid: int, start: str) -> bool:
-    if sys.platform == "win32":         # there os.kill would end it
+    if sys.platform == "win32":  # there os.kill would end it
         return False
     try:
         os.kill(pid, 0)
@@ -7826,32 +9075,31 @@ class Ledger:
     """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    healthy = True
+    trouble = ""                # why the keys could not be read last time; "" if they could
+    secret = b""                # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
+    revision = 0                # of the keys
+    flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
+    flushed_at = 0.0            # when the one before was begun
+    flushing: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    maintaining: asyncio.Task[None] | None = None
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
-        self.db = db
-        self.healthy, self.max_unsaved = True, max_unsaved
-        self.trouble = ""                   # why the keys could not be read last time; "" if they could
-        self.secret = b""                   # authenticates what clients carry for us
-        # keys
-        self.keys: dict[int, Key] = {}      # by id, revoked ones too
+        self.db, self.max_unsaved = db, max_unsaved
+        self.keys: dict[int, Key] = {}  # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
-        self.disabled: frozenset[str] = frozenset()     # providers that an administrator disabled
-        self.revision = 0
-        # requests
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
-        self.pending: dict[str, Callable[[], UsageRow]] = {}        # begun, not settled
+        self.pending: dict[str, OpenRow] = {}  # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
-        self.flushed: asyncio.Future[LedgerError | None] | None = None      # when it is done; None: not yet asked for
-        self.flushed_at = 0.0                               # when the one before was begun
-        self.flushing: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.maintaining: asyncio.Task[None] | None = None
-        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
-        self.refusals: dict[Row, JSON] = {}             # not yet in the database
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # for /metrics, the same
-        self.notes: dict[str, str] = {}     # settings, the same: the last error of each provider
+        # what one commit of each half second writes
+        self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
+        self.refusals: dict[Row, JSON] = {}
+        self.notes: dict[str, str] = {}                # settings: the last error of each provider
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -7873,7 +9121,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads the keys that any process has changed, and which providers are disabled."""
+        """Reads what any process has changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -7892,7 +9140,7 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
-            await self.refresh()                # another process may have made it just now
+            await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
@@ -7905,7 +9153,7 @@ class Ledger:
         raise unauthorized(reason)
 
     def list_keys(self) -> list[Key]:
-        """All keys, revoked ones too, oldest first."""
+        """Oldest first, revoked ones too."""
         return sorted(self.keys.values(), key=lambda key: key.id)
 
     def available(self) -> bool:
@@ -7916,11 +9164,10 @@ class Ledger:
 
     def start(self) -> None:
         """Starts the background work of a server."""
-        self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
+        self.maintaining = asyncio.create_task(self.maintain())
 
-    def begin(self, response_id: str, row: Callable[[], UsageRow]) -> None:
-        """To be called before a request is sent upstream; it is recorded with the next commit, and `recorded` waits for that.
-        LedgerError: nothing may be sent."""
+    def begin(self, response_id: str, row: OpenRow) -> None:
+        """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
         self.pending[response_id] = self.unsaved[response_id] = row
@@ -7943,18 +9190,17 @@ class Ledger:
                         await asyncio.shield(self.schedule_flush())
         return response_id not in self.unsaved
 
-    async def reserve(self, response_id: str, row: Callable[[], UsageRow], needs: Sequence[tuple[Limit, int]],
-                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each need;
-        LimitExceeded: nothing is reserved."""
+    async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
+                      held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
+        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
-        def run(tx: Transaction) -> list[tuple[int, float]]:
+        def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # unknown: this process was taken for dead and what it held was released
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
             reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
@@ -7965,7 +9211,7 @@ class Ledger:
             if not held:
                 self.pending.pop(response_id, None)
             raise
-        except BaseException:       # it may have been written
+        except BaseException:  # it may have been written
             if not held:
                 self.abandon(response_id)
             raise
@@ -7983,7 +9229,7 @@ class Ledger:
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
         """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
-        failed for SETTLE_WAIT_S: then they stay in memory and are tried again. A cancelled caller undoes nothing."""
+        failed for SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
@@ -8007,27 +9253,25 @@ class Ledger:
         return written
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
-        """Done when what waits now is in the database, or when that has failed."""
-        loop = asyncio.get_running_loop()
+        """Done when what waits now is written, or that has failed."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if self.flushed is None:
-            self.flushed = loop.create_future()
+            self.flushed = asyncio.get_running_loop().create_future()
         if self.flushing is None:
-            self.flushing = loop.create_task(self.flush())
+            self.flushing = asyncio.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails stay and wait for the next."""
-        loop = asyncio.get_running_loop()
+        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
         try:
             while self.flushed is not None:
-                if self.pending or not self.healthy:        # others may join, or the database may heal
-                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
-                    if self.flushed is None:        # the ledger was closed
+                if self.pending or not self.healthy:  # others may join, or the database may heal
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - time.monotonic())
+                    if self.flushed is None:  # the ledger was closed
                         return
-                self.flushed_at = loop.time()
+                self.flushed_at = time.monotonic()
                 flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
                 self.flushed, self.writes = None, []
                 failure = None
@@ -8050,7 +9294,7 @@ class Ledger:
 
     def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
                     ) -> None:
-        for write in writes:            # first: what a request reserves goes before its settlement
+        for write in writes:  # first: what a request reserves goes before its settlement
             write(tx)
         self.write_requests(unsaved, tx)
 
@@ -8081,7 +9325,7 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left and closes the database."""
+        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -8098,7 +9342,7 @@ class Ledger:
             self.db.close()
         flushed, self.flushed = self.flushed, None
         if flushed is not None:
-            with contextlib.suppress(RuntimeError):     # its loop has ended
+            with contextlib.suppress(RuntimeError):  # its loop has ended
                 flushed.set_result(failure)
 
     # processes
@@ -8125,14 +9369,14 @@ class Ledger:
                 await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it too, where it is reported
+            except LedgerError:  # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
+            except Exception as error:  # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Signals that this process is alive while it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -8153,7 +9397,7 @@ class Ledger:
     # counters and refusals
 
     def refuse(self, key_id: int, refusal: JSON) -> None:
-        """Counts a refusal. Of many alike within a second only one is stored, with their count."""
+        """Of many alike within a second only one is stored, with their count."""
         self.counters["pomex_refusals_total", refusal["code"]] += 1
         place = key_id, refusal["code"], refusal["path"]
         if place in self.refusals or len(self.refusals) < REFUSALS_AT_ONCE:
@@ -8171,7 +9415,7 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+    def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
                      tx: Transaction) -> None:
         tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
         tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
@@ -8183,14 +9427,14 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Runs a change in one transaction with its row of the audit log, which keeps old and new values, but no secrets."""
+        """Commits a change together with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -8200,13 +9444,13 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account (`kind`); BadRequest where its name is malformed or taken."""
+        """A new key or account; BadRequest where its name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
         def run(tx: Transaction) -> None:
             tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")  # of a new key
         try:
             await self.change(who, f"{kind} created", name, run, settings)
         except sqlite3.IntegrityError:
@@ -8214,7 +9458,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere: only its digest is. `settings` are those of KEY_SETTINGS."""
+        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -8240,11 +9484,6 @@ class Ledger:
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
-    def backup(self, path: str) -> None:
-        """Makes a complete copy while servers run; does not overwrite an existing file."""
-        with database_errors(path):
-            self.db.copy(path)
-
 
 def in_usd(values: JSON) -> JSON:
     """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
@@ -8252,39 +9491,44 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-# --- 8.8 what one request may use, and what it costs ----------------------------------------------
+# --- 8.8 what one request may use, and what it costs ---
 
+@dataclass(eq=False)
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are the columns that all its rows share:
-    request_id, endpoint, session and client."""
+    """What one request has reserved, and the rows of its failed attempts."""
+    prices: PriceTable
+    ledger: Ledger
+    key: Key
+    response_id: str
+    model: str
+    started_ms: int
+    named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
+    asked_tier: str = ""
+    reserved_output = 0      # output tokens whose cost is reserved
+    charged_output = 0       # output tokens charged to a rate
+    max_output_tokens = 0    # of the answer
+    exhausted = False        # the last extension failed or was cut short
+    max_price = ""           # the price that reservations are made at
+    first = "", "", Usage()  # the target that is asked first, and what goes into it
 
-    def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
-                 named: Mapping[str, Any], asked_tier: str = "") -> None:
-        self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
-        self.response_id, self.model, self.started_ms = response_id, model, started_ms
+    def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS)
-        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
-        self.reserved_output = 0                        # output tokens whose cost is reserved
-        self.charged_output = 0                         # output tokens charged to a rate
-        self.max_output_tokens = 0                      # of the answer
-        self.exhausted = False                          # the last extension failed or was cut short
-        self.max_price = ""                             # the price that reservations are made at
-        self.first = "", "", Usage()                    # the target that is asked first, and what goes into it
+        self.limits = limits_of(self.key, self.started_ms // DAY_MS)
+        self.held = collections.Counter[Limit]()            # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
-        """By what the answer says it was served as, else the dearer of the standard tier and the one asked for."""
+        """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
-        tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
+        asked = "priority" if self.asked_tier == "fast" else self.asked_tier
+        tiers = [usage.tier] if usage.tier or region is None else ["", asked]
         return max((schedule.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
     def row(self, provider: str, model: str, usage: Usage, **more: Any) -> UsageRow:
-        """Of an attempt: what it used and costs."""
+        """Of an attempt."""
         price, key = self.price(provider, model, usage), self.key
         return UsageRow(
             self.response_id, started_ms=self.started_ms, key_id=key.id, model=self.model, account_id=key.account_id,
@@ -8297,9 +9541,8 @@ class Reservation:
         return self.row(*self.first, status="in flight")
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
-        """Reserves before anything is sent, and begins the request; `wanted` is the client's max_output_tokens, 0 for none.
-        Returns the one that must be sent upstream where the money is enough for no more, 0 where it is. LimitExceeded says
-        no."""
+        """Before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the one that must be sent
+        upstream where the money is enough for no more, 0 where it is; LimitExceeded says no."""
         self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
             self.ledger.begin(self.response_id, self.open_row)
@@ -8314,14 +9557,13 @@ class Reservation:
         return self.reserved_output
 
     def _nanos(self, price: str, input_tokens: int, output: int) -> int:
-        """Input at the dearer of its two prices: it may be written to the cache."""
+        """Input may be written to the cache, at the dearer price."""
         rate, multiplier = price_of(price), self.key.multiplier
         writes = rate is not None and rate.cache_write > rate.input
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates. LimitExceeded:
-        there is too little of something."""
+        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -8330,14 +9572,12 @@ class Reservation:
             needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
-                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                    self.states.update(await self.ledger.reserve(self.response_id, self.open_row, needs, self.held))
                 elif first:
                     self.ledger.begin(self.response_id, self.open_row)
                 break
             except LimitExceeded as no:
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                self.states[no.limit] = max(no.remaining, 0), no.wait_s
                 left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
@@ -8355,8 +9595,8 @@ class Reservation:
         return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
 
     async def extend(self, written: int) -> bool:
-        """Keeps the reservation ahead of `written` characters of output; False: it is used up and cannot grow. Thinking can
-        exceed max_output_tokens, and some servers ignore it."""
+        """Keeps the reservation ahead of the output; False: it is used up. Thinking can exceed max_output_tokens, and some
+        servers ignore it."""
         while not self.covers(written):
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
@@ -8388,9 +9628,10 @@ class Reservation:
     def headers(self) -> list[tuple[str, str]]:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
-        for limit, (remaining, reset_s) in self.rates.items():
-            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
+        for limit, (remaining, reset_s) in self.states.items():
+            if limit.kind == "rate":
+                values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
 
 
@@ -8398,8 +9639,7 @@ RATES = {"requests": "send {} requests a minute", "tokens": "use {} tokens a min
 
 
 def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> GatewayError:
-    """The error for a limit that is used up (DESIGN section 8). Codex shows the text of invalid_prompt alone; the ledger
-    keeps the true code."""
+    """Codex shows the text of invalid_prompt alone; the ledger keeps the true code."""
     if no.limit.unit in RATES:
         wait_s = max(1, math.ceil(no.wait_s))
         rate = RATES[no.limit.unit].format(no.limit.maximum)
@@ -8413,25 +9653,19 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
         if no.spent < no.limit.maximum:
             message += f" and this request may cost {format_usd(no.need, 4)}"
         reset = period_bounds(period, now_s)[1]
-        day = datetime.date.fromordinal(reset + EPOCH)
-        message += f"; it resets on {day.day} {day:%B}." if reset else "."
+        when = time.strftime("%d %B", time.gmtime(reset * 86400)).lstrip("0")
+        message += f"; it resets on {when}." if reset else "."
     error = GatewayError(message, status=429, type="insufficient_quota",
                          code="invalid_prompt" if to_codex else "insufficient_quota", headers=(("x-should-retry", "false"),))
     error.ledger_code = "insufficient_quota"
     return error
 
 
-# --- 8.9 accounts and credit ----------------------------------------------------------------------
-
-async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
-                         who: str = "") -> None:
-    settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-    await ledger.create("account", name, now_s, who, settings)
-
+# --- 8.9 accounts and credit ---
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
-    """Each with its limit a month (None: none), the multiplier of its prices in millionths, whether it is prepaid (1: refused
-    when its credit is used up), and the sums of its credit and of what it has spent."""
+    """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
+    credit is used up), and the sums of its credit and of what it has spent."""
     credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
     spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
     names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
@@ -8458,13 +9692,13 @@ async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: 
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
 
 
-# --- 8.10 reports and care ------------------------------------------------------------------------
+# --- 8.10 reports and care ---
 
 KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {table}s.id = {table}_id), '')"
                                 for table in ("key", "account"))
 REPORT_BY = {"model": "model", "provider": "provider", "endpoint": "endpoint", "day": f"started_ms / {DAY_MS}",
              "key": KEY_NAME_OF, "account": ACCOUNT_NAME_OF}
-ROW_SUMS = {        # of rows, what the same name sums of rollups
+ROW_SUMS = {  # of rows, what the same name sums of rollups
     "requests": "final", "failed": "CASE WHEN status = 'failed' THEN 1 ELSE 0 END",
     "estimated": "CASE WHEN estimated <> '' THEN 1 ELSE 0 END",
     "unpriced": "CASE WHEN final = 1 AND price = '' AND input + output > 0 THEN 1 ELSE 0 END"}
@@ -8501,13 +9735,9 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
     return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
 
 
-def day_text(day: int) -> str:
-    return datetime.date.fromordinal(day + EPOCH).isoformat()
-
-
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
-    first, after = period_bounds("month", (datetime.date.fromisoformat(text + "-01").toordinal() - EPOCH) * 86400)
+    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
+    first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
 
@@ -8527,7 +9757,7 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum: each is what the running total grows by."""
+    """The parts in units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
@@ -8543,7 +9773,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups, and SQLite's own check."""
+    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
@@ -8564,45 +9794,44 @@ async def verify(db: Database) -> tuple[int, list[str]]:
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
     wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
-        kind, owner_id = owner.split()
-        if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
+        if await db.read(select_spent(owner), since_day * DAY_MS) != [(spent,)]:
             wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
 
 async def prune(ledger: Ledger, before_day: int) -> int:
-    """Removes the rows of whole days. The sums of their half hours stay, and with them every balance."""
+    """Removes the rows of whole days; their sums stay, and with them every balance."""
     def run(tx: Transaction) -> int:
         tx.execute("INSERT INTO settings VALUES ('pruned_day', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value "
                    "WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)", (str(before_day),))
         return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
                           (before_day * DAY_MS,))
     gone = 0
-    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
+    while removed := await ledger.commit(run):  # a part at a time: running servers write in between
         gone += removed
     return gone
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
-             "after": json.loads(after)} for before, after, *row in rows]
+    names = ("id", "time_ms", "who", "action", "name", "before", "after")
+    rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
+                         before_id, since_ms, limit)
+    return [dict(zip(names, (*row, json.loads(before), json.loads(after)))) for *row, before, after in rows]
 
 
-# === 9. upstream ==================================================================================
+# === 9. upstream ===
 #
-# One exchange with a provider: a pooled connection, TLS, a proxy, and the timeouts. An error says in which phase it happened
-# and whether the request had been sent, which routing needs; it never holds a key.
+# One exchange with a provider. An error says in which phase it happened and whether the request had been sent; it never holds
+# a key.
 
-READ_BYTES = 2**18          # of one read: with 256 KiB a large body costs 42 % less CPU than with 64 KiB
-WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
-HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
-POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin; more are closed
-PUMPED_BYTES = 2**16        # of a stream, translated in one step: a larger read is left to the task, so that others run between
-INFLATE_BYTES = 2**14       # compressed bytes inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
+READ_BYTES = 2**18        # of one read: a large body costs 42 % less CPU than with 64 KiB
+WRITE_HIGH_BYTES = 2**18  # unsent bytes of a connection before its writer waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25   # before the next address of a host is tried in parallel (RFC 8305 5)
+POOL_IDLE_S = 30.0        # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
+POOL_SIZE = 256           # idle connections of one origin
+PUMPED_BYTES = 2**16      # of a stream, translated in one step: with a larger read other tasks must run between
+INFLATE_BYTES = 2**14     # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
@@ -8612,23 +9841,23 @@ def do_nothing() -> None:
 
 
 class StreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's streams, on both sides. Streams report the peer's end only to a reader; this calls on_end() at once, and
-    on_closed() when the socket is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
+    is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    unread = 0  # bytes in the reader
+    pump: Callable[[bytes], None] | None = None
+    fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
-        self.reader = asyncio.StreamReader(buffer_bytes)        # which holds up to twice that
+        self.reader = asyncio.StreamReader(buffer_bytes)  # which holds up to twice that
         super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
-        self.unread = 0                         # bytes in the reader
-        self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
-        self.fault: Exception | None = None     # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
         assert isinstance(transport, asyncio.Transport)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        with contextlib.suppress(OSError):      # a Unix socket has no such option
+        with contextlib.suppress(OSError):  # a Unix socket has no such option
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
 
@@ -8642,7 +9871,7 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
     def eof_received(self) -> bool:
         super().eof_received()
         self.on_end()
-        return False        # the transport closes itself
+        return False  # the transport closes itself
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fault = exc
@@ -8652,14 +9881,14 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 
 
 class StreamConnection:
-    """A connection of either side: its streams, and the HTTP reader of the peer's messages."""
+    """Of either side: its streams, and the HTTP reader of the peer's messages."""
     http: RequestReader | ResponseReader
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         self.protocol, self.reader, self.writer = protocol, protocol.reader, writer
 
     async def receive(self) -> bool:
-        """Feeds the HTTP reader with the next bytes; False at the end. OSError: the connection broke."""
+        """Feeds the HTTP reader; False at the end. OSError: the connection broke."""
         data = await self.reader.read(READ_BYTES)
         self.protocol.unread -= len(data)
         self.http.feed(data)
@@ -8669,15 +9898,14 @@ class StreamConnection:
         return self.writer.transport.get_write_buffer_size()
 
     def abort(self) -> None:
-        """Closes the socket now; unsent bytes are dropped."""
+        """Drops unsent bytes."""
         self.writer.transport.abort()
 
 
 class UpstreamConnection(StreamConnection):
-    """A connection to a provider."""
     http: ResponseReader
-    answered = False                            # a byte of the answer has come
-    expiry: asyncio.TimerHandle | None = None   # while it is idle
+    answered = False                           # a byte of the answer has come
+    expiry: asyncio.TimerHandle | None = None  # while it is idle
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         super().__init__(protocol, writer)
@@ -8694,36 +9922,35 @@ class UpstreamConnection(StreamConnection):
 
     @property
     def reusable(self) -> bool:
-        """It is open, and no unsolicited bytes have come."""
+        """No unsolicited bytes have come."""
         return not self.writer.is_closing() and not self.protocol.unread and self.http.idle
 
 
 class TransportError(UpstreamError):
-    """An exchange that failed below HTTP: no connection, no TLS, or an incomplete answer."""
+    """No connection, no TLS, or an incomplete answer."""
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
-        self.phase = phase      # a key of PHASES
-        self.sent = sent        # the provider may have seen the request
-        self.brief = brief      # what went wrong, in a few words
-        self.where = where      # host:port
+        self.phase = phase  # a key of PHASES
+        self.sent = sent    # the provider may have seen the request
+        self.brief = brief  # what went wrong, in a few words
+        self.where = where  # host:port
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """A time limit of the provider's configuration was exceeded."""
+    """A limit of the provider's configuration."""
 
 
-# --- 9.1 endpoints and proxies --------------------------------------------------------------------
+# --- 9.1 endpoints and proxies ---
 
 class Proxy(NamedTuple):
-    """An HTTP proxy."""
     host: str
     port: int
-    fields: tuple[tuple[str, str], ...]     # headers: its user and password
+    fields: tuple[tuple[str, str], ...]  # headers: its user and password
 
 
 class Origin(NamedTuple):
-    """The far end of a connection and the way to it. Requests to the same origin may share connections."""
+    """The far end of a connection and the way to it: requests to the same may share connections."""
     scheme: str
     host: str
     port: int
@@ -8736,10 +9963,10 @@ class Origin(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """The parts common to all requests to one base_url."""
+    """What all requests to one base_url have in common."""
     origin: Origin
-    prefix: str                         # of the request target: the path, and before a proxy the whole URL
-    fields: list[tuple[str, str]]       # headers
+    prefix: str                    # of the request target: the path, and before a proxy the whole URL
+    fields: list[tuple[str, str]]  # headers
 
 
 def is_loopback(host: str) -> bool:
@@ -8747,11 +9974,11 @@ def is_loopback(host: str) -> bool:
 
 
 def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). In NO_PROXY a name
-    matches itself and what lies below it, a port may follow, `*` is everything."""
+    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). A name in NO_PROXY
+    matches what lies below it, too, and a port may follow."""
     for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
-        if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
+        if entry.count(":") == 1 or "]:" in entry:  # more colons without brackets: an IPv6 address
             name, _, wanted = entry.rpartition(":")
         name = name.strip("[]").lstrip(".")
         if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
@@ -8761,11 +9988,11 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
 
 
 def parse_proxy(proxy: str) -> Proxy:
-    """A proxy's address, with or without a scheme. ValueError: it is not one of HTTP."""
+    """ValueError: it does not speak HTTP."""
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
-    port = url.port or 1080         # curl's default
+    port = url.port or 1080  # curl's default
     if url.username is None:
         return Proxy(url.hostname, port, ())
     pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
@@ -8773,26 +10000,26 @@ def parse_proxy(proxy: str) -> Proxy:
 
 
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
-    """The endpoint of base_url. `proxy` is an address, "off", or "env" for the environment's."""
+    """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    usual = 443 if url.scheme == "https" else 80
+    host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
         address = environment_proxy(url.scheme, host, port, environ)
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
-    name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
-    path = url.path.rstrip("/")
+    name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
-    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
+    if proxy and url.scheme == "http":  # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
     return Endpoint(origin, path, fields)
 
 
-# --- 9.2 one exchange -----------------------------------------------------------------------------
+# --- 9.2 one exchange ---
 
 def describe_error(error: BaseException) -> str:
-    """The system's message for an error, without addresses and paths."""
+    """Without addresses and paths."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message or "the certificate is not valid"
     if isinstance(error, ssl.SSLError):
@@ -8809,29 +10036,32 @@ def overloaded(message: str, status: int = 503, code: str = "overloaded") -> Gat
 
 
 NO_HEADERS = Headers([])
-LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # not a provider's
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)  # not a provider's
 
 
+@dataclass(eq=False)
 class Exchange:
-    """One request and its answer on one connection. Its holder calls close() in any case."""
+    """One request and its answer. Its holder calls close() in any case."""
+    pool: ConnectionPool
+    provider: ProviderConfig
+    origin: Origin
     status = 0
     headers = NO_HEADERS
-    connection: UpstreamConnection | None = None    # None after close()
+    connection: UpstreamConnection | None = None  # None after close()
     keep_alive = False
-    finished = False                # the body was read to its end
-    heard = True                    # the last piece held more than comments and pings: set by the caller of read()
-    idle_due = 0.0                  # when silence inside the answer becomes a timeout
-    paused_since = math.inf         # when the last piece was returned
+    finished = False         # the body was read to its end
+    heard = True             # the last piece held more than comments and pings: set by the caller of read()
+    idle_due = 0.0           # when silence inside the answer becomes a timeout
+    paused_since = math.inf  # when the last piece was returned
     inflater: ContentDecoder | None = None
-    compressed = b""                # bytes not inflated yet
+    compressed = b""  # bytes not inflated yet
 
-    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
-        self.pool, self.provider, self.origin = pool, provider, origin
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.total_due = self.loop.time() + provider.total_timeout_s
+        self.total_due = self.loop.time() + self.provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
-        """Closes the connection and returns the error to raise. `limit`: the setting of a timeout, if it is one."""
+        """The error to raise; of a timeout, `limit` is its setting."""
         if self.connection is not None:
             self.connection.abort()
         where = self.origin.authority
@@ -8844,11 +10074,11 @@ class Exchange:
         return TransportError(f"{who} failed while {doing}: {reason}.", phase, sent, reason.partition(";")[0], where)
 
     async def next(self, connection: UpstreamConnection, phase: str, limit: str, due: float) -> ResponseHead | bytes | Signal:
-        """The next part of the answer, by the deadline `due` of the setting `limit`, or that of total_timeout_s. Any failure,
-        cancellation too, closes the socket at once."""
+        """The next part of the answer, by the deadline `due` of the setting `limit`. Any failure, cancellation too, closes the
+        socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
-        if self.loop.time() >= due:         # while bytes keep coming, no timer fires
+        if self.loop.time() >= due:  # while bytes keep coming, no timer fires
             raise self.failed(phase, TimeoutError(), limit)
         timeout = asyncio.timeout_at(due)
         try:
@@ -8886,8 +10116,8 @@ class Exchange:
             raise self.failed("head", ProtocolError("it answered in a content-encoding that was not asked for"))
 
     async def read(self) -> bytes:
-        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts
-        from this call: the time before it was spent on the client."""
+        """The next decoded piece of the body; b"" at its clean end. After a piece that was `heard`, idle_timeout_s counts from
+        this call: the time before was the client's."""
         connection, now = self.connection, self.loop.time()
         assert connection is not None
         if self.heard:
@@ -8929,10 +10159,10 @@ class Exchange:
         if pump.error is not None:
             raise pump.error
         if not pump.stopped.done():
-            self.heard = False      # so read() raises the timeout
+            self.heard = False  # so read() raises the timeout
 
     def inflate(self) -> bytes:
-        """The next slice of `compressed`, inflated; at the end of the body checks that it was complete."""
+        """The next slice of `compressed`; at the end of the body checks that it was complete."""
         if self.inflater is None:
             return b""
         piece, self.compressed = self.compressed[:INFLATE_BYTES], self.compressed[INFLATE_BYTES:]
@@ -8957,8 +10187,8 @@ class Exchange:
         return b"".join(pieces)[:max_bytes]
 
     async def close(self, reusable: bool = True) -> None:
-        """Returns the connection to the pool if the answer is complete and nothing followed it; else closes it. Reused with
-        unexpected bytes, it could hand one client's answer to another."""
+        """Returns the connection to the pool if the answer is complete and nothing followed it: reused with unexpected bytes,
+        it could hand one client's answer to another."""
         connection, self.connection = self.connection, None
         if connection is None:
             return
@@ -8970,10 +10200,10 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """The whole answer was received, and the whole request sent. The decoder may have stopped at the last event."""
+        """Were request and answer sent whole? The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
-                await connection.receive()      # without waiting: the bytes are in the buffer
+                await connection.receive()  # without waiting: the bytes are in the buffer
             while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
@@ -8981,13 +10211,16 @@ class Exchange:
         return self.finished and not connection.unsent_bytes()
 
 
+@dataclass(eq=False)
 class Pump:
-    """Gives the bytes of an answer to take() as the event loop receives them (SPEED.md "What pays", 3)."""
+    """Gives the bytes of an answer to take() as the event loop receives them."""
+    exchange: Exchange
+    connection: UpstreamConnection
+    take: Callable[[bytes], bool]
+    error: Exception | None = None  # of take()
 
-    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take = exchange, connection, take
-        self.stopped = exchange.loop.create_future()
-        self.error: Exception | None = None     # of take()
+    def __post_init__(self) -> None:
+        self.stopped = self.exchange.loop.create_future()
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -9003,10 +10236,10 @@ class Pump:
         try:
             while isinstance(part := self.connection.http.next(), bytes) and self.take(part):
                 pass
-        except ProtocolError:           # the HTTP reader raises it again, for read()
+        except ProtocolError:  # the HTTP reader raises it again, for read()
             self.stop()
             return
-        except Exception as error:      # noqa: BLE001 - for the task to handle
+        except Exception as error:  # noqa: BLE001 - for the task to handle
             self.error = error
             self.stop()
             return
@@ -9022,25 +10255,25 @@ class Pump:
             self.stopped.set_result(None)
 
 
-# --- 9.3 connections ------------------------------------------------------------------------------
+# --- 9.3 connections ---
 
 class ConnectionPool:
     """All connections to providers of this process."""
+    closed = False
+    secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
-        self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest is last, and used first
+    def __init__(self, environ: Mapping[str, str] = {}) -> None:
+        self.environ = environ
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
-        self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # in progress, by host
-        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
-        self.closed = False
-        self.secrets = re.compile(r"(?!)")              # never repeated from a provider's answer
+        self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}  # in progress, by host
+        self.not_reused: set[Origin] = set()  # that sent unsolicited bytes
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
-        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. The provider may just be
-        closing a pooled connection: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
+        """Sends one request and waits for the head of its answer; TransportError or TransportTimeout. A pooled connection may
+        be closing: if it breaks before any byte of an answer, a new one is used, if again() allows it."""
         endpoint = self.endpoint(provider)
         target = endpoint.prefix + path
         if provider.query_params:
@@ -9064,13 +10297,13 @@ class ConnectionPool:
         if key not in self.endpoints:
             try:
                 self.endpoints[key] = endpoint_of(provider, self.environ)
-            except ValueError as error:     # of a proxy in the environment
+            except ValueError as error:  # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
                 raise TransportError(message, "connect", sent=False) from None
         return self.endpoints[key]
 
     def acquire(self, origin: Origin) -> UpstreamConnection | None:
-        """The newest idle connection that is open and has received nothing since its last answer."""
+        """The newest that is idle and can be reused."""
         connections = self.idle.get(origin, [])
         while connections:
             connection = connections.pop()
@@ -9078,13 +10311,13 @@ class ConnectionPool:
                 connection.expiry.cancel()
             if connection.reusable:
                 return connection
-            if not connection.writer.is_closing():      # a closing one may have received a 408
+            if not connection.writer.is_closing():  # a closing one may have received a 408
                 self.disable_reuse(origin)
             connection.abort()
         return None
 
     def disable_reuse(self, origin: Origin) -> None:
-        """Unsolicited bytes could be read as the answer to another client's request."""
+        """They could be read as the answer to another client's request."""
         if origin not in self.not_reused:
             self.not_reused.add(origin)
             log.warning("%s sends unsolicited bytes; its connections are no longer reused", origin.authority)
@@ -9133,25 +10366,24 @@ class ConnectionPool:
             raise next(filter(None, reversed(errors)))
         opened = connection.writer.get_extra_info("socket")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
+        if hasattr(socket, "TCP_KEEPIDLE"):  # NATs drop silent connections after some minutes
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
     async def addresses(self, host: str) -> list[str]:
-        """The addresses of a host. Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's
-        executor."""
+        """Each look-up has a daemon thread: a silent nameserver would block all threads of asyncio's executor."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(host))]
         lookup = self.lookups.get(host)
         if lookup is None:
             self.lookups[host] = lookup = concurrent.futures.Future()
-            lookup.set_running_or_notify_cancel()       # waiters may be cancelled, the look-up may not
+            lookup.set_running_or_notify_cancel()  # waiters may be cancelled, the look-up may not
             lookup.add_done_callback(lambda _: self.lookups.pop(host))
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
 
     async def open_tunnel(self, connection: UpstreamConnection, origin: Origin, proxy: Proxy) -> None:
-        """CONNECT: after the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
+        """After the proxy's 2xx, the connection leads to the origin (RFC 9110 9.3.6)."""
         fields = [("host", origin.authority), *proxy.fields]
         connection.writer.write(request_bytes("CONNECT", origin.authority, fields, b""))
         connection.http.start("CONNECT")
@@ -9165,7 +10397,7 @@ class ConnectionPool:
         connection.http = ResponseReader()
 
     def context(self, ca_file: str) -> ssl.SSLContext:
-        """A context that verifies, with the system's authorities or only those of ca_file."""
+        """Verifies with the system's authorities, or only those of ca_file."""
         if ca_file not in self.contexts:
             context = ssl.create_default_context(cafile=ca_file or None)
             context.set_alpn_protocols(["http/1.1"])
@@ -9173,13 +10405,13 @@ class ConnectionPool:
         return self.contexts[ca_file]
 
     async def close(self) -> None:
-        """Closes the idle connections; open exchanges are closed by their holders."""
+        """Open exchanges are closed by their holders."""
         self.closed = True
         for connections in self.idle.values():
             for connection in connections:
                 connection.abort()
         self.idle.clear()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
 
 def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
@@ -9201,7 +10433,7 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
     return UpstreamConnection(protocol, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
 
 
-# === 10. routing ==================================================================================
+# === 10. routing ===
 #
 # The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
@@ -9211,13 +10443,14 @@ UNREADABLE = "The gateway could not read the provider's answer."
 PACED_BYTES = 1 << 13           # a larger read is part of a burst, which costs the task no more than the pump
 MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
-                             r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent")
+                             r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent|"
+                             r"anthropic-(?:beta|version)|x-app|x-claude-code-session-id")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
                   ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
 
 
-# --- 10.1 names -----------------------------------------------------------------------------------
+# --- 10.1 names ---
 
 class Candidate(NamedTuple):
     """A target with one of its provider's keys. Retries and circuits are per candidate."""
@@ -9364,7 +10597,7 @@ class ModelFacts(NamedTuple):
     max_output: int = 0
 
 
-# --- 10.2 retries and circuit breakers -------------------------------------------------------------
+# --- 10.2 retries and circuit breakers ---
 #
 # Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
@@ -9495,7 +10728,7 @@ class CircuitBreakers:
         return any(self.state(id, now) != "closed" for id in self.circuits)
 
 
-# --- 10.3 affinity --------------------------------------------------------------------------------
+# --- 10.3 affinity ---
 #
 # A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
 # else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
@@ -9550,13 +10783,14 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
                          "page of the dashboard, or ask for another model.", param="model", code="provider_disabled")
     if len(found) == 1:
         return found
+    request = request.translated()
     score = functools.partial(rendezvous_score, conversation_of(request, headers))
     found = [each for tier in enabled for each in sorted(tier, key=score, reverse=True)]
     sticky = sticky_candidate(found, envelope, headers.get("x-codex-turn-state"), request.input)
     return sorted(found, key=lambda each: each is not sticky)
 
 
-# --- 10.4 the answer to the client ----------------------------------------------------------------
+# --- 10.4 the answer to the client ---
 
 class FailedAttempt(NamedTuple):
     """One failed try of a target, for the client and the log."""
@@ -9596,7 +10830,7 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: its head, its blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: ResponseContext, server: ServerConfig, reservation: Reservation) -> None:
+    def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
         self.streaming: bool = answer.request.stream
         self.attempt = Attempt(answer)                  # the newest
@@ -9655,7 +10889,7 @@ class ClientStream:
     async def _beat(self) -> None:
         with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
             if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
-                await self.send(self.answer.heartbeat() if self.answer.started else self.answer.start())
+                await self.send(self.answer.start() or self.answer.heartbeat())
 
     def stop(self) -> None:
         if self.timer is not None:
@@ -9663,9 +10897,10 @@ class ClientStream:
             self.timer = None
 
 
-# --- 10.5 the loop --------------------------------------------------------------------------------
+# --- 10.5 the loop ---
 
 Result = TypeVar("Result")
+COUNT_S = 10.0                  # how long a provider may take to count tokens
 LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
 SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
@@ -9813,14 +11048,22 @@ class Router:
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
-        client, provider = down.client, target.provider
+    def headers(self, target: Candidate, call: UpstreamCall, client: Client) -> list[tuple[str, str]]:
+        """Of a call: the configured ones, some of the client's where its body passes, the wire's own."""
+        provider, given = target.provider, client.head.headers
         fields = [("content-type", "application/json"), *provider.http_headers.items()]
         if provider.api_key:
             fields += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
-            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+            fields += [(name, value) for name, value in given if RELAYED_HEADERS.fullmatch(name)]
+        elif given.get("anthropic-beta"):
+            client.dropped.append("anthropic-beta")
+        sent = {name for name, _ in fields} - {"anthropic-beta"}        # a list: a repair adds to the client's own
+        return [*fields, *(header for header in call.headers if header[0] not in sent)]
+
+    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
+        client, provider = down.client, target.provider
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
@@ -9831,7 +11074,7 @@ class Router:
             if provider.wire_api == "demo":
                 exchange: Exchange = DemoExchange(call.frames)
             else:
-                headers = [*fields, *call.headers]
+                headers = self.headers(target, call, client)
                 exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
             reusable = False
             client.answering_ms = client.elapsed_ms()
@@ -9930,8 +11173,9 @@ async def read_error_body(exchange: Exchange) -> bytes:
 def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
     """Encodes the request for a target. An encoder's exception is caused by the client's input, so it is no target's fault."""
     provider = target.provider
-    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, provider.relay == "bytes", provider.dialect,
-                        provider.prompt_cache, provider.overrides, down.client.attempts + 1)
+    passes = provider.relay == "bytes" or provider.wire_api != "responses"
+    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, passes, provider.dialect, provider.prompt_cache,
+                        provider.overrides, down.client.attempts + 1)
     try:
         return WIRES[provider.wire_api].call(ctx)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -9950,9 +11194,9 @@ def failed_copy(attempt: Attempt) -> Attempt:
     return failed
 
 
-# --- 10.6 metrics ---------------------------------------------------------------------------------
+# --- 10.6 metrics ---
 #
-# The ledger keeps the counters, by (metric, label values...): they are those of all processes.
+# The ledger keeps the counters of all processes, by (metric, label values...).
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
@@ -10002,7 +11246,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
 
 
 def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
-    """Prometheus text format 0.0.4 of samples by metric and label values. `worker` identifies this process among several."""
+    """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():
         lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
@@ -10027,12 +11271,9 @@ def sample_line(name: str, labels: Sequence[str], values: Sequence[str], sample:
     return f"{name}{{{pairs}}} {number}" if pairs else f"{name} {number}"
 
 
-# === 11. handlers =================================================================================
+# === 11. handlers ===
 #
-# One function an endpoint, and at the end the table of routes. To follow one request, begin at `responses`.
-
-ENDPOINT = "/v1/responses"
-
+# One function an endpoint, and at the end the table of routes. To follow one request, begin at `generate`.
 
 class Gateway:
     """The state that requests share, under one configuration."""
@@ -10064,6 +11305,7 @@ class Gateway:
                 await client.answer(200, JSON_HEADERS, dumps(answer).encode())
         except GatewayError as error:
             await note_refusal(self, client, error)
+            CLIENT_APIS[api_of(head.path)].adapt_error(error)
             agent = head.headers.get("user-agent")
             if error.status == 400 and client_profile(head.headers.get("originator"), agent) is CODEX:
                 error.headers += (("x-pomex-error", header_value(error.code or "")),)
@@ -10089,7 +11331,7 @@ class Gateway:
     async def key(self, client: Client) -> Key:
         headers = client.head.headers
         try:
-            return await self.ledger.authorise(headers.get("authorization"), client.started_s)
+            return await self.ledger.authorise(authorization(headers), client.started_s)
         except Unauthorized as error:
             if headers.get("originator") != "codex-tui":
                 raise
@@ -10097,16 +11339,23 @@ class Gateway:
                                "in the shell that has the right key.") from None
 
 
+def authorization(headers: Headers) -> str:
+    """The Authorization header, or Anthropic's x-api-key in its form. Unauthorized: they hold different keys."""
+    given, key = headers.get("authorization"), headers.get("x-api-key").strip()
+    if not key:
+        return given
+    if given and given[7:].strip(" \t") != key:
+        raise unauthorized("x-api-key and Authorization hold two different keys. Send one of them.")
+    return f"Bearer {key}"
+
+
 NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself unless its provider is named \"OpenAI\": set "
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/(chat/)?completions", "wrong_wire_api",
-     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
-     "in Codex by wire_api = \"responses\"."),
-    (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
-     "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
-     "it."),
+    (r"/v1/completions", "wrong_wire_api",
+     "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
+    (r"/v1/messages/batches.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
     (r"/v1beta/.*", "wrong_wire_api",
      "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
     (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
@@ -10135,7 +11384,7 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
                       "/admin.", status=404, code="not_found")
 
 
-# --- 11.1 POST /v1/responses ----------------------------------------------------------------------
+# --- 11.1 POST /v1/responses ---
 
 def new_response_id(now_s: float) -> str:
     """In order of time: inserting its row takes 4 us, with a random id 20."""
@@ -10175,13 +11424,13 @@ def conversation_hint(headers: Headers, raw: bytes) -> str:
     return named or (found[1].decode("latin-1") if found else "")
 
 
-async def responses(gateway: Gateway, client: Client, key: Key | None = None) -> None:
-    """One request, from its body to its terminal event. `key`: used instead of the one in its headers."""
+async def generate(api: str, gateway: Gateway, client: Client, key: Key | None = None) -> None:
+    """One request of an API in CLIENT_APIS, from its body to its end. `key`: used instead of the one in its headers."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
     conversation = key.id, session
-    request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation))
+    request = await off_loop(len(raw), parse_request, raw, gateway.memo.requests.get(conversation), api)
     gateway.memo.put(conversation, request)
     profile = client_profile(headers.get("originator"), headers.get("user-agent"))
     if (name := gateway.catalogue.full_name(request.model)) != request.model:
@@ -10190,7 +11439,7 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
-    if request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
+    if api == "responses" and request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
@@ -10200,10 +11449,13 @@ async def responses(gateway: Gateway, client: Client, key: Key | None = None) ->
     try:
         if not payable:
             raise price_unknown(key, candidates[0])
+        choices = request.get("n", 1) if api == "chat" else 1
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
-                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
-            body = {**request.body, "max_output_tokens": cap}       # as many as the money is enough for
-            answer.request = dataclasses.replace(request, body=body, raw=dumps(body).encode(), around=AroundInput())
+                                                 request.get("max_output_tokens", 0) * choices,
+                                                 down.server.reserve_output_tokens):
+            # as many as the money is enough for
+            limit = max(1, cap // choices)
+            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
@@ -10224,11 +11476,13 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
                   session: str) -> ClientStream:
     """The answer, and its reservation: nothing is reserved yet."""
     config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    named = {"request_id": client.request_id, "endpoint": ENDPOINT, "client": header_value(user_agent, 200),
+    api = CLIENT_APIS[request.api]
+    named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
-    answer = ResponseContext(request, reservation.response_id, int(client.started_s), profile)
+                              int(client.started_s * 1000), named, tier)
+    answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
     return ClientStream(client, answer, config, reservation)
@@ -10246,8 +11500,10 @@ async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | N
     # an empty answer ends its stream: after a 5xx an SDK would retry, and pay for the input each time
     ended = down.client.status != 0 or down.attempt.stop is not None or error is None
     in_stream = down.streaming and (ended or (to_codex and error is not None and errors_in_stream(error)))
-    if error is not None and in_stream and to_codex:
-        make_codex_show(error, ("context_length_exceeded",))
+    if error is not None and in_stream:
+        CLIENT_APIS[answer.request.api].adapt_error(error)
+        if to_codex:
+            make_codex_show(error, ("context_length_exceeded",))
     last = b""
     if error is None or in_stream:
         try:
@@ -10312,7 +11568,8 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
     if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
-    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    final = profile.final_failures and len(failures) > 1
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} or final else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
 
@@ -10385,7 +11642,7 @@ async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, ke
         return
     if key is None:
         with contextlib.suppress(GatewayError):
-            key = await gateway.ledger.authorise(head.headers.get("authorization"), client.started_s)
+            key = await gateway.ledger.authorise(authorization(head.headers), client.started_s)
     method, path, name, number = sanitize(head.method), sanitize(head.path), key.name if key else "", key.id if key else 0
     client.note = f"{name or '- '} {method} {path}  {sanitize(str(error), 400)}"
     gateway.ledger.refuse(number, {
@@ -10400,7 +11657,42 @@ def short_count(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
-# --- 11.2 models ----------------------------------------------------------------------------------
+async def count_tokens(gateway: Gateway, client: Client) -> None:
+    """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
+    key, headers = await gateway.key(client), client.head.headers
+    raw = await client.body(key=f"key {key.id}")
+    request = parse_request(raw.replace(b"{", b'{"max_tokens":1,', 1), api="messages")
+    request.body.pop("max_output_tokens")
+    request.given.pop("max_tokens")             # which a count has not
+    name = gateway.catalogue.full_name(request.model)
+    request = dataclasses.replace(request, raw=raw, model=name)
+    check_model_access(key, name, STANDARD)
+    envelope = Envelope(gateway.ledger.secret, key.account)
+    target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
+    down = client_stream(gateway, client, key, request, STANDARD, "")
+    reservation, counted = down.reservation, 0
+    try:
+        await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
+        if target.provider.wire_api == "messages":
+            call, router = encode_call(target, envelope, down), gateway.router
+            async with asyncio.timeout(COUNT_S):
+                exchange = await router.upstream.exchange(
+                    target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
+                told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
+                await exchange.close()
+            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+    except LimitExceeded as no:
+        raise limit_error(key, no, client.started_s, to_codex=False) from None
+    except (UpstreamError, TimeoutError):       # an estimate will do
+        pass
+    finally:
+        gateway.ledger.abandon(reservation.response_id)
+    own = [] if counted else [("x-pomex-estimated", "true")]
+    body = dumps({"input_tokens": counted or request.estimated_input}).encode()
+    await client.answer(200, [*JSON_HEADERS, *own, *reservation.headers()], body)
+
+
+# --- 11.2 models ---
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
@@ -10408,8 +11700,16 @@ CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a h
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-def model_object(gateway: Gateway, name: str) -> JSON:
+def model_object(gateway: Gateway, name: str, headers: Headers) -> JSON:
+    """In the form of OpenAI or Anthropic, whose clients name themselves by their headers."""
+    if to_anthropic(headers):
+        created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
+        return {"type": "model", "id": name, "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
+
+
+def to_anthropic(headers: Headers) -> bool:
+    return bool(headers.get("anthropic-version") or (headers.get("x-api-key") and not headers.get("authorization")))
 
 
 def codex_release(text: str) -> int:
@@ -10444,8 +11744,7 @@ def codex_entry(gateway: Gateway, name: str, priority: int, release: int) -> JSO
 
 
 def codex_fields(model: str, table: str) -> JSON:
-    """The catalogue fields that Codex itself knows for a model, found as Codex does: by the first name in the table that
-    starts the model's. {} for an unknown model."""
+    """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
         name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
@@ -10463,8 +11762,8 @@ def codex_fields(model: str, table: str) -> JSON:
     return {}
 
 
-async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: bytes) -> None:
-    """Answers with a tag of the body, and without the body where the client has it already."""
+async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> None:
+    """Answers with a tag of the body, without the body where the client has it already."""
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     has_it = tag in client.head.headers.get("if-none-match")
     await client.answer(304 if has_it else 200, [*headers, ("etag", tag)], b"" if has_it else body)
@@ -10473,9 +11772,13 @@ async def answer_tagged(client: Client, headers: list[tuple[str, str]], body: by
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release = codex_release(client.head.query)
-    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
-            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
+    release, headers = codex_release(client.head.query), client.head.headers
+    body: JSON = {"data": [model_object(gateway, name, headers) for name in names]}
+    if to_anthropic(headers):
+        body |= {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+    else:
+        entries = [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]
+        body = {"object": "list", **body, "models": entries}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 
 
@@ -10494,10 +11797,10 @@ async def model(gateway: Gateway, client: Client) -> JSON:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    return model_object(gateway, name)
+    return model_object(gateway, name, client.head.headers)
 
 
-# --- 11.3 health ----------------------------------------------------------------------------------
+# --- 11.3 health ---
 
 async def health(gateway: Gateway, client: Client) -> JSON:
     """The process answers. No key, no database, no provider."""
@@ -10513,7 +11816,7 @@ async def root(gateway: Gateway, client: Client) -> JSON | None:
 
 
 async def ready(gateway: Gateway, client: Client) -> None:
-    """Whether requests should be sent here: one word a check, because no key is needed."""
+    """Whether requests should be sent here: one word a check, since no key is needed."""
     await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not client.connection.server.draining}
@@ -10523,7 +11826,7 @@ async def ready(gateway: Gateway, client: Client) -> None:
     await client.answer(status, JSON_HEADERS, dumps({"status": word, "checks": words}).encode())
 
 
-# --- 11.4 key limits, metrics, the page --------------------------------------------------------------
+# --- 11.4 key limits, metrics, the page ---
 
 async def key_facts(gateway: Gateway, client: Client) -> JSON:
     """The key's own limits, in OpenRouter's form (amounts in USD)."""
@@ -10546,7 +11849,7 @@ PROXY_HEADER = re.compile("forwarded|x-forwarded-.*|x-real-ip|via")
 
 
 async def metrics(gateway: Gateway, client: Client) -> None:
-    """Prometheus text: for local clients, unless a proxy could make others look local; else for the administrator."""
+    """For local clients, unless a proxy could make others look local; else for the administrator."""
     server = gateway.config.server
     proxied = server.public_hosts or any(map(PROXY_HEADER.fullmatch, dict(client.head.headers)))
     if not proxied and is_loopback(client.connection.peer):
@@ -10562,7 +11865,6 @@ async def metrics(gateway: Gateway, client: Client) -> None:
 
 
 async def show_page(gateway: Gateway, client: Client) -> None:
-    """The dashboard."""
     client.connection.server.check_host(client.head, dashboard=True)
     await answer_tagged(client, *page_answer("gzip" in client.head.headers.get("accept-encoding")))
 
@@ -10570,7 +11872,7 @@ async def show_page(gateway: Gateway, client: Client) -> None:
 HEALTH_PATHS = ("/health", "/healthz", "/livez")        # answered also where there is no room for another connection
 
 
-# --- 11.5 usage log and sums ------------------------------------------------------------------------
+# --- 11.5 usage log and sums ---
 #
 # `key_id` narrows each answer to one key, for its holder; 0 is every key.
 
@@ -10603,7 +11905,7 @@ LATENCY_ROWS = 5000             # of the newest rows: enough for their p95
 
 
 async def latencies(db: Database, since_ms: int, key_id: int) -> list[Row]:
-    """(provider, milliseconds to the first output, to the end) of answered requests."""
+    """(provider, ms to the first output, ms to the end) of answered requests."""
     newest = f"SELECT * FROM usage WHERE {key_condition(key_id)} ORDER BY id DESC LIMIT {LATENCY_ROWS}"
     return await db.read(f"SELECT provider, first_ms, total_ms FROM ({newest}) AS newest WHERE started_ms >= ? "
                          "AND status IN ('completed', 'incomplete')", since_ms)
@@ -10621,10 +11923,9 @@ DIMENSIONS = {"model": "model", "key": KEY_NAME_OF, "endpoint": "endpoint", "res
 
 
 async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s: float, key_id: int) -> JSON:
-    """The sums of a time of `slots` steps, which each begin with a half hour, and of the month."""
+    """The sums of a time of `slots` steps, each of whole half hours, and of the month."""
     since_ms -= since_ms % HALF_HOUR_MS
-    until_ms = since_ms + step_ms * slots
-    now_ms = int(now_s * 1000)
+    until_ms, now_ms = since_ms + step_ms * slots, int(now_s * 1000)
     mine = key_condition(key_id)
     found = await usage_sums(db, [*DIMENSIONS.values()], since_ms, until_ms, mine)
     series: dict[str, JSON] = collections.defaultdict(
@@ -10649,16 +11950,16 @@ async def overview(db: Database, since_ms: int, step_ms: int, slots: int, now_s:
 
 
 def sum_by(found: Iterable[tuple[Row, JSON]], place: int) -> list[JSON]:
-    """The sums of groups by one of the columns that they are grouped by, the most expensive first."""
+    """The sums by one column of their groups, the most expensive first."""
     sums: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for group, each in found:
         sums[group[place]].update(each)
-    return sorted(({"name": name, **each} for name, each in sums.items()),
-                  key=lambda each: (-each["cost_nanos"], -each["requests"]))
+    rows = [{"name": name, **each} for name, each in sums.items()]
+    return sorted(rows, key=lambda row: (-row["cost_nanos"], -row["requests"]))
 
 
 def usage_where(filters: Mapping[str, str], key_id: int) -> tuple[str, list[Any], str]:
-    """The condition of a filtered usage log, its values, and the table that has its sums; BadRequest names a wrong filter."""
+    """The condition of a filtered usage log, its values, and the table that has its sums."""
     where = [key_condition(key_id)]
     values: list[Any] = []
     table = "usage_rollups"
@@ -10681,17 +11982,16 @@ async def usage_rows(db: Database, where: str, values: Sequence[Any], limit: int
     return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
-async def one_request(db: Database, response_id: str, key_id: int) -> tuple[JSON, list[JSON]]:
-    """(its row, all rows that are billed for it)."""
-    found = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
-    if not found:
+async def one_request(db: Database, response_id: str, key_id: int) -> list[JSON]:
+    """All rows that are billed for it, its own last."""
+    rows = await db.read(f"{SELECT_ROWS}response_id = ? AND {key_condition(key_id)} ORDER BY attempt", response_id)
+    if not rows:
         raise NotFound("There is no such request here: perhaps its row was pruned.")
-    rows = [dict(zip(ROW_COLUMNS, row)) for row in found]
-    return rows[-1], rows
+    return [dict(zip(ROW_COLUMNS, row)) for row in rows]
 
 
 async def key_rows(ledger: Ledger, now_s: float) -> list[JSON]:
-    """Every key with what it has spent in its period and this month, and its last use; newest first."""
+    """Every key with what it has spent in its period and this month; revoked ones last, else newest first."""
     keys = sorted(ledger.keys.values(), key=lambda key: (key.revoked_s > 0, -key.id))
     spent = {period: await spent_nanos(ledger.db, "key_id", period_bounds(period, now_s)[0])
              for period in {"month", *(key.period for key in keys)}}
@@ -10716,12 +12016,12 @@ def csv_line(cells: Iterable[object]) -> str:
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text for text in texts)
 
 
-# --- 11.6 live state and events --------------------------------------------------------------------
+# --- 11.6 live state and events ---
 
-FEEDS_A_KEY = 20                            # and for the administrator; each open page has one
+FEEDS_A_KEY = 20                # and for the administrator; each open page has one
 POLL_S = 1.0
-FEED_HEARTBEAT_S = 15.0                     # proxies cut a silent stream at 60 s
-EVENTS_AT_ONCE = 100                        # usage rows of one poll; the log has the older ones
+FEED_HEARTBEAT_S = 15.0         # proxies cut a silent stream at 60 s
+EVENTS_AT_ONCE = 100            # usage rows of one poll; the log has the older ones
 REFUSALS_SHOWN = 50
 NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("usage", "refusals", "audit"))
 OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
@@ -10729,8 +12029,8 @@ OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "sta
 
 async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
                     ) -> tuple[Row, Collection[str], bytes]:
-    """What any process has written since a watcher's last look: (NEWEST_IDS and the requests in flight now, the events since
-    `seen` and `running` as SSE)."""
+    """What any process has written since a watcher's last look: what it has `seen` now and what is `running`, and the events
+    since as SSE."""
     newest, = await db.read(NEWEST_IDS)
     in_flight = await open_requests(db, key_id)
     mine = key_condition(key_id)
@@ -10743,12 +12043,9 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
     if not key_id:
         changed = await db.read("SELECT action, name FROM audit WHERE id > ? AND id <= ? ORDER BY id", *changes)
         events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
-    lines: list[str] = []
-    for kind, data in events:
-        if kind == "usage":             # a browser that reconnects sends the id as last-event-id
-            lines.append(f"id: {data['id']}\n")
-        lines.append(f"event: {kind}\ndata: {dumps(data)}\n\n")
-    return newest, [item["response_id"] for item in in_flight], "".join(lines).encode()
+    # a browser that reconnects sends the id as last-event-id
+    frames = [(b"id: %d\n" % data["id"] if kind == "usage" else b"") + sse_frame(kind, dumps(data)) for kind, data in events]
+    return newest, [item["response_id"] for item in in_flight], b"".join(frames)
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -10759,7 +12056,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
 
 
 def client_view(row: JSON) -> JSON:
-    """With the client as the page names it, and whether it is Codex."""
+    """With what the page asks of the client."""
     return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
 
 
@@ -10768,7 +12065,7 @@ def row_detail(row: JSON) -> JSON:
 
 
 def row_view(row: JSON) -> JSON:
-    """A request as the page shows it: with the cost of all its attempts, and the providers that failed."""
+    """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
     return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
 
@@ -10782,14 +12079,11 @@ CODING_MODELS = {       # for the block that is printed, the best first; a clien
 }
 
 
-def coding_models(providers: Iterable[str]) -> list[str]:
-    return [f"{name}/{model}" for name in providers for model in CODING_MODELS.get(name, ())]
-
-
 def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
+    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in CODING_MODELS.get(name, ())]
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
-    for name in (*catalogue.config.models, *coding_models(catalogue.config.providers), *known):
+    for name in (*catalogue.config.models, *coding, *known):
         with contextlib.suppress(BadRequest):       # its provider may serve other models only
             if catalogue.tiers(name) and (key is None or key.may_use(name)):
                 return name
@@ -10807,7 +12101,7 @@ def codex_block(url: str, model: str) -> list[str]:
     return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
 
 
-# --- 11.7 access to the dashboard and the admin API --------------------------------------------------
+# --- 11.7 access to the dashboard and the admin API ---
 
 LOGIN_FAILURES, LOGIN_WINDOW_S = 5, 60.0
 ADDRESSES_KEPT = 1000
@@ -10874,7 +12168,6 @@ class AdminRequest:
         return value
 
     async def read_body(self, arguments: Sequence[Argument]) -> JSON:
-        """The values of the body."""
         return read_fields(await self.client.body(MAX_FORM_BYTES), arguments)
 
 
@@ -10890,14 +12183,14 @@ def check_origin(gateway: Gateway, headers: Headers) -> None:
 
 
 def session_cookie(client: Client) -> tuple[str, str]:
-    """Its name and value. The name holds the port: browsers share cookies between the ports of a host."""
+    """Its name, which holds the port since browsers share cookies between the ports of a host, and its value."""
     name = f"pomex_{client.connection.server.address[1]}"
     found = re.search(rf"(?:^|[; ]){name}=([^;\s]*)", client.head.headers.get("cookie"))
     return name, found[1] if found else ""
 
 
 async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
-    """(the key whose holder asks, ""), or (None, the administrator for the audit log); Unauthorized for anybody else."""
+    """(the key whose holder asks, ""), or (None, the administrator for the audit log)."""
     header = client.head.headers.get("authorization")
     now_s = time.time()         # of a live feed the start is long ago
     if header:
@@ -10938,7 +12231,7 @@ async def check_token(gateway: Gateway, client: Client, token: str, link: bool =
                          code="too_many_logins", headers=(("retry-after", str(wait_s)),)) from None
 
 
-# --- 11.8 operations: what the command line and the admin API both do ----------------------------------
+# --- 11.8 operations: what the command line and the admin API both do ---
 
 class Argument(NamedTuple):
     """A member of an admin body, or an argument of a command."""
@@ -10969,7 +12262,7 @@ def parse_day(text: str) -> int:
     """7d: the first of the last seven days (since 1970, UTC); or the day of a date."""
     if found := re.fullmatch(r"([0-9]{1,5})d", text):
         return int(time.time()) // 86400 - int(found[1]) + 1
-    return datetime.date.fromisoformat(text).toordinal() - EPOCH
+    return day_of(text)
 
 
 def parse_expiry(text: str) -> dict[str, int]:
@@ -10980,11 +12273,6 @@ def parse_expiry(text: str) -> dict[str, int]:
     if end_s <= now_s:
         raise ValueError
     return {"expires_s": end_s}
-
-
-def parse_month(text: str) -> tuple[int, int]:
-    """The first and last day of a month; without a text, of this one."""
-    return month_bounds(text or time.strftime("%Y-%m", time.gmtime()))
 
 
 TRUTH = {"": False, "0": False, "False": False, "no": False, "1": True, "True": True, "yes": True}.__getitem__
@@ -11064,8 +12352,9 @@ async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await create_account(ledger, values["name"], values.get("prepaid", False), values.get("limit"),
-                         values.get("multiplier", ONE), time.time(), who)
+    await ledger.create("account", values["name"], time.time(), who, {
+        "prepaid": int(values.get("prepaid", False)), "limit_nanos": values.get("limit"),
+        "multiplier": values.get("multiplier", ONE)})
     return {}
 
 
@@ -11075,7 +12364,6 @@ async def enter_credit(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def statement(ledger: Ledger, who: str, values: JSON) -> JSON:
-    """An account's month; days since 1970, money in nano-dollars."""
     first, last = values["month"]
     account_id = await account_named(ledger.db, values["account"])
     return {"first_day": first, "last_day": last, **await statement_rows(ledger.db, account_id, first, last)}
@@ -11106,36 +12394,33 @@ OPERATIONS = {              # by the words of the command
         Argument("reason", Field(meaning="why; makes it an adjustment"))]),
     "statement": Operation("GET accounts/*/statement", statement, "an account's bill for a month", [
         Argument("account", metavar="ACCOUNT", required=True),
-        Argument("month", Field(read=parse_month, wanted="a month like 2026-11", meaning="by default this one"), "YYYY-MM",
-                 more={"default": ""})]),
+        Argument("month", metavar="YYYY-MM", more={"default": ""}, field=Field(
+            read=lambda text: month_bounds(text or time.strftime("%Y-%m", time.gmtime())), wanted="a month like 2026-11",
+            meaning="by default this one"))]),
 }
 
 
 async def operate(operation: Operation, gateway: Gateway, request: AdminRequest) -> JSON:
-    """The answer of the admin API."""
     first, *others = operation.fields
-    values = await request.read_body(body_fields(operation))
-    if "*" in operation.route:
+    in_path, in_query = "*" in operation.route, operation.route.startswith("GET")
+    fields = {each.name: each for each in (*operation.fields[in_path:], *operation.more_fields)}
+    values = await request.read_body([*fields.values()])
+    if in_path:
         values[first.name] = active_name(gateway, request) if operation.route.startswith("POST keys") else request.name
-    if operation.route.startswith("GET"):
+    if in_query:
         values |= {each.name: read_argument(each, request.query.get(each.name, "")) for each in others}
     return {first.name: values[first.name], **await operation.run(gateway.ledger, request.who, values)}
 
 
-def body_fields(operation: Operation) -> list[Argument]:
-    fields = {each.name: each for each in (*operation.fields["*" in operation.route:], *operation.more_fields)}
-    return [*fields.values()]
-
-
-# --- 11.9 the admin API, and all routes -------------------------------------------------------------
+# --- 11.9 the admin API, and all routes ---
 
 OVERVIEWS_KEPT = 16
 EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "jsonl": "application/jsonl; charset=utf-8"}
 
 
 @functools.cache
-def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
-    """(headers, body). The policy allows the page's one script and its one style by their hashes."""
+def page_answer(gzipped: bool) -> tuple[HeaderFields, bytes]:
+    """The policy allows the page's one script and its one style by their hashes."""
     hashes = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
               for tag in ("script", "style") for text in re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)}
     policy = (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
@@ -11148,7 +12433,7 @@ def page_answer(gzipped: bool) -> tuple[list[tuple[str, str]], bytes]:
 
 
 async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Client) -> JSON | None:
-    """A request to a route of the admin API, for `who` may ask."""
+    """A request to the admin API, where `who` may ask."""
     head = client.head
     client.connection.server.check_host(head, dashboard=True)
     if head.method == "POST":
@@ -11165,10 +12450,9 @@ async def admin(who: str, handler: AdminHandler, gateway: Gateway, client: Clien
 async def log_in(gateway: Gateway, request: AdminRequest) -> None:
     client = request.client
     values = await request.read_body([Argument("token", required=True)])
-    key = await check_token(gateway, client, values["token"])
+    request.key = key = await check_token(gateway, client, values["token"])
     log.info("%s logged in to the dashboard as %s", client.peer, f"the holder of {key.name}" if key else "administrator")
-    kind, key_id = ("key", key.id) if key else ("admin", 0)
-    token = await open_session(gateway.ledger.db, kind, key_id, SESSION_S, client.started_s)
+    token = await open_session(gateway.ledger.db, "key" if key else "admin", request.key_id, SESSION_S, client.started_s)
     await set_cookie(gateway, client, token, SESSION_S)
 
 
@@ -11187,17 +12471,16 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) 
 
 
 async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Who is logged in, and what the frame around the pages shows. A holder learns nothing of the other keys."""
+    """What the frame around the pages shows. A holder learns nothing of the other keys."""
     now_s, ledger = time.time(), gateway.ledger
-    host, port, *_ = request.client.connection.server.address
+    host, port = request.client.connection.server.address
     counts, own = {"models": len(model_names(gateway, request.key))}, None
     if request.key:
         own, = [row for row in await key_rows(ledger, now_s) if row["id"] == request.key_id]
     else:
         counts.update(keys=count_active_keys(ledger), providers=len(gateway.config.providers))
     return {"role": "key" if own else "admin", "version": VERSION, "up_s": int(now_s) - gateway.started_s,
-            "address": f"{host}:{port}", "open": len(await open_requests(ledger.db, request.key_id)), "key": own,
-            "counts": counts}
+            "address": f"{host}:{port}", "key": own, "counts": counts}
 
 
 def count_active_keys(ledger: Ledger) -> int:
@@ -11206,11 +12489,10 @@ def count_active_keys(ledger: Ledger) -> int:
 
 
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
-    """Every open page asks again with each request that ends, so all get the same answer within a second."""
+    """Every open page asks after each request: within a second all get the same answer."""
     now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
-    day_ago_ms = (int(now_s * 1000) // HALF_HOUR_MS + 1) * HALF_HOUR_MS - DAY_MS
-    since_ms = request.number("since", day_ago_ms, MAX_NUMBER)
-    slots = request.number("slots", 24, 400)
+    since_ms = request.number("since", int(now_s) * 1000 - DAY_MS, MAX_NUMBER)
+    slots = request.number("slots", 25, 400)
     step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
     wanted = int(now_s), since_ms, step_ms, slots, key_id
     answer = gateway.overviews.get(wanted)
@@ -11221,16 +12503,16 @@ async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
         if len(gateway.overviews) >= OVERVIEWS_KEPT:
             gateway.overviews.clear()
         gateway.overviews[wanted] = answer
-    return {**answer, "open": len(await open_requests(db, key_id))}
+    return answer
 
 
 def page_of(rows: list[JSON], limit: int) -> JSON:
-    """The first `limit` rows, and the cursor of the next page if there are more."""
+    """The first `limit` rows, and the cursor of the next page."""
     return {"rows": rows[:limit], "cursor": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 async def show_usage(gateway: Gateway, request: AdminRequest) -> JSON:
-    """A page of the log; the first one with the sums of all rows that the filters let through."""
+    """A page of the log; the first one with the sums of all pages."""
     before = request.number("cursor", MAX_NUMBER, MAX_NUMBER)
     limit = request.number("limit", 50, 500)
     db = gateway.ledger.db
@@ -11260,7 +12542,7 @@ async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
 
 
 async def show_request(gateway: Gateway, request: AdminRequest) -> JSON:
-    row, lines = await one_request(gateway.ledger.db, request.name, request.key_id)
+    *_, row = lines = await one_request(gateway.ledger.db, request.name, request.key_id)
     return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
 
@@ -11303,7 +12585,6 @@ def missing_keys(gateway: Gateway) -> list[JSON]:
 
 
 async def show_models(gateway: Gateway, request: AdminRequest) -> JSON:
-    """The models that can be asked for, their prices, and which provider keys are missing."""
     rows = [model_view(gateway, name) for name in model_names(gateway, request.key)]
     open_ended = [name for name, provider in gateway.config.providers.items() if "*" in provider.models and name != "demo"]
     return {"models": rows, "missing": [] if request.key else missing_keys(gateway), "any": open_ended,
@@ -11314,7 +12595,7 @@ CIRCUIT_WORDS = {"open": "left out", "half-open": "recovering"}
 
 
 def model_view(gateway: Gateway, name: str) -> JSON:
-    """A model for the page. Its state is `ready` if any of its targets would be asked now."""
+    """Its state is `ready` if any of its targets would be asked now."""
     catalogue, now = gateway.catalogue, time.monotonic()
     configured = gateway.config.models.get(name)
     schedule = gateway.prices.schedule(*catalogue.first_target(name), name) or PriceSchedule("")
@@ -11328,18 +12609,11 @@ def model_view(gateway: Gateway, name: str) -> JSON:
     except BadRequest as error:         # in [models], but of a provider that is not configured
         states.append(str(error))
     return {
-        "name": name,
+        "name": name, "targets": targets, "state": "ready" if "ready" in states else states[0],
         "description": configured.description if configured else DEMO_MODELS.get(name.removeprefix("demo/"), ""),
-        "targets": targets,
-        "state": "ready" if "ready" in states else states[0],
-        "context": facts.context_window,
-        "max_output": facts.max_output,
-        "price": schedule.base.split() or None,
-        "long_over": schedule.over,
-        "long": schedule.long.split(),
-        "peak": int(schedule.factors.get("peak", 1)),
-        "changes": [{"day": day, "price": text.split()} for day, text in schedule.changes],
-        "source": schedule.source}
+        "context": facts.context_window, "max_output": facts.max_output, "source": schedule.source,
+        "price": schedule.base.split() or None, "long_over": schedule.over, "long": schedule.long.split(),
+        "peak": int(schedule.factors.get("peak", 1))}
 
 
 async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
@@ -11347,7 +12621,7 @@ async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def provider_views(gateway: Gateway) -> list[JSON]:
-    """Each provider with its state, its last hour by minutes ([requests, failed] each), and its last error."""
+    """Each with its last hour, by minutes ([requests, failed] each), and its last error."""
     db, providers = gateway.ledger.db, gateway.config.providers
     since_ms = (int(time.time()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
@@ -11357,9 +12631,10 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             minutes[name][minute] = [sums["requests"], sums["failed"]]
     times = await latencies(db, since_ms, 0)
     in_flight = collections.Counter(each["provider"] for each in await open_requests(db, 0))
-    saved = await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")
-    errors = {**dict(saved), **gateway.ledger.notes}
-    circuits = open_circuits(gateway)
+    errors = {**dict(await db.read("SELECT name, value FROM settings WHERE name LIKE 'error/%'")), **gateway.ledger.notes}
+    circuits = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))     # and until when
+                for id, state, _, left_s in gateway.router.health.rows(time.monotonic()) if state in CIRCUIT_WORDS}
+    circuits.update(dict.fromkeys(gateway.ledger.disabled, ("disabled", 0)))
     views = []
     for name, provider in providers.items():
         state, back_s = circuits.get(name) or (provider_state(minutes[name]), 0)
@@ -11370,14 +12645,6 @@ async def provider_views(gateway: Gateway) -> list[JSON]:
             "open": in_flight[name], **latency_percentiles([row for row in times if row[0] == name]),
             "error": json.loads(errors.get(f"error/{name}", "null"))})
     return views
-
-
-def open_circuits(gateway: Gateway) -> dict[str, tuple[str, int]]:
-    """provider -> (its state in words, seconds until it is tried again), of those disabled or with open circuits."""
-    rows = gateway.router.health.rows(time.monotonic())
-    states = {re.split("[:#]", id)[0]: (CIRCUIT_WORDS[state], math.ceil(left_s))
-              for id, state, _, left_s in rows if state in CIRCUIT_WORDS}
-    return {**states, **dict.fromkeys(gateway.ledger.disabled, ("disabled", 0))}
 
 
 def provider_named(gateway: Gateway, name: str) -> ProviderConfig:
@@ -11405,8 +12672,7 @@ def provider_state(minutes: Sequence[Sequence[int]]) -> str:
 
 
 async def contact(upstream: ConnectionPool, provider: ProviderConfig) -> int:
-    """Asks a provider for its list of models, which proves address, certificate and key at no cost. Returns the status;
-    GatewayError says what is wrong."""
+    """The status of a provider's list of models, which proves address, certificate and key at no cost; else GatewayError."""
     headers = [("accept", "application/json"), *provider.http_headers.items()]
     headers += WIRES[provider.wire_api].auth(provider.api_key) if provider.api_key else []
     exchange = await upstream.exchange(provider, "GET", "/models", headers, b"")
@@ -11433,7 +12699,7 @@ async def test_provider(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
-    """What the set-up page checks. The page replaces {ORIGIN} with the address that the browser used."""
+    """What the set-up page checks. It replaces {ORIGIN} with the address that the browser used."""
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
@@ -11455,17 +12721,17 @@ async def newest_request(db: Database, where: str) -> JSON | None:
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
-    """A request from the playground, billed to the holder's key; the administrator's to a key that nobody holds."""
+    """Billed to the holder's key; the administrator's requests to a key that nobody holds."""
     ledger = gateway.ledger
     key = request.key or next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
         await ledger.create_key(PLAY_KEY, time.time(), request.who)
         key = ledger.list_keys()[-1]
-    await responses(gateway, request.client, key)
+    await generate("responses", gateway, request.client, key)
 
 
 async def live_events(gateway: Gateway, request: AdminRequest) -> None:
-    """The live feed (SSE). Ends with the session, or when the gateway stops: then the browser reconnects."""
+    """The live feed (SSE), until the session ends or the gateway stops: then the browser reconnects."""
     client, db, key_id = request.client, gateway.ledger.db, request.key_id
     if gateway.watchers[key_id] >= FEEDS_A_KEY:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
@@ -11516,7 +12782,8 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
 }
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
-    f"POST {ENDPOINT}": responses,
+    **{f"POST {api.endpoint}": functools.partial(generate, name) for name, api in CLIENT_APIS.items()},
+    "POST /v1/messages/count_tokens": count_tokens,
     "GET /v1/models": models,
     "GET /v1/models/*": model,
     "GET /v1/key": key_facts,
@@ -11532,15 +12799,15 @@ ROUTES: dict[str, Handler] = {
 }
 
 
-# === 12. server ===================================================================================
+# === 12. server ===
 #
-# Client connections: accept, parse, one handler at a time, answers in order, and a timeout for every wait. When a client
-# leaves, its handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
+# Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
+# handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # connections waiting to be accepted: a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this: for input while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is read and dropped, to keep the connection
-LINGER_BYTES = 2**20        # read and dropped after an early answer: closing with unread bytes would reset the
+BACKLOG = 4096              # a burst of clients after a restart
+PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
 LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
 ACCEPT_STEP = 8             # connections accepted in one turn of the loop
 REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
@@ -11638,6 +12905,8 @@ class Client:
         """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
+        if api_of(self.head.path) == "messages":
+            headers = [*headers, ("request-id", self.request_id)]
         # without chunks the end of the connection is the end of the body
         self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
         if self.chunked:
@@ -11681,7 +12950,8 @@ class Client:
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if self.sent_bytes:
             return
-        kind, body = "application/json", json.dumps(error.body())
+        error_body = CLIENT_APIS[api_of(self.head.path)].error
+        kind, body = "application/json", json.dumps(error_body(error, self.request_id))
         if error.plain:
             kind, body = "text/plain; charset=utf-8", str(error)
         await self.answer(error.status, [("content-type", kind), *error.headers], body.encode())
@@ -11696,10 +12966,10 @@ def request_id_for(wanted: str) -> str:
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
-# --- 12.1 one connection --------------------------------------------------------------------------
+# --- 12.1 one connection ---
 
 class Connection(StreamConnection):
-    """One client connection and the task that answers its requests, one after the other."""
+    """One client connection and the task that answers its requests."""
     http: RequestReader
 
     body_done = True                        # the current request was read to its end
@@ -11708,19 +12978,19 @@ class Connection(StreamConnection):
     holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
     served = False                          # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
-    task: asyncio.Task[None] | None = None
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
         super().__init__(protocol, writer)
         self.server, self.peer = server, peer
-        self.loop = asyncio.get_running_loop()
         self.http = RequestReader(server.limits)
+        self.loop = asyncio.get_running_loop()
+        self.task = self.loop.create_task(self.run())
 
     def on_client_gone(self) -> None:
         """Cancels the handler, unless the answer is complete."""
         if not self.gone:
             self.gone = True
-            if self.client is not None and not self.client.ended and self.task is not None:
+            if self.client is not None and not self.client.ended:
                 self.task.cancel()
 
     async def run(self) -> None:
@@ -11738,7 +13008,9 @@ class Connection(StreamConnection):
         except GatewayError as error:       # before there was a request
             if self.holders:                # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
-            await self.refuse(error)
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await Client(self, NO_REQUEST).fail(error)
+                await self.linger()
         except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
             pass
         except Exception as error:       # noqa: BLE001 - our own bug
@@ -11758,8 +13030,8 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. While draining,
-        the wait is short, but not zero: a keep-alive or new client may already have sent its request."""
+        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. The wait while
+        draining is short, not zero: a client may have sent its request already."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while (part := self.http.next()) is NEED_DATA and self.http.idle:
@@ -11787,10 +13059,6 @@ class Connection(StreamConnection):
         if self.server.draining:
             return IDLE_GRACE_S if self.served else FIRST_GRACE_S
         return self.server.config.keep_alive_timeout_s if self.holders else REFUSED_WAIT_S
-
-    def on_drain(self) -> None:
-        if self.waiting is not None:
-            self.waiting.reschedule(self.loop.time() + self.idle_s())
 
     async def receive_within(self, limit_s: float, started: float, what: str) -> bool:
         try:
@@ -11831,14 +13099,14 @@ class Connection(StreamConnection):
         return not self.gone and await self.discard_body(client)
 
     async def read_body(self, client: Client, most_bytes: int) -> bytes:
-        """The whole body; ProtocolError if it is too long or too slow."""
         pieces: list[bytes] = []
         length, expected, started = client.head.length, client.head.expect_continue, self.loop.time()
-        while (length or client.held) <= most_bytes:
+        while True:
+            check_body_size(length or client.held, most_bytes)
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return b"".join(pieces)     # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -11849,10 +13117,9 @@ class Connection(StreamConnection):
                 self.writer.write(CONTINUE)
             if not await self.receive_within(self.server.config.body_timeout_s, started, "request body"):
                 raise ClientGone("the client left")
-        raise ProtocolError(f"The body is over {most_bytes} bytes.", 413)
 
     async def discard_body(self, client: Client) -> bool:
-        """Drops the rest of the request; True if another one may follow."""
+        """True if another request may follow."""
         if not client.keep:
             if not self.body_done:
                 await self.linger()
@@ -11865,19 +13132,13 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops the received part of an unread body; True at its end."""
+        """Drops what was received of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
                 return False
             self.body_done = part is END
         return True
-
-    async def refuse(self, error: GatewayError) -> None:
-        """An error answer to bytes that made no request."""
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await Client(self, NO_REQUEST).fail(error)
-            await self.linger()
 
     async def linger(self) -> None:
         """Half-closes, then reads and drops for a while."""
@@ -11910,7 +13171,7 @@ class Connection(StreamConnection):
         except ConnectionError:
             self.gone = True
         if self.gone:
-            raise ClientGone("the client left or takes nothing")
+            raise ClientGone("the client left")
 
     def close(self) -> None:
         """Closes after the last bytes; if they are not read in time, without them."""
@@ -11920,7 +13181,7 @@ class Connection(StreamConnection):
         self.writer.close()
 
 
-# --- 12.2 the server ------------------------------------------------------------------------------
+# --- 12.2 the server ---
 
 def connections_allowed_by_files() -> int:
     """The limit set by the open files of the process: a stream takes two."""
@@ -11939,8 +13200,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
     except OSError as error:        # ssl.SSLError is one too
-        sentence = f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}."
-        raise ConfigError(sentence) from error
+        raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
 
@@ -11963,9 +13223,9 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
         except OSError as error:
             failure = error
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
-                while sockets:
-                    sockets.pop().close()
-                break
+                for made in sockets:
+                    made.close()
+                raise
     if not sockets:
         raise failure
     return sockets
@@ -11998,12 +13258,12 @@ class Server:
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
         self.limits = Limits(max_head_bytes=config.max_head_bytes, max_body_bytes=config.max_body_bytes)
         self.proxies = [ipaddress.ip_network(proxy) for proxy in config.trusted_proxies]
-        self.hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]",
-                      *(name.lower() for name in config.public_hosts)}
+        own = ("localhost", "127.0.0.1", "[::1]", config.host, f"[{config.host}]")
+        self.hosts = {name.lower() for name in (*own, *config.public_hosts)}
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, on the given sockets or on new ones for host and port; `at_once`: in one turn of the loop."""
+        """Begins to accept, `at_once` in one turn of the loop; without sockets on new ones for host and port."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -12034,10 +13294,9 @@ class Server:
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
             transport.pause_reading()       # until the handshake reads
-        connection.task = connection.loop.create_task(connection.run())
 
     def holders(self, peer: str) -> list[str]:
-        """The holders of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
+        """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
@@ -12069,7 +13328,6 @@ class Server:
             self.empty.set()
 
     def trusts(self, peer: str) -> bool:
-        """Is it a trusted proxy?"""
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
@@ -12083,8 +13341,8 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). For the dashboard also
-        where any name is allowed."""
+        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
+        checked also where any name is allowed."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
@@ -12096,21 +13354,21 @@ class Server:
         raise ProtocolError(f"This gateway does not answer for the host {name[:100]!r}. If that is its name, add it to "
                             "public_hosts in [server] of pomex.toml.", 421)
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]], request_id: str) -> bytes:
-        own = [("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)]
-        return response_head(status, own + headers)
+    def answer_head(self, status: int, headers: HeaderFields, request_id: str) -> bytes:
+        own = ("date", http_date(int(time.time()))), ("server", "pomex"), ("x-request-id", request_id)
+        return response_head(status, [*own, *headers])
 
     async def drain(self, timeout_s: float | None) -> None:
-        """Takes no new connections; cancels the handlers that still run after timeout_s (None: never)."""
+        """Handlers that still run after timeout_s (None: no limit) are cancelled."""
         self.draining = True
         await self.stop_listening()
         for connection in self.connections:
-            connection.on_drain()
+            if connection.waiting is not None:
+                connection.waiting.reschedule(connection.loop.time() + connection.idle_s())
         if not await self.wait_closed(timeout_s):
             self.closing = True
-            for connection in list(self.connections):
-                if connection.task is not None:
-                    connection.task.cancel()
+            for connection in self.connections:
+                connection.task.cancel()
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
@@ -12135,14 +13393,13 @@ class Server:
                 await loop.connect_accepted_socket(self.new_protocol, accepted)
 
     async def wait_closed(self, timeout_s: float | None) -> bool:
-        """True if all connections are closed within that time."""
         if self.connections:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.empty.wait(), timeout_s)
         return not self.connections
 
 
-# --- 12.3 systemd ---------------------------------------------------------------------------------
+# --- 12.3 systemd ---
 #
 # It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
 
@@ -12167,12 +13424,13 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
     """The settings with the address of the sockets: of several, one that other machines can reach."""
-    addresses = sorted((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
-    return dataclasses.replace(config, host=addresses[0][0], port=addresses[0][1]) if sockets else config
+    if not sockets:
+        return config
+    host, port, *_ = min((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
+    return dataclasses.replace(config, host=host, port=port)
 
 
 def notify(*states: str) -> None:
-    """Notifies systemd, if it asked for it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
         return
@@ -12198,14 +13456,13 @@ async def feed_watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
-# --- 12.4 a running gateway -----------------------------------------------------------------------
+# --- 12.4 a running gateway ---
 
 # Settings that only a restart changes: a running server keeps its port, and its ledger.
 RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
 def merge_reloadable(old: Config, new: Config) -> Config:
-    """The new configuration, but RESTART_ONLY settings as they were."""
     fixed = {name: getattr(old.server, name) for name in RESTART_ONLY}
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
@@ -12214,7 +13471,7 @@ ACCESS_LOG_S = 0.05         # a log record for each request costs as much as par
 
 
 class GatewayServer(Server):
-    """A server of one gateway: it logs each request, and its configuration can be changed while it runs."""
+    """Serves one gateway, logs each request, and takes another configuration while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
@@ -12226,7 +13483,6 @@ class GatewayServer(Server):
         self.flush_access_log()
 
     def log_request(self, client: Client, status: int) -> None:
-        """One line a request: its status, then the note of its handler, or method and path."""
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
             return                  # an open dashboard asks every few seconds
@@ -12240,8 +13496,7 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests. Those in progress keep their Gateway, and with it the old settings, to their end. ConfigError:
-        nothing was changed."""
+        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
         old = self.gateway
         if self.context is not None:        # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
@@ -12262,8 +13517,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
                   sockets: Sequence[socket.socket] = (), accept: int = ACCEPT_STEP) -> AsyncIterator[GatewayServer]:
     """A gateway that serves while the block runs: `async with pomex.running(config) as server: ... server.address`.
 
-    `ledger` is opened from the configuration where none is given; `models` are names that local servers have said;
-    `sockets` listen already, and `accept` is how many connections are taken from them at once."""
+    `models` are names that local servers have said, `accept` is how many connections are taken from `sockets` at once."""
     async with contextlib.AsyncExitStack() as stack:
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))
@@ -12277,7 +13531,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         yield server
 
 
-# === 13. command line =============================================================================
+# === 13. command line ===
 #
 # Results go to stdout, all else to stderr, so that pipes work. A line says what happened and, if it is bad, what
 # to do. The first key is shown once and only on a terminal; elsewhere it goes to a file of mode 600.
@@ -12290,7 +13544,7 @@ Args: TypeAlias = argparse.Namespace
 ALWAYS_LISTED = ("openai", "anthropic", "google")       # providers named at start even without a key
 SAME_GATEWAY: dict[str, str] = {}       # --config, --host and --port of this process, where given
 
-# --- 13.1 configuration --------------------------------------------------------------------------
+# --- 13.1 configuration ---
 
 def command(words: str) -> str:
     """A command for this program, to be typed as it is: with what this process was told, so it finds the same gateway."""
@@ -12351,7 +13605,7 @@ def config_warnings(config: Config) -> list[str]:
     return warnings
 
 
-# --- 13.2 this machine ----------------------------------------------------------------------------
+# --- 13.2 this machine ---
 
 @contextlib.asynccontextmanager
 async def open_exchange(url: str, key: str, tls_cert: str, body: JSON | None = None) -> AsyncIterator[Exchange]:
@@ -12440,7 +13694,7 @@ async def with_detected(config: Config, no_detect: bool = False) -> tuple[Config
     return dataclasses.replace(config, providers=providers), found
 
 
-# --- 13.3 texts -----------------------------------------------------------------------------------
+# --- 13.3 texts ---
 
 def say(*lines: str) -> None:
     """To whoever started the program; of a server that logs JSON each line is a record of its log."""
@@ -12542,7 +13796,7 @@ def listed_models(config: Config, found: Mapping[str, Sequence[str]]) -> dict[st
     return models
 
 
-# --- 13.4 serve -----------------------------------------------------------------------------------
+# --- 13.4 serve ---
 
 class LineFormatter(logging.Formatter):
     """A line for each of a record's `lines` (of the access log), or for its message."""
@@ -12759,7 +14013,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
     return UNAVAILABLE, f"Port {port} is taken by {said} {command('serve')}"
 
 
-# --- 13.5 check and models ------------------------------------------------------------------------
+# --- 13.5 check and models ---
 
 def run_check(args: Args) -> int:
     config = read_config(args)
@@ -12828,7 +14082,7 @@ def run_models(args: Args) -> None:
             say(f"and any other model of {name}, as {name}/NAME")
 
 
-# --- 13.6 keys, accounts and bills ----------------------------------------------------------------
+# --- 13.6 keys, accounts and bills ---
 
 def of_ledger(run: Callable[[Ledger, Args], Coroutine[Any, Any, int | None]]) -> Callable[[Args], int | None]:
     def run_with(args: Args) -> int | None:
@@ -12998,11 +14252,11 @@ async def run_audit(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_backup(ledger: Ledger, args: Args) -> None:
-    ledger.backup(args.file)
+    ledger.db.copy(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
 
-# --- 13.7 the first five minutes ------------------------------------------------------------------
+# --- 13.7 the first five minutes ---
 
 async def login_link(ledger: Ledger, url: str) -> str:
     return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, time.time())}"
@@ -13390,7 +14644,7 @@ def run_doctor(args: Args) -> int:
     return 1 if problems else 0
 
 
-# --- 13.8 a gateway that runs ---------------------------------------------------------------------
+# --- 13.8 a gateway that runs ---
 
 LOGS_A_LOOK = 500
 Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, Sequence[str]]]]]
@@ -13541,7 +14795,7 @@ async def run_reload(ledger: Ledger, args: Args) -> int:
     return 0
 
 
-# --- 13.9 several processes -----------------------------------------------------------------------
+# --- 13.9 several processes ---
 #
 # The parent holds the listening sockets and forks the workers, which serve as a single process does. With SO_REUSEPORT a
 # worker that ends would reset the connections in its own queue; a socket that all inherit loses none. A worker reports once
@@ -13726,7 +14980,7 @@ class Workers:
         notify("READY=1")
 
 
-# --- 13.10 the table of commands -------------------------------------------------------------------
+# --- 13.10 the table of commands ---
 
 def run_help(args: Args) -> int:
     return main([*args.topic, "--help"])
@@ -13935,7 +15189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-# === 14. data =====================================================================================
+# === 14. data ===
 
 # A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
 # cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:
@@ -14060,7 +15314,7 @@ glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 # full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
 # reasoning_split the thoughts stand in the text. DeepSeek: "Thinking mode does not support this tool_choice".
 fill_table(DIALECTS, Dialect(), """{
-"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}},
+"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}, "passthrough_fields": ["top_k"]},
 "generic together fireworks ollama lmstudio": {"like": ""},
 "vllm llama.cpp llamacpp": {"like": "", "efforts": {
     "gpt-oss": {"values": "low low low medium high"},
@@ -14079,21 +15333,21 @@ fill_table(DIALECTS, Dialect(), """{
     "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]},
 "deepseek": {"replay": "reasoning_content", "replay_always": true, "json_schema": false, "forced_choice": false,
     "efforts": {"": {"form": "thinking_effort", "values": "disabled low low high high high max"}}},
-"openrouter": {"replay": "reasoning_details", "files": true, "reasoning_within": true,
+"openrouter": {"replay": "reasoning_details", "files": true, "passthrough_fields": ["top_k"], "reasoning_within": true,
     "efforts": {"": {"form": "reasoning", "values": "none minimal low medium high xhigh"}}},
 "groq": {"like": "", "max_tokens": "max_completion_tokens", "tool_parts": true, "passthrough_fields": ["service_tier"],
     "efforts": {"gpt-oss": {"values": "low low low medium high"}, "qwen3": {"values": "none default"}}},
 "xai": {"efforts": {"mini": {"values": "low low low low high"}}},
 "mistral": {"replay": "thinking", "tool_parts": true, "short_ids": true,
     "efforts": {"small": {"values": "none high"}}},
-"cerebras": {"like": "", "max_tokens": "max_completion_tokens"},
+"cerebras": {"like": "", "max_tokens": "max_completion_tokens", "passthrough_fields": []},
 "moonshot": {"replay": "reasoning_content", "replay_always": true, "efforts": {
     "k3": {"values": "low low low high high high max"},
     "k2.": {"form": "thinking", "values": "disabled enabled"}}},
 "zai": {"replay": "reasoning_content", "tool_stream": true, "efforts": {
     "glm-5.3": {"values": "low low low high high max", "always": {"thinking": {"type": "enabled", "clear_thinking": false}}},
     "": {"form": "thinking", "values": "disabled enabled"}}},
-"minimax": {"like": "", "max_tokens": "max_completion_tokens", "replay": "reasoning_details", "efforts": {
+"minimax": {"like": "cerebras", "replay": "reasoning_details", "efforts": {
     "m3.1": {"values": "low low low medium high max", "always": {"reasoning_split": true}},
     "m3": {"form": "thinking", "values": "disabled adaptive", "always": {"reasoning_split": true}},
     "": {"always": {"reasoning_split": true}}}},

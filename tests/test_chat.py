@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -620,7 +619,7 @@ def answered(pieces: Iterable[bytes]) -> JSON:
     """The final response that the client sees of these bytes, every rule of its stream kept."""
     request = pomex.parse_request(b'{"model":"p/m","input":"hi","stream":true}')
     job = pomex.EncodeContext(
-        pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
+        pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(b"s" * 32, "a"), "p", "m", False, ""
     )
     attempt, shown = pomex.WIRES["chat"].call(job).attempt, b""
     for data in pieces:
@@ -1220,7 +1219,7 @@ def encode(body: JSON, dialect: str = "generic", model: str = "m") -> tuple[JSON
         if isinstance(item, dict)
     ]
     request = pomex.parse_request(json.dumps({**body, "input": sealed or body["input"]}).encode())
-    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
     call = pomex.WIRES["chat"].call(pomex.EncodeContext(answer, envelope, "p", model, False, dialect))
     return json.loads(call.body), call.dropped
 
@@ -1560,7 +1559,7 @@ def test_parameters_fit_the_vendor_behind_a_router() -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"$top": {"type": "integer"}}}}
     body = {"model": "x/m", "input": [user("q"), function_call("a", '{"$top":5}'), output("a")], "tools": [tool]}
     for model, name in (("anthropic/claude-opus-5", "_top"), ("google/gemini-3-pro", "_top"), ("openai/gpt-6", "$top")):
-        answer = pomex.ResponseContext(pomex.parse_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
+        answer = pomex.ResponsesAnswer(pomex.parse_request(json.dumps(body).encode()), "resp_0123456789abcdef", 0, pomex.STANDARD)
         made = json.loads(pomex.WIRES["chat"].call(pomex.EncodeContext(answer, pomex.Envelope(b"s", "a"), "p", model, False, "openrouter")).body)
         assert list(made["tools"][0]["function"]["parameters"]["properties"]) == [name]
         assert json.loads(made["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {name: 5}
@@ -2025,11 +2024,12 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
 
 
 def error_data(text: str) -> str:
-    """What a decoder gets of an `event: error` with this data."""
-    given: list[str] = []
-    stream: Any = types.SimpleNamespace(decoder=types.SimpleNamespace(feed=given.append), upstream_done=False)
-    pomex.TranslatedStream.read(stream, pomex.Event("error", text))
-    return given[0]
+    """What a decoder reads of an `event: error` with this data."""
+    given: list[Any] = []
+    reader = decoder()
+    reader.read = given.append
+    reader.feed(text, "error")
+    return json.dumps(given[0])
 
 
 @pytest.mark.parametrize("body, words, kind", FORMS.values(), ids=FORMS)

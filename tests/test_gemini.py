@@ -986,7 +986,7 @@ def test_20_a_signature_that_is_refused_becomes_the_dummy_once(error: pomex.Gate
 
 def job_of(body: JSON, model: str = PRO, response_id: str = "resp_0123456789abcdef") -> pomex.EncodeContext:
     request = pomex.parse_request(json.dumps(body).encode())
-    answer = pomex.ResponseContext(request, response_id, 0, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(request, response_id, 0, pomex.STANDARD)
     return pomex.EncodeContext(answer, pomex.Envelope(b"secret", "account"), "google", model, False, "")
 
 

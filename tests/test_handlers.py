@@ -171,13 +171,10 @@ MISTAKES = {
     **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"The client adds the rest; this request came to {path}.")
        for path in ("/responses", "/models", "/chat/completions", "/v1/responses/responses", "/v1/responses/models", "/v1//responses",
                     "/v1/v1/responses", "/v1/v1/models", "/v1/chat/completions/responses", "/openai/v1/responses",
-                    "/v1/messages/chat/completions", "/v1/v1/messages/count_tokens")},
+                    "/v1/v1/messages/count_tokens")},
     "no /v1": (("GET", "/models", None, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
     **{path: (("POST", path, GOOD, None), 404, code, words) for path, code, words in (
-        ("/v1/chat/completions", "wrong_wire_api", "does not serve Chat Completions, only the Responses API: POST http://127.0.0.1:"),
-        ("/v1/completions", "wrong_wire_api", 'in Codex by wire_api = "responses"'),
-        ("/v1/messages", "wrong_wire_api", "does not serve the Anthropic Messages API"),
-        ("/v1/messages/count_tokens", "wrong_wire_api", "does not serve the Anthropic Messages API"),
+        ("/v1/completions", "wrong_wire_api", "does not serve the old Completions API: POST http://127.0.0.1:"),
         ("/v1beta/models/m:generateContent", "wrong_wire_api", "does not serve the Gemini API"),
         ("/v1/embeddings", "not_found", "not /v1/embeddings. Send this to the provider itself."),
         ("/v1/images/generations", "not_found", "not /v1/images/generations."),

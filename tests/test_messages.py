@@ -426,7 +426,7 @@ def request_of(body: JSON) -> pomex.ResponsesRequest:
 
 
 def job(body: JSON, model: str = BUDGET, prompt_cache: str = "5m") -> pomex.EncodeContext:
-    answer = pomex.ResponseContext(request_of(body), "resp_test", 1790000000, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(request_of(body), "resp_test", 1790000000, pomex.STANDARD)
     return pomex.EncodeContext(answer, ENVELOPE, "anthropic", model, False, "", prompt_cache)
 
 

@@ -107,7 +107,7 @@ def test_keys_accounts_rows_and_sums_are_taken_over(path, version, more, later):
         assert days[pomex.day_text(TODAY)]["requests"] == 1 and days[pomex.day_text(TODAY)]["input"] == 1010
         assert await ledger.db.read("SELECT started_ms, result, last_ms FROM usage_rollups WHERE result = 'unknown'") == [
             ((TODAY - 40) * pomex.DAY_MS, "unknown", (TODAY - 40) * pomex.DAY_MS + 5)]
-        row, lines = await pomex.one_request(ledger.db, "r1", 0)
+        *_, row = lines = await pomex.one_request(ledger.db, "r1", 0)
         assert (row["result"], row["cost_nanos"], row["lost_nanos"], row["saved_nanos"]) == ("failed over", 1_743_000, 84_000, 560_000)
         assert [(line["attempt"], line["final"], line["status"], line["provider"]) for line in lines] == [
             (1, 0, "lost", "azure"), (2, 1, "completed", "openai")]

@@ -81,7 +81,7 @@ def test_what_the_readme_says_is_what_goes_up(feature, column):
     fields, shown = FEATURES[feature]
     wire, relay, model, dialect = COLUMNS[column]
     request = pomex.parse_request(json.dumps({"model": "p/m", "input": "x", "stream": True, **fields}).encode())
-    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(request, "resp_" + "0" * 32, 0, pomex.STANDARD)
     call = pomex.WIRES[wire].call(pomex.EncodeContext(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, relay, dialect))
     sent = re.search(shown, call.body.decode(), re.DOTALL) is not None
     said = table()[feature][column]

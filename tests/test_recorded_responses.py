@@ -73,7 +73,7 @@ class Exchange:
 
     def job(self, relay, profile=pomex.STANDARD, **fields):
         request = pomex.parse_request(json.dumps({**self.body, **fields}).encode())
-        return pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1_700_000_000, profile), ENVELOPE, "p", "m", relay, "")
+        return pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1_700_000_000, profile), ENVELOPE, "p", "m", relay, "")
 
     def attempt(self, relay, profile=pomex.STANDARD):
         return pomex.WIRES["responses"].call(self.job(relay, profile)).attempt
@@ -390,7 +390,7 @@ def test_a_thought_goes_back_under_the_id_it_is_bound_to():
     thought = {"type": "reasoning", "id": "rs_theirs", "summary": [], "encrypted_content": "gAAA"}
     output = translated(part("output_item.done", item=thought), part("output_item.done", output_index=1, item=MESSAGE))[0]["output"]
     request = pomex.parse_request(json.dumps({"model": "m/x", "input": [{"role": "user", "content": "q"}, *output]}).encode())
-    job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_2", 1_700_000_000, pomex.STANDARD), ENVELOPE, "p", "up", False, "")
+    job = pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_2", 1_700_000_000, pomex.STANDARD), ENVELOPE, "p", "up", False, "")
     assert json.loads(pomex.WIRES["responses"].call(job).body)["input"][1] == thought
 
 
@@ -419,7 +419,7 @@ def test_a_real_request_goes_up_on_every_wire(path):
             pomex.parse_request(raw)
         return
     request = pomex.parse_request(raw)
-    jobs = {relay: pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), ENVELOPE, "p", "up", relay, "") for relay in (True, False)}
+    jobs = {relay: pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1_700_000_000, pomex.CODEX), ENVELOPE, "p", "up", relay, "") for relay in (True, False)}
     relayed = json.loads(pomex.WIRES["responses"].call(jobs[True]).body)
     assert relayed == {**json.loads(raw), "model": "up", "store": False}
     normal = pomex.WIRES["responses"].call(jobs[False])
@@ -448,7 +448,7 @@ def test_every_tool_that_codex_offers_comes_back_as_its_own_kind(path):
         name = tool.get("name", tool["type"])
         flat = pomex.upstream_tool_name(name, namespace)
         assert offered[flat]["parameters"]["type"] == "object"
-        attempt = pomex.Assembler(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), str)
+        attempt = pomex.Assembler(pomex.ResponsesAnswer(request, "resp_1", 1_700_000_000, pomex.CODEX), str)
         tell(attempt, [calls(0, "c", book.resolve(flat)), adds(0, '{"input":"x"}', "arguments"), ends(0), pomex.Stop()])
         attempt.finish()
         item = streams.check(attempt.terminal(1_700_000_002), codex=True)["output"][0]

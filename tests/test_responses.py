@@ -28,7 +28,7 @@ def ask(**fields):
 
 
 def answer(profile=pomex.STANDARD, **fields):
-    return pomex.ResponseContext(ask(**{"stream": True, **fields}), "resp_1", 1_700_000_000, profile)
+    return pomex.ResponsesAnswer(ask(**{"stream": True, **fields}), "resp_1", 1_700_000_000, profile)
 
 
 def seal(replay):
@@ -223,7 +223,7 @@ def test_garbage_made_of_good_requests_gives_nothing_but_bad_requests():
             request = pomex.parse_request(raw)
         except pomex.BadRequest:
             continue
-        answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+        answer = pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD)
         for wire in pomex.WIRES.values():
             wire.call(pomex.EncodeContext(answer, pomex.Envelope(SECRET, "a"), "p", "m", False, ""))
         answer.response("in_progress")
@@ -235,7 +235,7 @@ def test_a_schema_nested_too_deeply_is_the_clients_fault():
         raw = deep % (b'{"not":' * depth + b"{}" + b"}" * depth)
         try:
             request = pomex.parse_request(raw)
-            job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
+            job = pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", False, "")
             pomex.WIRES["responses"].call(job)
         except pomex.BadRequest as refused:
             assert "nested too deeply" in str(refused)
@@ -935,7 +935,8 @@ def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
 NEUTRAL = {"text": {"verbosity": "medium", "format": None}, "service_tier": "auto", "truncation": "disabled", "include": [],
            "top_logprobs": 0, "frequency_penalty": 0, "temperature": 1, "parallel_tool_calls": True, "metadata": {"a": "b"},
            "client_metadata": {}, "prompt_cache_key": "k", "reasoning": {"summary": "auto", "effort": None}, "seed": None}
-CARRIED = {"responses": {"truncation", "include"}, "messages": {"user"}}
+CARRIED = {"responses": {"truncation", "include"}, "messages": {"user", "stop"}, "chat": {"seed", "stop", "presence_penalty"},
+           "gemini": {"seed", "stop", "presence_penalty"}}
 
 
 @pytest.mark.parametrize("wire", ["responses", "chat", "messages", "gemini"])
@@ -976,7 +977,7 @@ def test_nulls_of_a_tools_schema_that_ask_for_nothing_are_left_out(given, sent):
 
 
 def relay_job(request, relay=True):
-    return pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
+    return pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD), pomex.Envelope(SECRET, "a"), "p", "m", relay, "")
 
 
 @pytest.mark.parametrize("choice, up, dropped", [
@@ -1592,7 +1593,7 @@ def test_a_call_that_is_never_finished_completes_no_answer(road, stream):
 
 def demo(model, **fields):
     request = ask(**{"stream": True, "input": "one two three four", **fields})
-    job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
+    job = pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1_700_000_000, pomex.CODEX), pomex.Envelope(SECRET, "a"), "demo", model, False, "")
     call = pomex.WIRES["demo"].call(job)
     error = None
     try:
@@ -1763,7 +1764,7 @@ def test_a_conversation_that_grows_passes_as_if_each_request_came_alone(fields):
             alone, last = pomex.parse_request(raw), pomex.parse_request(raw, last)
             bodies = []
             for request in (alone, last):
-                answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+                answer = pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD)
                 call = pomex.WIRES["responses"].call(pomex.EncodeContext(answer, envelope, "p", "upstream", True, ""))
                 body = json.loads(call.body)
                 body["input"] = [{"type": "message", **item} for item in body["input"]]       # which a client may leave out
@@ -1785,7 +1786,7 @@ def test_encoding_changes_no_item_of_a_request():
         for passthrough in (True, False):
             request = pomex.parse_request(raw)
             before = json.dumps(request.input)
-            answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+            answer = pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD)
             pomex.WIRES[wire].call(pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", "gemini-2.5-pro", passthrough, dialect))
             assert json.dumps(request.input) == before
 
@@ -1805,7 +1806,7 @@ def test_a_conversation_that_grows_is_encoded_as_if_each_request_came_alone():
 
     def encoded(request):
         for wire, model, dialect in targets:
-            answer = pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD)
+            answer = pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD)
             call = pomex.WIRES[wire].call(pomex.EncodeContext(answer, envelope, "p", model, False, dialect))
             yield call.path, call.body, call.dropped, list(call.headers)
     last = None

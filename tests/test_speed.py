@@ -44,7 +44,7 @@ SPELLINGS = {"compact": {"separators": (",", ":")}, "spaced": {}, "as it is": {"
 def translated(wire="chat", **fields):
     tools = [{"type": "function", "name": "f", "parameters": {}}]
     raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools, **fields}).encode()
-    answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
     model = "claude-opus-5" if wire == "messages" else "m"
     context = pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", model, False, "")
     return pomex.WIRES[wire].call(context).attempt
@@ -263,7 +263,7 @@ def test_a_request_leaves_nothing_to_the_garbage_collector(wire, relay):
     def once():
         tools = [{"type": "function", "name": "f", "parameters": {}}]
         raw = json.dumps({"model": "p/m", "stream": True, "input": "hi", "tools": tools}).encode()
-        answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
+        answer = pomex.ResponsesAnswer(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
         envelope = pomex.Envelope(b"k" * 32, "a")
         attempt = pomex.WIRES[wire].call(pomex.EncodeContext(answer, envelope, "p", "m", relay, "")).attempt
         attempt.feed(b'event: response.created\ndata: {"type":"response.created","response":{}}\n\n')
@@ -301,7 +301,7 @@ def test_blank_lines_between_events_change_nothing_and_end(monkeypatch, wire, bl
 
 def read_whole(wire, passthrough, pieces):
     raw = json.dumps({"model": "p/m", "stream": True, "input": "hi"}).encode()
-    answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
+    answer = pomex.ResponsesAnswer(pomex.parse_request(raw), "resp_1", 1, pomex.STANDARD)
     context = pomex.EncodeContext(answer, pomex.Envelope(b"k" * 32, "a"), "p", "m", passthrough, "")
     attempt = pomex.WIRES[wire].call(context).attempt
     for piece in pieces:

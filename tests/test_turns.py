@@ -61,7 +61,7 @@ def sketch(wire, items):
     model, dialect = WIRES[wire]
     api = {"opus": "messages", "gemini-2": "gemini"}.get(wire, wire if wire in pomex.WIRES else "chat")
     request = pomex.parse_request(json.dumps({"model": "m", "input": items, "stream": True}).encode())
-    job = pomex.EncodeContext(pomex.ResponseContext(request, "resp_1", 1, pomex.STANDARD), ENVELOPE, "p", model, False, dialect)
+    job = pomex.EncodeContext(pomex.ResponsesAnswer(request, "resp_1", 1, pomex.STANDARD), ENVELOPE, "p", model, False, dialect)
     made = pomex.WIRES[api].call(job)
     body = json.loads(made.body)
     found = []

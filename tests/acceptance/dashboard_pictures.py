@@ -59,7 +59,7 @@ def row(chance, table, keys, at_s):
     price = schedule.base if schedule else ""
     made = pomex.UsageRow(
         f"resp_{int(at_s * 1000):012x}{chance.getrandbits(80):020x}", f"req_{chance.getrandbits(128):032x}", int(at_s * 1000),
-        keys[chance.choices(("laptop-jo", "ci-runner", "nightly-evals"), (5, 4, 2))[0]], pomex.ENDPOINT, model, provider=provider,
+        keys[chance.choices(("laptop-jo", "ci-runner", "nightly-evals"), (5, 4, 2))[0]], "/v1/responses", model, provider=provider,
         upstream_model=name, status="failed" if ending < 0.004 else "completed",
         error_code="server_error" if ending < 0.004 else "",
         terminal_by="gateway" if 0.004 < ending < 0.008 else "upstream", input=used.input, cached=used.cached, output=used.output,

@@ -115,7 +115,7 @@ def complaints(body, judge) -> list[str]:
 
 def encode(pomex, wire, model, dialect, raw) -> Any:
     request = pomex.parse_request(raw)
-    answer = pomex.ResponseContext(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
+    answer = pomex.ResponsesAnswer(request, "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
     context = pomex.EncodeContext(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect)
     call = pomex.WIRES[wire].call(context)
     return json.loads(call.body), dict(call.headers)

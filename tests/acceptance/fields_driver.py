@@ -128,7 +128,7 @@ class Walk:
     def encode(self, raw: bytes) -> tuple[bytes, list[str]]:
         """The body that goes up, and what is named as not carried."""
         pomex, (wire, model, dialect) = self.pomex, self.target
-        answer = pomex.ResponseContext(pomex.parse_request(raw), "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
+        answer = pomex.ResponsesAnswer(pomex.parse_request(raw), "resp_" + "0" * 32, 1_700_000_000, pomex.CODEX)
         context = getattr(pomex, "Job", None) or pomex.EncodeContext
         call = pomex.WIRES[wire].call(context(answer, pomex.Envelope(b"s" * 32, "a"), "p", model, False, dialect))
         return call.body, call.dropped

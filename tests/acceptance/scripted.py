@@ -24,7 +24,7 @@ from typing import Any
 from strict import THINKING_BLOCKS, Memory, gemini_complaint, in_blocks, messages_complaint, signatures_in
 from vendors import (gemini_answers, gemini_items, gemini_model, gemini_parts, messages_blocks, messages_events,
                      messages_items, messages_whole)
-from vocabulary import JSON, ResponseContext, Call, Custom, Item, Reasoning, Text, pieces
+from vocabulary import JSON, ResponsesAnswer, Call, Custom, Item, Reasoning, Text, pieces
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ RESET, STALL = "reset", "stall"         # the connection breaks; nothing more co
 class Broken:
     """An answer that goes wrong. `steps` is given the request and the answer as it would be sent, and says what goes over
     the socket instead, from the status line on: bytes, RESET or STALL. The connection is closed at the end."""
-    answer: ResponseContext
+    answer: ResponsesAnswer
     steps: Callable[[Seen, bytes], list[bytes | str]]
 
 
-def says(*items: Item | str, **how: Any) -> ResponseContext:
-    return ResponseContext(tuple(Text(item) if isinstance(item, str) else item for item in items), **how)
+def says(*items: Item | str, **how: Any) -> ResponsesAnswer:
+    return ResponsesAnswer(tuple(Text(item) if isinstance(item, str) else item for item in items), **how)
 
 
 @dataclass
@@ -271,7 +271,7 @@ def _item_events(body: JSON, item: Item) -> tuple[JSON, Iterator[JSON]]:
     return made, _call_events(made, key, payload)
 
 
-def responses_events(body: JSON, answer: ResponseContext) -> list[JSON]:
+def responses_events(body: JSON, answer: ResponsesAnswer) -> list[JSON]:
     response_id = f"resp_up{next(_ids):06d}"
     output: list[JSON] = []
     blank = _response(body, response_id, "in_progress", [], None)
@@ -301,7 +301,7 @@ def responses_events(body: JSON, answer: ResponseContext) -> list[JSON]:
     return [{**event, "sequence_number": n} for n, event in enumerate(events)]
 
 
-def responses_bytes(body: JSON, answer: ResponseContext) -> bytes:
+def responses_bytes(body: JSON, answer: ResponsesAnswer) -> bytes:
     events = responses_events(body, answer)
     if not body.get("stream"):
         return json.dumps(events[-1]["response"]).encode()
@@ -310,7 +310,7 @@ def responses_bytes(body: JSON, answer: ResponseContext) -> bytes:
 
 # --- the chat wire ---------------------------------------------------------------------------------
 
-def _chat_deltas(body: JSON, answer: ResponseContext) -> Iterator[JSON]:
+def _chat_deltas(body: JSON, answer: ResponsesAnswer) -> Iterator[JSON]:
     yield {"role": "assistant", "content": ""}
     calls = itertools.count()
     for item in answer.items:
@@ -327,7 +327,7 @@ def _chat_deltas(body: JSON, answer: ResponseContext) -> Iterator[JSON]:
                         for piece in pieces(payload))
 
 
-def chat_chunks(body: JSON, answer: ResponseContext) -> list[JSON | str]:
+def chat_chunks(body: JSON, answer: ResponsesAnswer) -> list[JSON | str]:
     head = {"id": f"chatcmpl-{next(_ids):06d}", "object": "chat.completion.chunk", "created": 1790000000,
             "model": body.get("model")}
     called = any(isinstance(item, Call | Custom) for item in answer.items)
@@ -344,12 +344,12 @@ def chat_chunks(body: JSON, answer: ResponseContext) -> list[JSON | str]:
     return [*chunks, "[DONE]"]
 
 
-def _chat_usage(answer: ResponseContext) -> JSON:
+def _chat_usage(answer: ResponsesAnswer) -> JSON:
     return {"prompt_tokens": answer.input_tokens, "completion_tokens": answer.output_tokens,
             "total_tokens": answer.total_tokens, "prompt_tokens_details": {"cached_tokens": answer.cached_tokens}}
 
 
-def chat_bytes(body: JSON, answer: ResponseContext) -> bytes:
+def chat_bytes(body: JSON, answer: ResponsesAnswer) -> bytes:
     chunks = chat_chunks(body, answer)
     if body.get("stream"):
         return b"".join(f"data: {c if isinstance(c, str) else json.dumps(c)}\n\n".encode() for c in chunks)
@@ -377,7 +377,7 @@ def chat_bytes(body: JSON, answer: ResponseContext) -> bytes:
 class Script:
     """What the provider is to answer, and what it was asked. A request that the real one would refuse is refused:
     its complaint stands in `refused`, and the test fails unless it takes it from there."""
-    answers: list[ResponseContext | Raw | Refusal] = field(default_factory=list)
+    answers: list[ResponsesAnswer | Raw | Refusal] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     sent: list[bytes] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -386,7 +386,7 @@ class Script:
     memory: Memory = field(default_factory=Memory)
     whole_answers: bool = False             # clients of the Messages API ask, who need not stream
 
-    def play(self, *answers: ResponseContext | Raw | Refusal) -> None:
+    def play(self, *answers: ResponsesAnswer | Raw | Refusal) -> None:
         """Begins anew; complaints that nobody took stay."""
         self.answers[:] = answers
         for kept in (self.seen, self.sent, self.faults, self.signed):
@@ -407,7 +407,7 @@ class Script:
             return gemini_complaint(model, seen.body, seen.headers, memory) if model else f"no path: {seen.path}"
         return ""
 
-    def render(self, seen: Seen, answer: ResponseContext) -> bytes:
+    def render(self, seen: Seen, answer: ResponsesAnswer) -> bytes:
         body, memory = seen.body, self.memory_of(seen)
         if seen.path.endswith("/messages"):
             body = in_blocks(body)
@@ -432,7 +432,7 @@ class Script:
                     else json.dumps(events[0]).encode())
         return chat_bytes(body, answer) if seen.path.endswith("/chat/completions") else responses_bytes(body, answer)
 
-    def next(self, seen: Seen) -> ResponseContext | Raw | Refusal | Broken:
+    def next(self, seen: Seen) -> ResponsesAnswer | Raw | Refusal | Broken:
         if self.answers:
             return self.answers.pop(0)
         self.faults.append("a request came after the script's end")
@@ -476,7 +476,7 @@ class Upstream:
                 if isinstance(answer, Broken):
                     self.fail(answer.steps(seen, script.render(seen, answer.answer)))
                     return
-                if isinstance(answer, ResponseContext):
+                if isinstance(answer, ResponsesAnswer):
                     try:
                         # Gemini's finishReason is the last of all: only the connection can be lost after it
                         cut = answer.end == "cut" or (answer.end == "drop" and "contents" in seen.body)

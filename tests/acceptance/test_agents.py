@@ -17,7 +17,7 @@ import pytest
 from coding_agents import AGENTS, Agent
 from conftest import model_of, providers
 from harness import DIRECT, Pomex, running_pomex
-from scripted import Call, Refusal, ResponseContext, Script, Seen, Upstream, says
+from scripted import Call, Refusal, ResponsesAnswer, Script, Seen, Upstream, says
 from test_codex import png
 
 LONG = os.environ.get("POMEX_LONG") == "1"
@@ -158,7 +158,7 @@ def test_claude_code_takes_a_finished_answer_without_its_terminal_event(claude: 
 def test_claude_code_does_not_notice_a_failover(start: Start, wire: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     overloaded = Refusal(503, {"error": {"message": "overloaded", "type": "server_error", "code": "overloaded"}})
 
-    def next_answer(seen: Seen) -> ResponseContext | Refusal:
+    def next_answer(seen: Seen) -> ResponsesAnswer | Refusal:
         return overloaded if f"/{wire}/" in seen.path else says("From the other.")
     monkeypatch.setattr(script, "next", next_answer)
     ran = start("claude-code", f"spare/{wire}").run("Hello")

@@ -16,7 +16,7 @@ import pytest
 from coding_agents import NO_WAY_OUT, installed, node
 from conftest import model_of
 from harness import DIRECT, HERE, JSON, SDK_LINES, TOOLS, Driver, Pomex, clean_environment, package_python, sdk_python
-from scripted import Call, Reasoning, ResponseContext, Script, Seen, says
+from scripted import Call, Reasoning, ResponsesAnswer, Script, Seen, says
 
 LONG = os.environ.get("POMEX_LONG") == "1"
 CHAT = [*(f"openai-{line}" for line in SDK_LINES), "agents", "node-openai", "node-ai-chat"]
@@ -199,7 +199,7 @@ def test_models_are_listed(sdk: Driver) -> None:
 
 # --- LangChain's own tests --------------------------------------------------------------------------
 
-def clever(seen: Seen) -> ResponseContext:
+def clever(seen: Seen) -> ResponsesAnswer:
     """A model that calls the tool that it is offered, with arguments after its schema, and that ends on a result."""
     body = seen.body
     if seen.schema is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import DIRECT, HERE, NEWEST_CODEX, Codex, Hung, Pomex, Turn, free_port, running_pomex
-from scripted import ResponseContext, Call, Custom, Reasoning, Refusal, Script, Seen, flat_text, offered, says
+from scripted import ResponsesAnswer, Call, Custom, Reasoning, Refusal, Script, Seen, flat_text, offered, says
 
 newest = pytest.mark.parametrize("version", [NEWEST_CODEX])             # what older ones do not do
 through_pomex_only = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
@@ -117,7 +117,7 @@ def test_parallel_calls_come_back_as_one_batch_in_order(codex: Codex, script: Sc
     script.played_out(requests=2)
 
 
-def turn_with_parallel_calls(codex: Codex, script: Script, *answers: ResponseContext) -> Turn:
+def turn_with_parallel_calls(codex: Codex, script: Script, *answers: ResponsesAnswer) -> Turn:
     """Codex 0.128.0 hangs by itself at three `exec_command` at once, once in some fifteen turns, also without Pomex in between:
     it has six tries, and its own log of each hang is kept and told as a warning. No other test tries anything twice."""
     if codex.version != "0.128.0":
@@ -338,7 +338,7 @@ def test_a_sub_agent_is_told_its_task(codex: Codex, script: Script, monkeypatch:
     """Multi-agent v2 hands the task on as an `encrypted_content` part, whose text is plain where the model is not OpenAI's."""
     task = "compute-42 PLEASE"
 
-    def next_answer(seen: Seen) -> ResponseContext:
+    def next_answer(seen: Seen) -> ResponsesAnswer:
         """The parent spawns, waits and ends; the child answers."""
         if "NEW_TASK" in seen.text:
             return says("child says 42")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import conftest
 import pytest
 from harness import CODEX_VERSIONS, DIRECT, JSON, Codex, Pomex, Turn, free_port, running_pomex
-from scripted import RESET, STALL, ResponseContext, Broken, Call, Custom, Script, Seen, Upstream, says
+from scripted import RESET, STALL, ResponsesAnswer, Broken, Call, Custom, Script, Seen, Upstream, says
 from strict import Memory
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
@@ -178,7 +178,7 @@ class Actor(Script):
     def memory_of(self, seen: Seen) -> Memory:
         return self.memories[provider(seen)]
 
-    def next(self, seen: Seen) -> ResponseContext | Broken:
+    def next(self, seen: Seen) -> ResponsesAnswer | Broken:
         answer = self.answer(seen)
         broken = next(self.breaks.get(target(seen), iter(())), None)
         if broken is None:
@@ -186,7 +186,7 @@ class Actor(Script):
         self.broken[f"{provider(seen)} {broken.fault}"] += 1
         return Broken(answer, broken)
 
-    def answer(self, seen: Seen) -> ResponseContext:
+    def answer(self, seen: Seen) -> ResponsesAnswer:
         history = seen.text
         turn = max(map(int, re.findall(r"Turn (\d+):", history)))
         for number, step in enumerate(self.plan[turn]):

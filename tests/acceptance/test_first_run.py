@@ -24,7 +24,7 @@ import pomex as program
 import pytest
 from harness import (CODEX_VERSIONS, DIRECT, JSON, NEWEST_CODEX, POMEX, ROOT, Codex, Pomex, clean_environment, codex_binary,
                      found_in_log, free_port, keep_lines, running_pomex)
-from scripted import ResponseContext, Refusal, Upstream, says
+from scripted import ResponsesAnswer, Refusal, Upstream, says
 
 pytestmark = pytest.mark.skipif(DIRECT, reason="there is no Pomex in between")
 
@@ -317,7 +317,7 @@ class Mistake:
     change: Callable[[str], str] = lambda text: text            # of config.toml
     key: str = "good"
     model: str = "demo/echo"
-    answers: tuple[Refusal | ResponseContext, ...] = ()
+    answers: tuple[Refusal | ResponsesAnswer, ...] = ()
     refused: int = 0                                            # its own status, where Codex is told by a stream
 
     @property

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from conftest import model_of
 from harness import JSON, SDK_LINES, SHARED, Pomex, Sdk, stream_events, terminal
-from scripted import ResponseContext, Call, Custom, Raw, Reasoning, Script, responses_bytes, responses_events, says
+from scripted import ResponsesAnswer, Call, Custom, Raw, Reasoning, Script, responses_bytes, responses_events, says
 
 TOOL = SHARED / "tools" / "validate_stream.py"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="../shared does not lie beside the repository")
@@ -25,7 +25,7 @@ FREEFORM = {"type": "custom", "name": "apply_patch", "description": "Edit files"
 BASE = {"input": [{"role": "user", "content": "Hi"}], "stream": True, "tools": [FUNCTION, FREEFORM]}
 SPACE = {"type": "namespace", "name": "mcp__demo", "description": "Demo", "tools": [FUNCTION]}
 
-CASES: dict[str, tuple[JSON, ResponseContext]] = {
+CASES: dict[str, tuple[JSON, ResponsesAnswer]] = {
     "text": ({"instructions": "Be short.", "metadata": {"k": "v"}, "temperature": 0.5}, says("Hello ✓")),
     "empty": ({}, says("")),
     "nothing": ({}, says()),

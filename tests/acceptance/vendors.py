@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from strict import ANTHROPIC_MODELS, AnthropicModel, conversation, is_old, seal, signed_by_claude, signed_by_gemini
-from vocabulary import JSON, ResponseContext, Call, Custom, Reasoning, Text, pieces
+from vocabulary import JSON, ResponsesAnswer, Call, Custom, Reasoning, Text, pieces
 
 Spell = Callable[[Call | Custom], tuple[str, JSON]]     # a call as (name, arguments) that the request's tools ask for
 _ids = itertools.count(1)
@@ -15,7 +15,7 @@ _ids = itertools.count(1)
 
 # --- Anthropic -------------------------------------------------------------------------------------
 
-def messages_blocks(body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
+def messages_blocks(body: JSON, answer: ResponsesAnswer, spell: Spell) -> list[JSON]:
     """The content of one answer. A reasoning without text is a redacted block."""
     blocks: list[JSON] = []
     for item in answer.items:
@@ -39,7 +39,7 @@ def thought(body: JSON, item: Reasoning) -> JSON:
     return {**block, "signature": seal(signed_by_claude(block, conversation(body), body, row))}
 
 
-def messages_head(body: JSON, answer: ResponseContext) -> JSON:
+def messages_head(body: JSON, answer: ResponsesAnswer) -> JSON:
     """A message as its stream begins it."""
     usage = {"input_tokens": answer.input_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
              "cache_read_input_tokens": answer.cached_tokens, "output_tokens": 1}
@@ -47,19 +47,19 @@ def messages_head(body: JSON, answer: ResponseContext) -> JSON:
             "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
-def stop_reason(answer: ResponseContext, blocks: list[JSON]) -> str:
+def stop_reason(answer: ResponsesAnswer, blocks: list[JSON]) -> str:
     called = any(block["type"] == "tool_use" for block in blocks)
     return "max_tokens" if answer.end == "length" else "tool_use" if called else "end_turn"
 
 
-def messages_whole(body: JSON, answer: ResponseContext, blocks: list[JSON]) -> JSON:
+def messages_whole(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> JSON:
     """An answer that is not streamed."""
     head = messages_head(body, answer)
     return {**head, "content": blocks, "stop_reason": stop_reason(answer, blocks),
             "usage": {**head["usage"], "output_tokens": answer.output_tokens}}
 
 
-def messages_events(body: JSON, answer: ResponseContext, blocks: list[JSON]) -> list[JSON]:
+def messages_events(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> list[JSON]:
     message = messages_head(body, answer)
     usage = message["usage"]
     events: list[JSON] = [{"type": "message_start", "message": message}]
@@ -124,7 +124,7 @@ def messages_part(block: JSON) -> JSON:
 
 # --- Google ----------------------------------------------------------------------------------------
 
-def gemini_parts(model: str, body: JSON, answer: ResponseContext, spell: Spell) -> list[JSON]:
+def gemini_parts(model: str, body: JSON, answer: ResponsesAnswer, spell: Spell) -> list[JSON]:
     """The parts of one answer: the first call is signed, or else the text at the end."""
     parts: list[JSON] = []
     shown = body.get("generationConfig", {}).get("thinkingConfig", {}).get("includeThoughts")
@@ -143,7 +143,7 @@ def gemini_parts(model: str, body: JSON, answer: ResponseContext, spell: Spell) 
     return parts
 
 
-def gemini_answers(model: str, answer: ResponseContext, parts: list[JSON], stream: bool) -> list[JSON]:
+def gemini_answers(model: str, answer: ResponsesAnswer, parts: list[JSON], stream: bool) -> list[JSON]:
     """The events of a stream, or the one whole answer. In a stream a text's signature comes on an empty part."""
     sent: list[JSON] = []
     last: JSON = {"text": ""}

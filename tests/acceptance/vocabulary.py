@@ -38,7 +38,7 @@ Item = Text | Reasoning | Call | Custom
 
 
 @dataclass(frozen=True)
-class ResponseContext:
+class ResponsesAnswer:
     """One response. `end`: whole | drop (finished, no terminal event) | cut (in the middle) | length."""
     items: tuple[Item, ...]
     end: str = "whole"

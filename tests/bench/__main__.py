@@ -58,7 +58,21 @@ TURNS = [
     ("Codex turn from messages", "mockmessages", 14.0),
     ("Codex turn from gemini", "mockgemini", 14.0),
 ]
-TURN_BYTES, TURN_EVENTS = 121_000, 308
+# the same conversation over each client API: title, API, the provider, at most x the first of its kind
+CLIENTS = [
+    ("Responses turn passed", "responses", "mock", None),
+    ("Chat turn passed", "chat", "mockchat", 1.0),
+    ("Messages turn passed", "messages", "mockmessages", 1.0),
+    ("Responses turn from chat", "responses", "mockchat", None),
+    ("Chat turn from messages", "chat", "mockmessages", 1.0),
+    ("Chat turn from gemini", "chat", "mockgemini", 1.0),
+    ("Messages turn from chat", "messages", "mockchat", 1.0),
+    ("Messages turn from gemini", "messages", "mockgemini", 1.0),
+]
+# API: its path, the end of a stream
+APIS = {"responses": ("/v1/responses", b'"response.completed"'), "chat": ("/v1/chat/completions", b"data: [DONE]"),
+        "messages": ("/v1/messages", b'"message_stop"')}
+TURN_BYTES, TURN_DELTAS = 121_000, 300
 CONVERSATIONS, TURNS_EACH = 4, 16       # at once, each over its own connection; turns of one in a run
 SETTLE_S = 0.05                         # the usage rows are written after the answer
 UNIT = {"cpu_us_req": "us/request", "cpu_us_ev": "us/event"}
@@ -217,21 +231,21 @@ class Bench:
             sys.exit(f"{target['name']}, {scenario}: {got.get('first_error') or got}")
         return got
 
-    def turns(self, model, pid, conversations, grows):
+    def turns(self, model, pid, conversations, grows, api="responses"):
         """CPU of nginx (model "") or Pomex for a turn, in us: of conversations that grow, without their first turns, or of first turns."""
         port, name = (self.ports["pomex"], f"{model}/gpt-mock") if model else (self.ports["nginx_blast"], "m")
-        parts = [list(conversations.bodies(name, TURNS_EACH + 1)) if grows else
-                 [body for _ in range(TURNS_EACH + 1) for body in conversations.bodies(name, 1)] for _ in range(CONVERSATIONS)]
-        self.beside(port, [part[:1] for part in parts])
+        parts = [list(conversations.bodies(name, TURNS_EACH + 1, api)) if grows else
+                 [body for _ in range(TURNS_EACH + 1) for body in conversations.bodies(name, 1, api)] for _ in range(CONVERSATIONS)]
+        self.beside(port, api, [part[:1] for part in parts])
         pids = self.rig.tree([pid])
         before = cpu_us(pids)
-        self.beside(port, [part[1:] for part in parts])
+        self.beside(port, api, [part[1:] for part in parts])
         time.sleep(SETTLE_S)
         return (cpu_us(pids) - before) / (CONVERSATIONS * TURNS_EACH)
 
-    def beside(self, port, parts):
+    def beside(self, port, api, parts):
         with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-            for done in [pool.submit(play, port, self.key, part) for part in parts]:
+            for done in [pool.submit(play, port, api, self.key, part) for part in parts]:
                 done.result()
 
 
@@ -259,7 +273,7 @@ class Conversations:
             return re.sub(r"<text of (\d+) characters>", lambda found: self.text(int(found[1])), value)
         return value
 
-    def bodies(self, model, count):
+    def bodies(self, model, count, api="responses"):
         """The turns of a new conversation, the one in the middle about TURN_BYTES long."""
         key = f"{self.random.getrandbits(128):032x}"
         request = {**self.request, "model": model, "stream": True, "prompt_cache_key": key,
@@ -271,7 +285,7 @@ class Conversations:
             added = len(dumped(turn))
             size, number = size + added, number + 1
         for _ in range(count):
-            yield dumped(request)       # ends with a call's output, as an agent's requests do
+            yield dumped(AS_API[api](request))      # ends with a call's output, as an agent's requests do
             request["input"] += self.turn(number)
             number += 1
 
@@ -284,13 +298,63 @@ class Conversations:
         return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": self.text(length)}]}
 
 
+def text_of(content):
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def as_chat(request):
+    """The same request as Chat Completions has it."""
+    messages = [{"role": "system", "content": request.get("instructions") or "Be brief."}]
+    for item in request["input"]:
+        if item["type"] == "message":
+            messages.append({"role": item["role"], "content": text_of(item["content"])})
+        elif item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            messages.append({"role": "assistant", "content": None,
+                             "tool_calls": [{"id": item["call_id"], "type": "function", "function": function}]})
+        elif item["type"] == "function_call_output":
+            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item["output"])})
+    tools = [{"type": "function", "function": {name: tool[name] for name in ("name", "description", "parameters")}}
+             for tool in request["tools"] if tool["type"] == "function"]
+    return {"model": request["model"], "messages": messages, "tools": tools, "stream": True,
+            "stream_options": {"include_usage": True}, "prompt_cache_key": request["prompt_cache_key"]}
+
+
+def as_messages(request):
+    """The same request as Anthropic's Messages API has it, with the cache marks that Claude Code sets."""
+    mark, messages = {"cache_control": {"type": "ephemeral"}}, []
+    for item in request["input"]:
+        role = "assistant" if item["type"] == "function_call" or item.get("role") == "assistant" else "user"
+        if item["type"] == "function_call":
+            block = {"type": "tool_use", "id": item["call_id"], "name": item["name"], "input": json.loads(item["arguments"])}
+        elif item["type"] == "function_call_output":
+            block = {"type": "tool_result", "tool_use_id": item["call_id"], "content": text_of(item["output"])}
+        elif item["type"] == "message":
+            block = {"type": "text", "text": text_of(item["content"])}
+        else:
+            continue
+        if not messages or messages[-1]["role"] != role:
+            messages.append({"role": role, "content": []})
+        messages[-1]["content"].append(block)
+    messages[-1]["content"][-1] |= mark
+    tools = [{"name": tool["name"], "description": tool["description"], "input_schema": tool["parameters"]}
+             for tool in request["tools"] if tool["type"] == "function"]
+    system = [{"type": "text", "text": request.get("instructions") or "Be brief.", **mark}]
+    return {"model": request["model"], "messages": messages, "system": system, "tools": tools, "max_tokens": 64000, "stream": True,
+            "metadata": {"user_id": request["prompt_cache_key"]}}
+
+
+AS_API = {"responses": lambda request: request, "chat": as_chat, "messages": as_messages}
+
+
 def dumped(value):
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def play(port, key, bodies):
+def play(port, api, key, bodies):
     """Sends bodies over one connection, one after the other, and reads the answers to their ends."""
-    head = f"POST /v1/responses HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    path, terminal = APIS[api]
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for body in bodies:
@@ -302,7 +366,7 @@ def play(port, key, bodies):
                 if not pieces[-1]:
                     sys.exit(f"port {port}: cut after {b''.join(pieces)[-300:]}")
             answer = b"".join(pieces)
-            if not answer.startswith(b"HTTP/1.1 200") or answer.count(b"data: {") < TURN_EVENTS or b'"response.completed"' not in answer:
+            if not answer.startswith(b"HTTP/1.1 200") or answer.count(b"data: {") < TURN_DELTAS or terminal not in answer:
                 sys.exit(f"port {port}: {answer[:500]} ... {answer[-300:]}")
 
 
@@ -435,6 +499,27 @@ def measure_turns(bench, repeat, only):
     return kept
 
 
+def measure_clients(bench, repeat):
+    """A turn over each client API, Pomex beside itself: the first of a kind (passed, translated) is the measure of the rest."""
+    kept, conversations = True, Conversations()
+    with bench.mock() as mock, bench.gateway() as gateway:
+        wait_for(bench.ports["blast"], mock, "mock")
+        wait_for(bench.ports["pomex"], gateway, "Pomex")
+        figures = {title: [] for title, *_ in CLIENTS}
+        for _ in range(repeat + 1):                 # the first round warms up
+            for title, api, model, _ in CLIENTS:
+                figures[title].append([bench.turns(model, gateway.pid, conversations, grows, api) for grows in (True, False)])
+        for title, _, _, limit in CLIENTS:
+            rounds = figures[title][1:]
+            if limit is None:
+                first = rounds
+            ratios = [sum(ours) / sum(theirs) for ours, theirs in zip(rounds, first, strict=True)]
+            more, new = (statistics.median(each) for each in zip(*rounds, strict=True))
+            kept &= row(title, statistics.median(ratios), limit,
+                        f"one turn more {more:.0f}, the first turn {new:.0f} us; {min(ratios):.2f} to {max(ratios):.2f}")
+    return kept
+
+
 def measure_rest(bench):
     with bench.gateway() as gateway:
         wait_for(bench.ports["pomex"], gateway, "Pomex")
@@ -539,7 +624,7 @@ def measure_ledger(bench):
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 tests/bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; rest, start, latency, ledger")
+    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; clients, rest, start, latency, ledger")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="pairs of runs a scenario (default 3)")
     parser.add_argument("-t", "--seconds", type=int, default=2, help="of one run (default 2)")
     parser.add_argument("--program", default=REPOSITORY / "pomex.py", help="the pomex.py to measure")
@@ -552,13 +637,15 @@ def main():
         print(f"{'':36}{'figure':>8}{'at most':>8}")
         lacking, words = missing(), set(args.only)
         turns = {word for word in words if word.startswith("codex")}
-        loads = words - turns - {"rest", "start", "latency", "ledger"}
+        loads = words - turns - {"rest", "start", "latency", "ledger", "clients"}
         if lacking:
             print("CPU beside nginx: not measured. Missing: " + "; ".join(lacking))
-        elif turns or loads or not words:
+        elif turns or loads or not words or "clients" in words:
             bench.build_rig()
         if not lacking and (turns or not words):
             kept &= measure_turns(bench, args.repeat, turns)
+        if not lacking and (not words or "clients" in words):
+            kept &= measure_clients(bench, args.repeat)
         if not words or "rest" in words:
             kept &= measure_rest(bench)
         if not words or "start" in words:

@@ -6813,7 +6813,6 @@ class GeminiContents(TurnEncoder):
     def encode(self) -> list[JSON]:
         self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
         self.signatures: dict[str, str] = {}        # by call_id
-        self.next_signature = ""                    # of the next call, which may have another id now
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
         self.encode_items()
@@ -6830,7 +6829,6 @@ class GeminiContents(TurnEncoder):
     def message(self, item: JSON) -> None:
         if "generated" in item:
             item = {**item, "role": "assistant"}
-        self.next_signature = ""
         super().message(item)
 
     def reasoning(self, item: JSON) -> None:
@@ -6841,7 +6839,7 @@ class GeminiContents(TurnEncoder):
         elif not signature:
             self.dropped.append("reasoning:foreign")
         elif "for" in replay:
-            self.signatures[replay["for"]] = self.next_signature = signature
+            self.signatures[replay["for"]] = signature
         else:
             self._sign_text(signature, replay.get("characters", 0))
 
@@ -6874,10 +6872,9 @@ class GeminiContents(TurnEncoder):
         part: JSON = {"functionCall": {**call, "args": json.loads(item["arguments"])}}
         # gather_turns numbers repeated ids; the newest signature counts
         unnumbered = re.sub(r"_\d+$", "", call_id)
-        signature = self.signatures.get(call_id) or self.signatures.get(unnumbered) or self.next_signature
+        signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
         if signature:
             part["thoughtSignature"] = signature
-        self.next_signature = ""
         self.add("assistant", [part])
 
     def function_call_output(self, item: JSON) -> None:

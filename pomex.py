@@ -1121,8 +1121,8 @@ def check_item(item: JSON, path: str) -> JSON:
         kind = "message"
         item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
-        raise invalid_param(path, ": Pomex stores no items: send the item itself.",
-                            "previous_response_not_found")
+        words = ": Pomex stores no items: send the item itself."
+        raise invalid_param(path, words, "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
     check_members(item, ITEM_FIELDS.get(kind, {}), path)
@@ -1206,11 +1206,8 @@ INLINE_DATA_WEIGHT = 6000  # for each, 1,500 tokens: a large image at the provid
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
     """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
-    weight = len(raw) - start
-    for pattern in INLINE_DATA:
-        for match in pattern.finditer(raw, start):
-            weight += INLINE_DATA_WEIGHT - len(match[1])
-    return weight
+    sizes = [len(match[1]) for pattern in INLINE_DATA for match in pattern.finditer(raw, start)]
+    return len(raw) - start - sum(sizes) + INLINE_DATA_WEIGHT * len(sizes)
 
 
 MAX_INPUT_ITEMS = 100_000  # a conversation of several weeks has some thousands
@@ -1404,23 +1401,21 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
 
 # --- 5.3 tools for providers that know only functions ---
 
-def one_required(name: str, **properties: JSON) -> JSON:
-    """The schema of an object with these properties, of which only `name` is required."""
-    return {"type": "object", "additionalProperties": False, "required": [name], "properties": properties}
-
-
 MAX_NAME = 64  # of OpenAI's functions; the strictest of all providers
 SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")  # Gemini's names begin with a letter or _
-FREEFORM_PARAMETERS = one_required(
-    "input", input={"type": "string", "description": "The raw text, as the tool's description asks."})
+FREEFORM_PARAMETERS: JSON = {
+    "type": "object", "additionalProperties": False, "required": ["input"],
+    "properties": {
+        "input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
+}
+COMMAND = {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."}
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
-    "parameters": one_required(
-        "command",
-        command={
-            "type": "array", "items": {"type": "string"}, "description": "The command and its arguments."},
-        working_directory={"type": "string"},
-        timeout_ms={"type": "integer"}),
+    "parameters": {
+        "type": "object", "additionalProperties": False, "required": ["command"],
+        "properties": {
+            "command": COMMAND, "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}},
+    },
 }
 
 
@@ -1444,11 +1439,9 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     """A call's arguments with the keys of all objects renamed by `names`."""
     if not names:
         return arguments
-
-    def rename(holder: JSON) -> JSON:
-        return {names.get(key, key): value for key, value in holder.items()}
-
-    return dumps(json.loads(arguments, strict=False, object_hook=rename))
+    renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
+        names.get(key, key): value for key, value in holder.items()})
+    return dumps(renamed)
 
 
 def upstream_tool_name(name: str, namespace: str) -> str:
@@ -2027,21 +2020,21 @@ class ResponsesAnswer(ClientAnswer):
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
     def begin_item(self, item: Item) -> bytes:
-        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        item.location = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_head = f'{item.location},"delta":'
             item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
         frames = self.item_frame("added", item.index, item.to_json("in_progress"))
         for step in HOSTED_STEPS.get(item.kind, ()):
-            frames += self.frame(f"response.{item.kind}.{step}", item.location_json)
+            frames += self.frame(f"response.{item.kind}.{step}", item.location)
         return frames
 
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
         number = len(item.parts[shape.container])
-        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.part_location = f'{item.location},"{shape.container}_index":{number}'
         item.delta_event = f"{shape.delta}.delta"
-        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
-        return self.frame(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+        item.delta_head = f'{item.part_location}{shape.more},"delta":'
+        return self.frame(f"{shape.event}.added", f'{item.part_location},"part":{item.part_json(shape)}')
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.frame(item.delta_event, item.delta_head + json_string(text))
@@ -2055,23 +2048,22 @@ class ResponsesAnswer(ClientAnswer):
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
         number = len(item.annotations) - 1
-        fields = f'{item.part_location_json},"annotation_index":{number},"annotation":{item.annotations[-1]}'
+        fields = f'{item.part_location},"annotation_index":{number},"annotation":{item.annotations[-1]}'
         return self.frame("response.output_text.annotation.added", fields)
 
     def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
-        location_json = item.part_location_json
-        return (self.frame(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
-                + self.frame(f"{shape.event}.done", f'{location_json},"part":{part}'))
+        return (self.frame(f"{shape.delta}.done", f'{item.part_location},"{shape.text}":{text}{shape.more}')
+                + self.frame(f"{shape.event}.done", f'{item.part_location},"part":{part}'))
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
         frames = self.delta(item, rest) if rest else b""
         if item.kind in CALL_FIELD:
             name = CALL_FIELD[item.kind]
             more = f',"name":{json_string(item.tool.name)}' if item.tool and name == "arguments" else ""
-            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            fields = f'{item.location},"{name}":{json_string(arguments)}{more}'
             frames += self.frame(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
-            frames += self.frame(f"response.{item.kind}.completed", item.location_json)
+            frames += self.frame(f"response.{item.kind}.completed", item.location)
         return frames + self.item_frame("done", item.index, json)
 
     def whole_item(self, index: int, json: str) -> bytes:
@@ -2180,10 +2172,8 @@ class Attempt(Sink):
 
     def emit(self, frames: Callable[..., bytes], *arguments: Any) -> None:
         """Adds frames of the answer, if it is streamed."""
-        answer = self.answer
-        if answer.request.stream:
-            self.out.append(answer.start(self))
-            self.out.append(frames(*arguments))
+        if self.answer.request.stream:
+            self.out += self.answer.start(self), frames(*arguments)
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
@@ -2305,7 +2295,7 @@ class Item:
     # since output_item.added
     id = ""
     index = -1
-    location_json = ""  # `"item_id":..,"output_index":..`
+    location = ""  # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
     # of the open part, or of a call
     shape: PartShape | None = None
@@ -2313,7 +2303,7 @@ class Item:
     delta_event = ""
     delta_head = ""  # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
     delta_tail = ""  # what follows it
-    part_location_json = ""  # `"item_id":..,"output_index":..,"content_index":..`
+    part_location = ""  # `"item_id":..,"output_index":..,"content_index":..`
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
     pending_surrogate: str = ""  # the first half of a pair
@@ -2570,13 +2560,11 @@ class Assembler(Attempt):
 
 
 def call_fields(tool: Tool, arguments: str) -> JSON:
-    """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
-        given = parse_object(arguments) or {}
-        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
+        return {"action": {"command": [], **(parse_object(arguments) or {}), "type": "exec", "env": {}}}
+    fields = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2745,11 +2733,10 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
         used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
-        next_index = max([len(self) - 1, *used])
+        numbers = itertools.count(max([len(self) - 1, *used]) + 1)
         for new in given:
             if new not in found:
-                next_index += 1
-                new.upstream_index = next_index
+                new.upstream_index = next(numbers)
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -9209,23 +9196,20 @@ class Candidate(NamedTuple):
 ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
 
 
-def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
-    """The provider with each of its keys, and a mark that tells the keys apart."""
-    return [(dataclasses.replace(provider, api_key=key), f"#{sha256_hex(key)[:8]}")
-            for key in provider.api_keys] or [(provider, "")]
-
-
 class ModelCatalog:
     """The names of all known models, and the targets of any name."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
-        self.config = config
-        listed = listed_names(config, found)
-        self.names = list(dict.fromkeys([*config.models, *listed]))
+        self.config, names = config, [*config.models]
         self.by_bare_name: dict[str, list[str]] = {}
-        for name in listed:
-            self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
-        self.keyed = {name: with_api_keys(provider) for name, provider in config.providers.items()}
+        self.keyed: dict[str, list[tuple[ProviderConfig, str]]] = {}  # with each key, and a mark that tells the keys apart
+        for name, provider in config.providers.items():
+            self.keyed[name] = [(dataclasses.replace(provider, api_key=key), f"#{sha256_hex(key)[:8]}")
+                                for key in provider.api_keys] or [(provider, "")]
+            for model in offered_models(provider, found.get(name, ())):
+                self.by_bare_name.setdefault(model, []).append(f"{name}/{model}")
+                names.append(f"{name}/{model}")
+        self.names = list(dict.fromkeys(names))
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
@@ -9255,7 +9239,7 @@ class ModelCatalog:
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
         """The targets of a model by tier. BadRequest: the name is unknown, or its provider not configured."""
         configured = self.config.models.get(model)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return [[each for target in tier for each in self.candidates(*target, target.model)]
                     for tier in configured.targets]
         provider_name, _, name = model.partition("/")
@@ -9272,16 +9256,17 @@ class ModelCatalog:
     def facts(self, name: str) -> ModelFacts:
         """The limits of a model: from the configuration, else from the built-in table by its first target."""
         configured = self.config.models.get(name)
-        if configured is not None and configured.context_window:
+        if configured and configured.context_window:
             return ModelFacts(configured.context_window)
         provider, model = self.first_target(name)
         return known_models(provider).get(model, ModelFacts())
 
     def first_target(self, name: str) -> tuple[str, str]:
         configured = self.config.models.get(name)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return configured.targets[0][0]
-        return name.partition("/")[0], name.partition("/")[2]
+        provider, _, model = name.partition("/")
+        return provider, model
 
     def unknown(self, model: str, sentence: str, meant: Sequence[str] = ()) -> BadRequest:
         guesses = " or ".join(meant) or self.closest(model)
@@ -9315,15 +9300,12 @@ def served_models(provider: ProviderConfig) -> Collection[str]:
     return DEMO_MODELS if provider.wire_api == "demo" else provider.models
 
 
-def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
-    names: list[str] = []
-    for name, provider in config.providers.items():
-        patterns = served_models(provider)
-        plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
-        known = [model for model in known_models(name) if not plain and matches_any(model, patterns)]
-        names += [f"{name}/{model}" for model in (*plain, *found.get(name, ()), *known)]
-    return list(dict.fromkeys(names))
+def offered_models(provider: ProviderConfig, found: Sequence[str]) -> Iterable[str]:
+    """The names in its configuration, those `found` at the provider, or those in the built-in table."""
+    patterns = served_models(provider)
+    plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
+    known = [model for model in known_models(provider.name) if not plain and matches_any(model, patterns)]
+    return dict.fromkeys((*plain, *found, *known))
 
 
 @functools.cache
@@ -9673,12 +9655,12 @@ class DemoExchange(Exchange):
 class Router:
     """Tries the targets of a request until one gives output, or none is left."""
 
-    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[tuple[str, ...]]) -> None:
+    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[Strings]) -> None:
         """`counters` are the ledger's, of METRICS by name and labels."""
         self.upstream, self.counters = upstream, counters
         self.health = CircuitBreakers()
 
-    def metrics(self, now: float) -> dict[tuple[str, ...], int]:
+    def metrics(self, now: float) -> dict[Strings, int]:
         """(metric, label values...) -> value."""
         return {("pomex_circuit_state", id): ("closed", "half-open", "open").index(state)
                 for id, state, _, _ in self.health.rows(now)}
@@ -9920,9 +9902,8 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failed attempt instead of one whose end raised an exception, with the same output and usage."""
     failed = Attempt(attempt.answer)
-    failed.out, failed.output_started = attempt.out, attempt.output_started
-    failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
-    failed.estimated_input = attempt.estimated_input
+    for name in ("out", "output_started", "usage", "output_chars", "estimated_input"):
+        setattr(failed, name, getattr(attempt, name))
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
@@ -9935,7 +9916,7 @@ def failed_copy(attempt: Attempt) -> Attempt:
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
     "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}  # reasoning models take their time
-METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # name -> type, help, labels
+METRICS: dict[str, tuple[str, str, Strings]] = {  # name -> type, help, labels
     "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
     "pomex_streams_open": ("gauge", "requests in flight", ()),
     "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
@@ -9959,8 +9940,8 @@ TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
-def count_request(counters: collections.Counter[tuple[str, ...]], known_models: Collection[str],
-                  rows: Sequence[UsageRow]) -> None:
+def count_request(
+        counters: collections.Counter[Strings], known_models: Collection[str], rows: Sequence[UsageRow]) -> None:
     """Counts a settled request. Unknown models count as "other": a client cannot create series."""
     row = rows[-1]
     model = row.model if row.model in known_models else "other"
@@ -9979,7 +9960,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
             counters[name, row.provider, model, "sum"] += value_ms
 
 
-def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
+def metrics_text(samples: Mapping[Strings, float], worker: Sequence[str]) -> str:
     """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():

@@ -146,11 +146,14 @@ class GatewayError(Exception):
     """A failure as an HTTP status and the fields of an OpenAI error. `str(error)` is a sentence for the
     client, without a key, a path of this machine or a prompt."""
     status = 500
-    type = "server_error"
-    code = "server_error"
-    retryable = False       # another target, or the same one later, may succeed
-    ledger_code = ""        # the code in the ledger, if it differs from the client's
-    plain = False           # the body is only the sentence, for a client that shows raw bodies
+    type = code = "server_error"
+    retryable = False  # another target, or the same one later, may succeed
+    ledger_code = ""  # the code in the ledger, if it differs from the client's
+    plain = False  # the body is only the sentence, for a client that shows raw bodies
+    # of a failed upstream call
+    upstream_status = 0
+    retry_after_s: float | None = None
+    brief = where = ""  # see TransportError
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -161,7 +164,7 @@ class GatewayError(Exception):
         self.type = type or self.type
         self.code = code or self.code
         self.param = param
-        self.headers = headers      # of the answer, e.g. (("retry-after", "3"),)
+        self.headers = headers  # of the answer, e.g. (("retry-after", "3"),)
 
     def body(self) -> JSON:
         """The OpenAI error envelope."""
@@ -1056,7 +1059,6 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
-PART_TEXT = {"text": Field(wanted="a string")}
 CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
 TOOLS = Field((list,), inner=lambda tools, path: check_typed(tools, TOOL_FIELDS, path))
@@ -1103,7 +1105,7 @@ CALL_FIELDS: dict[str, Fields] = {
     **dict.fromkeys(("shell_call_output", "apply_patch_call", "tool_search_call"), {}),
 }
 ITEM_FIELDS = {"message": MESSAGE, **{kind: {**CALL, **fields} for kind, fields in CALL_FIELDS.items()}}
-PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
+PART_FIELDS = dict.fromkeys(("input_text", "output_text"), {"text": Field(wanted="a string")})
 TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
@@ -1380,8 +1382,7 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
     Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
-    for given in items:
-        item = given
+    for item in items:
         if "sealed_replay" in item:  # from a client: only content of an envelope is trusted
             item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
@@ -1403,6 +1404,7 @@ def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[
 
 MAX_NAME = 64  # of OpenAI's functions; the strictest of all providers
 SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")  # Gemini's names begin with a letter or _
+UNSAFE = re.compile(r"^(?=\d)|^$|\W", re.ASCII)
 FREEFORM_PARAMETERS: JSON = {
     "type": "object", "additionalProperties": False, "required": ["input"],
     "properties": {
@@ -1452,8 +1454,7 @@ def upstream_tool_name(name: str, namespace: str) -> str:
 
 def fit_name(name: str) -> str:
     """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
-    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
+    return f"{UNSAFE.sub('_', name)[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
@@ -1505,7 +1506,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     taken, fitted = set(names), {}
     for name in names:
         if not rule.fullmatch(name):
-            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            safe = UNSAFE.sub("_", name)[:MAX_NAME]
             fitted[name] = fit_name(name) if safe in taken else safe
             taken.add(safe)
     for schema in schemas if fitted else ():
@@ -1813,11 +1814,8 @@ class Attachment(NamedTuple):
 
 
 MAGIC = {
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"(?s:RIFF....WEBP)",
-    "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
+    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s:RIFF....WEBP)", "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
     "application/pdf": rb"%PDF-",
 }
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # known to every provider
@@ -1853,17 +1851,16 @@ def read_attachment(part: JSON) -> Attachment | None:
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
-    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            mime, text = "text/plain", content.decode("utf-8-sig")
-    return Attachment(mime, name, detail, data=data, text=text)
+            return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
+    return Attachment(mime, name, detail, data=data)
 
 
 # --- 5.5 client profiles ---
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard."""
+    """How a client differs from the standard."""
     incomplete_as_completed: bool = False  # a truncated answer ends as complete, without truncated calls
     refusal_as_text: bool = False  # the client shows only output_text
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
@@ -1914,10 +1911,8 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         fields["service_tier"] = "default"
     if not echo_request:
         fields |= {"instructions": None, "tools": []}
-    fields["tools"] = [
-        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
-        for tool in fields["tools"]
-    ]
+    fields["tools"] = [{**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
+                       for tool in fields["tools"]]
     return fields
 
 
@@ -2233,8 +2228,6 @@ class Attempt(Sink):
         self.error = error
         self.upstream_done = True
 
-    # the end
-
     def close_open_items(self) -> None:
         """Finishes or abandons the open items, before the status is decided."""
 
@@ -2511,8 +2504,6 @@ class Assembler(Attempt):
         text = item.to_json(status, arguments)
         self.emit(self.answer.end_item, item, rest, arguments, text)
         self.items[item.index] = text
-
-    # the end
 
     def close_open_items(self) -> None:
         self.open_items = {key: item for key, item in self.open_items.items() if item.id}
@@ -9200,7 +9191,8 @@ class ModelCatalog:
     """The names of all known models, and the targets of any name."""
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
-        self.config, names = config, [*config.models]
+        self.config = config
+        names = [*config.models]
         self.by_bare_name: dict[str, list[str]] = {}
         self.keyed: dict[str, list[tuple[ProviderConfig, str]]] = {}  # with each key, and a mark that tells the keys apart
         for name, provider in config.providers.items():
@@ -9213,7 +9205,7 @@ class ModelCatalog:
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """The (provider, model) pairs of a model's targets, in the order of the configuration."""
+        """The (provider, model) pairs of a model's targets, as configured."""
         return [each[:2] for tier in self.tiers(model) for each in tier]
 
     def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
@@ -9527,12 +9519,10 @@ class FailedAttempt(NamedTuple):
 
 
 def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
-    fault, where = fault_class(error), ""
-    label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
-    brief = f"{status} {label}" if status else label
-    if isinstance(error, TransportError):
-        brief, where = error.brief or label, error.where
-    return FailedAttempt(provider, brief, where, fault, error, at_ms)
+    fault = fault_class(error)
+    status = f"{error.upstream_status} " if error.upstream_status else ""
+    brief = error.brief or status + RETRY_POLICIES[fault].label
+    return FailedAttempt(provider, brief, error.where, fault, error, at_ms)
 
 
 def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
@@ -9624,8 +9614,8 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
-LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
-SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
+LARGE_BODY_BYTES = 1 << 18  # parsing or encoding a larger body takes milliseconds, in which streams would wait
+SWITCH_S = 0.001  # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -9667,7 +9657,7 @@ class Router:
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
         """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
-        tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
+        tries = collections.Counter[str]()  # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
         try:
             while target is not None:
@@ -9680,7 +9670,7 @@ class Router:
             task = asyncio.current_task()
             if down.client.gone or task is None:
                 raise
-            task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
+            task.uncancel()  # the gateway stops: the client is still there, and gets its terminal event
             down.attempt.finish(overloaded(STOPPING, code="server_error"))
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
@@ -9707,9 +9697,8 @@ class Router:
         other = self.health.choose(others, now)
         shown = down.streaming and down.attempt.output_started
         decision, wait_s = decide_retry(
-            policy, shown, tries[target.id], client.attempts, down.due - now,
-            getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
-            random.random())            # noqa: S311 - jitter, no secret
+            policy, shown, tries[target.id], client.attempts, down.due - now, error.retry_after_s, other is not None,
+            target.id in is_open, random.random())  # noqa: S311 - jitter, no secret
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
@@ -9721,13 +9710,13 @@ class Router:
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """Counts it in the target's circuit, unless the client chose a model that is unknown or not permitted."""
         fault = fault_class(error)
-        unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
+        unknown = fault == "model_not_found" or error.upstream_status == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
-            if isinstance(error, ProviderError):        # so the target works
+            if isinstance(error, ProviderError):  # so the target works
                 self.on_success(target)
-        elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
+        elif open_s := self.health.record_failure(target.id, fault, error.retry_after_s, now):
             log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
     def on_success(self, target: Candidate, whole: bool = True) -> None:
@@ -9752,9 +9741,9 @@ class Router:
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
-        except ConnectionError:         # the client's: those of providers are GatewayErrors
+        except ConnectionError:  # the client's: those of providers are GatewayErrors
             raise
-        except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
+        except Exception as error:  # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
@@ -9765,7 +9754,7 @@ class Router:
                 explanation = self.upstream.secrets.sub("[redacted]", stop.explanation)
                 down.attempt.stop = dataclasses.replace(stop, explanation=explanation)
             down.attempt.finish(failure and without_traceback(failure))
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:

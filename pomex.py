@@ -1041,6 +1041,11 @@ def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> N
             check_members(entry, known[kind], f"{path}[{index}]")
 
 
+def check_printable(name: str, path: str) -> None:
+    if not name.isprintable():
+        raise invalid_param(path, " holds characters that no name has.")
+
+
 def check_format(text: JSON, path: str) -> None:
     shape = text.get("format")
     if shape is None:
@@ -1059,6 +1064,7 @@ OBJECT = Field((dict,))
 MAYBE_TEXT = Field((str, type(None)))
 MAYBE_OBJECT = Field((dict, type(None)))
 JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
+PART_TEXT = {"text": Field(wanted="a string")}
 CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
 TOOLS = Field((list,), inner=lambda tools, path: check_typed(tools, TOOL_FIELDS, path))
@@ -1069,7 +1075,7 @@ REQUEST_FIELDS: Fields = {
     **dict.fromkeys(("prompt_cache_key", "user", "service_tier"), TEXT),
     **dict.fromkeys(("stream_options", "reasoning", "prompt_cache_options"), OBJECT),
     **dict.fromkeys(("input", "instructions"), Field((str, list))),
-    "model": Field(minimum=1, maximum=256),
+    "model": Field(minimum=1, maximum=256, inner=check_printable),
     "include": Field((list,)),
     "max_output_tokens": Field((int,), 1),
     "max_tool_calls": Field((int,), 0),
@@ -1105,7 +1111,7 @@ CALL_FIELDS: dict[str, Fields] = {
     **dict.fromkeys(("shell_call_output", "apply_patch_call", "tool_search_call"), {}),
 }
 ITEM_FIELDS = {"message": MESSAGE, **{kind: {**CALL, **fields} for kind, fields in CALL_FIELDS.items()}}
-PART_FIELDS = dict.fromkeys(("input_text", "output_text"), {"text": Field(wanted="a string")})
+PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
 TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
@@ -1192,8 +1198,9 @@ class ResponsesRequest:
         if self.input or self.api == "responses":
             return self
         body = {**CLIENT_APIS[self.api].translate(self), **self.body}
-        whole = validate_request(body, self.raw, self.weight, None, self.around)
-        return dataclasses.replace(whole, model=self.model, memo=self.memo, api=self.api, given=self.given)
+        checked = dataclasses.replace(self, body={}, input=body["input"])
+        whole = validate_request(body, self.raw, self.weight, checked, self.around)
+        return dataclasses.replace(whole, model=self.model, api=self.api, given=self.given)
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""
@@ -1305,8 +1312,6 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         value = body.get(name)
         if (value is not None and value is not valid.get(name)) or name in ("model", "input"):
             check(value, spec, name)
-    if not body["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
     given = body["input"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -1866,15 +1871,19 @@ class ClientProfile(NamedTuple):
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
     echo_request: bool = True  # every response object repeats tools and instructions
+    final_failures: bool = False  # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
 CODEX = ClientProfile(
     incomplete_as_completed=True, refusal_as_text=True, errors_as_events=True, echo_request=False)
+CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
 
 
 def client_profile(originator: str, user_agent: str) -> ClientProfile:
     """Codex names itself in `originator` (codex_exec, codex-tui ...) and in its User-Agent."""
+    if user_agent.startswith("claude-cli/"):
+        return CLAUDE_CODE
     return CODEX if originator.startswith("codex") or user_agent.startswith("codex") else STANDARD
 
 
@@ -1951,7 +1960,8 @@ class ClientAnswer:
         return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
-        return b"".join([self.delta(item, text) for text in texts])
+        between = item.delta_tail + item.delta_head
+        return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
         """A source of the open text, now the last of `item.annotations`."""
@@ -2147,6 +2157,7 @@ class Attempt(Sink):
     output_chars = 0  # for estimates
     unbilled = False  # the provider refused the request and will not bill it
     estimated_input = 0  # tokens; 0 if no provider was called
+    opening = b""  # the upstream's own first event, where it passes
 
     def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
@@ -2810,7 +2821,7 @@ class Passthrough(Attempt):
         self.decoder = decoder  # reads the events too, for usage and evidence
         self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []  # until output begins
+        self.withheld: list[bytes] = []  # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
         self.final_response: JSON = {}  # the upstream's own object
@@ -2843,7 +2854,7 @@ class Passthrough(Attempt):
     def read(self, data: str, frame: bytes) -> None:
         try:
             event = json.loads(data)
-            handler = getattr(self, f"on_{event['type']}".replace(".", "_"), None)
+            handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
             else:  # the type was a nested one
@@ -2870,6 +2881,7 @@ class Passthrough(Attempt):
             if self.answer.request.stream:
                 self.out.append(self.answer.start(self))
             block, most = b"".join(self.withheld), len(self.withheld)
+            self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
         self.passed_bytes += len(block)
@@ -3053,7 +3065,1111 @@ class ResponsesPassthrough(Passthrough):
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
 
-# --- 5.10 the table ---
+# --- 5.10 Chat Completions for clients ---
+
+def check_entry(entry: Any, known: Mapping[str, Fields], path: str, tag: str = "type") -> str:
+    """Checks an object by its type, which must be a known one, and returns the type."""
+    check(entry, OBJECT, path)
+    kind: str = check(entry.get(tag), Field(choices=known), f"{path}.{tag}")
+    check_members(entry, known[kind], path)
+    return kind
+
+
+def object_with(members: Fields) -> Field:
+    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
+
+
+def check_chat_content(content: Any, path: str) -> None:
+    if isinstance(content, list):
+        check_typed(content, CHAT_PARTS, path)
+
+
+CHAT_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in
+       "model stream stream_options service_tier prompt_cache_key reasoning tool_choice".split()},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
+    **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
+    **dict.fromkeys(("messages", "tools"), Field((list,))),
+    "n": Field((int,), 1, 128),
+    "stop": Field((str, list), items=TEXT),
+}
+CHAT_PARTS = {
+    "text": PART_TEXT,
+    "refusal": {"refusal": TEXT},
+    "image_url": {"image_url": object_with({"url": TEXT})},
+    "file": {"file": OBJECT},
+}
+CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
+MAYBE_CONTENT = CHAT_CONTENT._replace(types=(str, list, type(None)))
+CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are read
+    **dict.fromkeys(("developer", "system", "user"), {"content": CHAT_CONTENT}),
+    "assistant": {"content": MAYBE_CONTENT, "refusal": MAYBE_TEXT, "function_call": MAYBE_OBJECT,
+                  "tool_calls": Field((list, type(None)))},
+    "tool": {"content": CHAT_CONTENT, "tool_call_id": TEXT, "name": MAYBE_TEXT},
+    "function": {"content": MAYBE_CONTENT, "name": TEXT},
+}
+CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
+CHAT_CALLS = {kind: {"id": TEXT, kind: object_with(ITEM_FIELDS[item])} for kind, item in CALL_TYPES.items()}
+CHAT_TOOLS = {kind: {kind: object_with(TOOL_FIELDS[kind])} for kind in CALL_TYPES}
+CHAT_FORMATS: dict[str, Fields] = {
+    "text": {}, "json_object": {}, "json_schema": {"json_schema": object_with(JSON_SCHEMA)}}
+REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "reasoning_details"))
+# fields with another name or place in Responses
+CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
+tools tool_choice verbosity web_search_options""".split())
+CHAT_OWN_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "reasoning.effort": "reasoning_effort",
+    "text.format": "response_format",
+    "text.verbosity": "verbosity",
+}
+ONLY_CHAT_SERVERS = {"n": "n = 1", "functions": "tools", "function_call": "tool_choice"}
+
+
+def chat_fields(given: JSON) -> JSON:
+    """ClientApi.fields of a Chat Completions body."""
+    for name, spec in CHAT_FIELDS.items():
+        value = given.get(name)
+        if value is not None or name in ("model", "messages"):
+            check(value, spec, name)
+    for name in ("input", "instructions", "include", "text", "max_output_tokens"):
+        if name in given:
+            raise invalid_param(name, " is a field of the Responses API, which is at /v1/responses.")
+    fields = {name: value for name, value in given.items()
+              if name not in CHAT_MOVED and value not in (None, [], {})}
+    if limit := given.get("max_completion_tokens") or given.get("max_tokens"):
+        fields["max_output_tokens"] = limit
+    if isinstance(given.get("stop"), str):
+        fields["stop"] = [given["stop"]]
+    return fields
+
+
+def translate_chat(request: ResponsesRequest) -> JSON:
+    """ClientApi.translate. It adds fields `messages.NAME` for those of messages that have no place in an
+    item: no wire carries them, so they are reported."""
+    given, memo = request.given, request.memo
+    body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
+    for index, message in enumerate(given["messages"]):
+        known = memo.get(id(message))
+        if known is None or known[0] is not message:
+            known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
+        body["input"] += known[1]
+        body |= known[2]
+    if not body["input"]:
+        raise invalid_param("messages", " must hold some content.")
+    body["tools"] = tools = []
+    for index, tool in enumerate(given.get("tools") or ()):
+        check_entry(tool, CHAT_TOOLS, f"tools[{index}]")
+        flat = flatten(tool)
+        tools.append({**flat, "format": flatten(flat["format"])} if flat.get("format") else flat)
+    if (options := given.get("web_search_options")) is not None:
+        place = flatten(as_dict(options.get("user_location")))
+        tools.append({**options, "type": "web_search", "user_location": place})
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = flatten(choice)
+        choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
+    shape = given.get("response_format")
+    if shape is not None:
+        check_entry(shape, CHAT_FORMATS, "response_format")
+        shape = flatten(shape)
+    reasoning = {"effort": given.get("reasoning_effort"), **(given.get("reasoning") or {})}
+    if reasoning["effort"]:
+        reasoning = {"summary": "auto", **reasoning}
+    text = {"verbosity": given.get("verbosity"), "format": shape}
+    return {**body, "tool_choice": choice, "reasoning": reasoning, "text": text}
+
+
+def flatten(given: JSON) -> JSON:
+    """{"type": T, T: {...}} in the form of Responses: {"type": T, ...}."""
+    kind = str(given.get("type"))
+    flat = {**as_dict(given.get(kind)), **given}
+    flat.pop(kind, None)
+    return flat
+
+
+def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
+    """The items of a message, and fields for what has no place in them."""
+    role = check_entry(message, CHAT_MESSAGES, path, "role")
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = [chat_part(part, role) for part in content]
+    refusal, sealed = message.get("refusal"), sealed_details(message)
+    unread = message.keys() - CHAT_MESSAGES[role].keys() - {"role"} - (REASONING_KEYS if sealed else set())
+    lost = {f"messages.{name}": True for name in unread if message[name]}
+    if role in ("tool", "function"):
+        call_id = message["tool_call_id" if role == "tool" else "name"]
+        return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
+    contents = content, refusal and [{"type": "refusal", "refusal": refusal}]
+    items = [{"type": "message", "role": role, "content": each} for each in contents if each]
+    calls = [*(message.get("tool_calls") or ())]
+    if old := message.get("function_call"):     # its result has no other id than the name
+        calls.append({"id": old.get("name"), "type": "function", "function": old})
+    for index, call in enumerate(calls):
+        kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
+        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
+        others = call.keys() - {"id", "type", "index", kind}
+        lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
+    for detail in sealed:
+        made = {"type": "reasoning", "summary": [], "encrypted_content": detail["data"]}
+        items.insert(count(detail, "index"), made)
+    return items, lost
+
+
+def chat_part(part: JSON, role: str) -> JSON:
+    """A part of a message as that of Responses; of another type unchanged."""
+    kind = part["type"]
+    if kind == "text":
+        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
+    if kind == "image_url":
+        flat = flatten(part)
+        return {"image_url": flat.pop("url"), **flat, "type": "input_image"}
+    return {**flatten(part), "type": "input_file"} if kind == "file" else part
+
+
+def sealed_details(message: JSON) -> list[JSON]:
+    """The envelopes among a message's reasoning_details."""
+    return [detail for detail in only_dicts(message.get("reasoning_details"))
+            if str(detail.get("data")).startswith(ENVELOPE_PREFIX)]
+
+
+CHAT_TEXTS = {      # type of a part -> the field of a message
+    "output_text": "content",
+    "refusal": "refusal",
+    "summary_text": "reasoning_content",
+    "reasoning_text": "reasoning_content",
+}
+END_FIELDS = frozenset(("finish_reason", "usage"))
+FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
+
+
+def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
+    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK
+    joins streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
+    if field := CALL_FIELD.get(item["type"]):
+        kind = "function" if field == "arguments" else "custom"
+        call = {"name": item["name"], field: item[field]}
+        return "tool_calls", {"id": item["call_id"], "type": kind, kind: call}
+    if sealed := item.get("encrypted_content"):
+        detail = {"type": "reasoning.encrypted", "data": sealed, "format": "pomex", "index": index}
+        return "reasoning_details", detail
+    if image := item.get("result"):
+        link = {"url": f"data:image/png;base64,{image}"}
+        return "images", {"type": "image_url", "image_url": link, "index": index}
+    return "", {}
+
+
+class ChatAnswer(ClientAnswer):
+    """Chunks of Chat Completions. It does not separate texts of one kind: they are joined by empty lines."""
+    calls = 0               # begun in the stream
+    texts_begun: frozenset[str] = frozenset()
+    cited = False
+
+    def head(self, kind: str) -> JSON:
+        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
+        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
+
+    @functools.cached_property
+    def frame_head(self) -> str:
+        return f'data: {dumps(self.head("chat.completion.chunk"))[:-1]},"choices":['
+
+    @functools.cached_property
+    def chunk_head(self) -> str:
+        return self.frame_head + '{"index":0,"delta":{'
+
+    def chunk(self, name: str, value: Any) -> bytes:
+        """A chunk whose delta has one field."""
+        return f'{self.chunk_head}"{name}":{dumps(value)}{CHUNK_TAIL}'.encode()
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started or attempt is None or isinstance(attempt, Passthrough):
+            return b""
+        self.started = True
+        return f'{self.chunk_head}"role":"assistant","content":""{CHUNK_TAIL}'.encode()
+
+    def heartbeat(self) -> bytes:
+        return b": keep-alive\n\n"
+
+    def begin_item(self, item: Item) -> bytes:
+        if item.kind not in CALL_FIELD or item.tool is None:
+            return b""
+        index, field = self.calls, CALL_FIELD[item.kind]
+        self.calls += 1
+        given = {"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")}
+        name, call = chat_entry(given, index)
+        item.delta_head = f'{self.chunk_head}"{name}":[{{"index":{index},"{call["type"]}":{{"{field}":'
+        item.delta_tail = "}}]" + CHUNK_TAIL
+        return self.chunk(name, [{"index": index, **call}])
+
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        name = CHAT_TEXTS[shape.type]
+        item.delta_head, item.delta_tail = f'{self.chunk_head}"{name}":', CHUNK_TAIL
+        is_first = name not in self.texts_begun
+        self.texts_begun |= {name}
+        return b"" if is_first else self.delta(item, "\n\n")
+
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        self.cited = True       # the SDK takes only one list of them
+        return b""
+
+    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+        if item.tool:
+            return self.delta(item, rest) if rest else b""
+        name, entry = chat_entry({"type": item.kind, **item.fields}, item.index)
+        return self.chunk(name, [entry]) if name else b""
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
+        if attempt.error is not None:
+            return sse_frame("", dumps(attempt.error.body()))
+        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
+        if self.cited:
+            frames += self.chunk("annotations", self.message(attempt)["annotations"])
+        if "finish_reason" not in passed:
+            reason = json_string(self.finish_reason(attempt, self.calls > 0))
+            frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
+        if self.wants_usage and usage and "usage" not in passed:
+            frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
+        return frames + DONE_FRAME
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.request.get("stream_options", {}).get("include_usage"))
+
+    def usage(self, usage: Usage) -> JSON:
+        return {name.replace("input", "prompt").replace("output", "completion"): value
+                for name, value in usage_object(usage).items()}
+
+    def finish_reason(self, attempt: Attempt, called: bool) -> str:
+        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
+
+    def message(self, attempt: Attempt) -> JSON:
+        """The finished items as one message. A truncated call is left out: no client can use it."""
+        lists = collections.defaultdict[str, list[Any]](list)
+        for index in sorted(attempt.items):
+            item = json.loads(attempt.items[index])
+            if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
+                name, entry = chat_entry(item, index)
+                lists[name].append(entry)
+            for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
+                texts = lists[CHAT_TEXTS.get(part["type"], "")]
+                begin = len("\n\n".join([*texts, ""]))
+                texts.append(part.get("text", part.get("refusal")))
+                for given in part.get("annotations", ()):
+                    note = {name: value + begin if name.endswith("_index") else value
+                            for name, value in given.items() if name != "type"}
+                    lists["annotations"].append({"type": given["type"], given["type"]: note})
+        message = {name: "\n\n".join(entries) if name in CHAT_TEXTS.values() else entries
+                   for name, entries in lists.items() if name}
+        content = None if "tool_calls" in message else ""
+        return {"role": "assistant", "content": content, "refusal": None, **message}
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        usage, message = attempt.usage, self.message(attempt)
+        assert usage is not None
+        reason = self.finish_reason(attempt, "tool_calls" in message)
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        answer = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage(usage)}
+        if usage.tier in ("default", "flex", "scale", "priority"):
+            answer["service_tier"] = usage.tier
+        return dumps(answer)
+
+
+CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
+CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
+    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
+    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
+    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
+    % CHUNK_STRING)
+ARGUMENTS = (       # of a call that has begun
+    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
+    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
+
+
+class ChatPassthrough(Passthrough):
+    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
+    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    OUTPUT_EVENTS = re.compile(
+        rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
+        rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
+    PLAIN_EVENTS = re.compile(
+        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
+        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
+    DEFERRED_EVENTS = (b'"arguments"',)
+    answer: ChatAnswer
+    theirs = ours = b'"model"'  # the provider's member, and the client's
+    final_text = ""             # a whole answer, for the client
+    overhead = sys.maxsize      # bytes of a chunk without its text
+    fail = Attempt.fail         # nothing follows
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.named = json_string(self.answer.request.given["model"]).encode()
+        self.choices_left = self.choices = self.answer.request.get("n", 1)
+        self.open_calls: set[Any] = set()
+        self.passed: set[str] = set()       # fields of the end that the client has
+
+    # what the decoder reports
+
+    def call(self, key: Any, call_id: str, tool: Tool) -> None:
+        self.open_calls.add(key)
+
+    def done(self, key: Any = None, **fields: Any) -> None:
+        self.open_calls.discard(key)
+
+    def set_stop(self, stop: Stop) -> None:
+        """Takes the stop of the last choice. The calls of several ones are not told apart."""
+        self.choices_left -= 1
+        if stop.final or self.choices_left <= 0:
+            super().set_stop(stop)
+        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+            self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
+
+    # the events
+
+    def take_event(self, event: Event) -> None:
+        if not self.answer.request.stream:
+            raise UpstreamError("The provider streamed an answer that should have come whole.")
+        self.read_deferred()
+        name, data = event
+        if name == "error" or data == "[DONE]":
+            self.decoder.feed(data, name)
+        elif not self.upstream_done:
+            self.take_chunk(data)
+
+    def take_chunk(self, data: str) -> None:
+        chunk = parse_object(data)
+        if chunk is None:
+            raise UpstreamError("The provider sent an event that cannot be read.")
+        self.decoder.read(chunk)
+        choices = only_dicts(chunk.get("choices"))
+        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
+            return
+        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
+        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
+        size = sum(len(text) for text in deltas if isinstance(text, str))
+        self.overhead = min(self.overhead, len(frame) - size)
+        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
+        if self.stop is None:
+            self.forward(frame)
+        else:                           # an error may follow
+            self.withheld.append(frame)
+            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
+            self.check_limits(len(frame))
+
+    def read_deferred(self) -> None:
+        """Reads the arguments that passed unread."""
+        found = re.findall(ARGUMENTS, b"".join(self.deferred))
+        self.deferred.clear()
+        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
+            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
+            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
+            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+
+    def forward(self, block: bytes, most: int = 1) -> None:
+        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
+        super().forward(block, most)
+        self.output_chars = self.passed_bytes
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block.replace(self.theirs, self.ours))
+
+    def with_model(self, block: bytes) -> bytes:
+        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
+        if found := MODEL_FIELD.search(block):
+            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+        return block.replace(self.theirs, self.ours)
+
+    def close_open_items(self) -> None:
+        """Passes the end, or an answer without output, when it is known not to have failed."""
+        if self.error is None and self.answer.request.stream:
+            self.send(b"".join(self.withheld), 0)
+
+    # an answer that came as one JSON object
+
+    def whole(self, data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        self.decoder.whole(parse_object(text) or {})
+        if self.error is not None:
+            raise self.error
+        self.upstream_done = self.output_started = True
+        self.output_chars = len(data)
+        self.check_limits()
+        self.final_text = self.with_model(data).decode("utf-8", "replace")
+        if self.answer.request.stream:              # as one chunk
+            body = json.loads(self.final_text)
+            for choice in body["choices"]:
+                choice["delta"] = choice.pop("message")
+                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
+                    call.setdefault("index", index)
+            body |= {"object": "chat.completion.chunk", "usage": None}
+            self.out.append(sse_frame("", dumps(body)))
+            self.passed.add("finish_reason")
+
+    def body(self, now_s: int) -> str:
+        return self.final_text
+
+
+# --- 5.11 Messages for clients ---
+#
+# Another provider's model gets a translation; its reasoning becomes thinking blocks with our envelope as
+# their signature. An Anthropic upstream gets the client's own body, and its events pass.
+
+UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
+TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
+BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
+UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
+THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
+MAX_USER_ID = 64                # of a safety_identifier at OpenAI
+
+MESSAGES_FIELDS: Fields = {
+    **{name: REQUEST_FIELDS[name] for name in ("model", "stream", "temperature", "top_p", "service_tier")},
+    **dict.fromkeys("metadata output_config output_format thinking tool_choice".split(), OBJECT),
+    "max_tokens": Field((int,), 1),
+    "messages": Field((list,)),
+    "stop_sequences": Field((list,), items=TEXT),
+    "system": Field((str, list)),
+    "tools": Field((list,)),
+    "top_k": Field((int,), 0),
+}
+MESSAGES_PARTS = {      # their known members; the others are fields of their own
+    "thinking": "type budget_tokens display",
+    "output_config": "effort format",
+    "metadata": "user_id",
+}
+# of Anthropic alone; unknown ones get a prefix, because Responses may have a field of that name
+ANTHROPIC_FIELDS = frozenset("""billing_policy compaction container context_management diagnostics fallbacks
+fallback_credit_token inference_geo mcp_servers speed thread user_profile_id workspace_id""".split())
+MESSAGES_FORMAT = {"type": Field(choices=("json_schema",)), "schema": OBJECT}
+TRANSLATED = "messages system tools tool_choice output_format service_tier cache_control".split()
+MESSAGES_RENAMED = {
+    **{name: name for name in {*ANTHROPIC_FIELDS, "model", "stream", "temperature", "top_p", "top_k"}},
+    "max_tokens": "max_output_tokens",
+    "stop_sequences": "stop",
+}
+MESSAGES_NAMES = {
+    "max_output_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "reasoning.effort": "thinking",
+    "text.format": "output_config.format",
+    "safety_identifier": "metadata.user_id",
+}
+CLIENT_MESSAGE = {
+    "role": Field(choices=("user", "assistant", "system")),
+    "content": Field((str, list)),
+}
+# the known blocks and their fields; the others have no meaning for another provider and are named
+MESSAGE_BLOCKS: dict[str, Fields] = {
+    "text": {"text": TEXT, "citations": Field((list, type(None)))},
+    "image": {"source": OBJECT},
+    "document": {"source": OBJECT, "title": MAYBE_TEXT},
+    "search_result": {"source": TEXT, "title": TEXT, "content": Field((list,))},
+    "thinking": {"thinking": MAYBE_TEXT, "signature": MAYBE_TEXT},
+    "redacted_thinking": {"data": TEXT},
+    "tool_use": {"id": NAME, "name": NAME, "input": OBJECT, "caller": MAYBE_OBJECT},
+    "tool_result": {
+        "tool_use_id": NAME,
+        "content": Field((str, list, type(None))),
+        "is_error": Field((bool, type(None))),
+    },
+    "tool_reference": {"tool_name": NAME},
+    "compaction": {"content": MAYBE_TEXT},
+}
+MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+    "base64": {"media_type": NAME, "data": NAME},
+    "content": {"content": CLIENT_MESSAGE["content"]},
+    "text": {"data": NAME},
+    "url": {"url": NAME},
+}
+MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
+WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
+TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def messages_fields(given: JSON) -> JSON:
+    """The fields of a Messages body under the names of Responses, or else their own."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    for name, spec in MESSAGES_FIELDS.items():
+        if name in fields or name in ("model", "max_tokens", "messages"):
+            check(given.get(name), spec, name)
+    if not given["model"].isprintable():
+        raise invalid_param("model", " holds characters that no name has.")
+    if not given["messages"]:
+        raise invalid_param("messages", " is empty: send at least one message.")
+    made: JSON = {"include": ["reasoning.encrypted_content"]}
+    for name in fields.keys() - TRANSLATED:
+        known = MESSAGES_PARTS.get(name, "").split()
+        inner = {f"{name}.{key}": value for key, value in as_dict(fields[name]).items() if key not in known}
+        made |= inner if known else {MESSAGES_RENAMED.get(name, f"messages:{name[:64]}"): fields[name]}
+    if made.get("speed") == "standard":
+        del made["speed"]
+    thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
+    made["reasoning"] = read_thinking(thinking, config)
+    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
+    for path, shape in formats.items():
+        if shape is not None:
+            check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
+            made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
+    if metadata.get("user_id") is not None:
+        user = check(metadata["user_id"], TEXT, "metadata.user_id")
+        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
+    if "service_tier" in fields:
+        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
+    return made
+
+
+def read_thinking(thinking: JSON, config: JSON) -> JSON:
+    """`reasoning`: the effort that was asked for, and whether its summary is shown."""
+    kinds = Field(choices=("enabled", "adaptive", "disabled", "between_tools"))
+    kind = check(thinking["type"], kinds, "thinking.type") if "type" in thinking else ""
+    if thinking and not kind:
+        raise type_error(None, TEXT, "thinking.type")
+    effort = check(config.get("effort"), MAYBE_TEXT, "output_config.effort")
+    if kind in ("disabled", "between_tools"):
+        return {"effort": "none"}
+    if kind == "enabled":
+        budget = check(thinking.get("budget_tokens"), Field((int,), 1), "thinking.budget_tokens")
+        effort = effort or next(name for least, name in THINKING_EFFORTS.items() if budget >= least)
+    shown = kind and thinking.get("display") != "omitted"
+    return {"effort": effort, "summary": "auto" if shown else None}
+
+
+def translate_messages(request: ResponsesRequest) -> JSON:
+    """The conversation and the tools as those of Responses. What is lost becomes a field of its own, which no
+    wire carries."""
+    given, dropped = request.given, list[str]()
+    items: list[JSON] = []
+    for index, message in enumerate(given["messages"]):
+        known = request.memo.get(id(message))
+        if known is None or known[0] is not message:
+            names: list[str] = []
+            known = message, message_items(message, f"messages[{index}]", names), names
+            request.memo[id(message)] = known
+        items += known[1]
+        dropped += known[2]
+    if not items:
+        raise invalid_param("messages", " have no content.")
+    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
+    kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
+    if len(kept) < len(texts):
+        dropped.append("system:x-anthropic-billing-header")
+    offered = enumerate(given.get("tools") or ())
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
+    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
+    body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
+    choice = given.get("tool_choice")
+    if choice is not None:
+        body["tool_choice"] = read_tool_choice(choice, tools)
+        body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    return {**dict.fromkeys(dropped, True), **body}
+
+
+def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """The items of a message: neighbouring texts, images and files are one."""
+    check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
+    role = message["role"].replace("system", "developer")
+    items: list[JSON] = []
+    for made in block_parts(message["content"], f"{path}.content", dropped):
+        if not made["type"].startswith("input_"):
+            items.append(made)
+        elif items and items[-1]["type"] == "message":
+            items[-1]["content"].append(made)
+        else:
+            items.append({"type": "message", "role": role, "content": [made]})
+    return items
+
+
+def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
+    """Content as parts, and blocks that are items of their own."""
+    if isinstance(blocks, str):
+        return [input_text(blocks)]
+    check_typed(blocks, MESSAGE_BLOCKS, path)
+    made: list[JSON] = []
+    for index, block in enumerate(blocks):
+        kind = block["type"]
+        known = MESSAGE_BLOCKS.get(kind)
+        if known is None:
+            dropped.append(f"messages:{kind[:64]}")
+            continue
+        more = block.keys() - known.keys() - {"type", "cache_control"}
+        dropped += [f"messages:{kind}.{name[:64]}" for name in sorted(more) if block[name]]
+        made += block_part(block, f"{path}[{index}]", dropped)
+    return made
+
+
+def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    kind = block["type"]
+    if kind == "text":
+        return [input_text(block["text"])]
+    if kind == "tool_use":
+        fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
+        return [{"type": "function_call", **fields}]
+    if kind == "tool_result":
+        output = block.get("content") or ""
+        failed = bool(block.get("is_error"))
+        if isinstance(output, str):
+            output = TOOL_ERROR * failed + output
+        else:
+            output = [input_text(TOOL_ERROR)] * failed + block_parts(output, f"{path}.content", dropped)
+        return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
+    if kind in ("thinking", "redacted_thinking"):
+        sealed = block.get("signature") or block.get("data") or ""
+        if not sealed.startswith(ENVELOPE_PREFIX):
+            dropped.append(f"messages:{kind}")      # only its own provider can read it
+        elif sealed != UNSIGNED:
+            return [{"type": "reasoning", "summary": [], "encrypted_content": sealed}]
+        return []
+    if kind in ("image", "document"):
+        return source_parts(block, f"{path}.source", dropped)
+    if kind == "search_result":
+        found = block_parts(block["content"], f"{path}.content", dropped)
+        return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
+    if kind == "tool_reference":
+        return [input_text(f"The tool {block['tool_name']} is available.")]
+    return [input_text(block["content"])] if block.get("content") else []       # of a compaction
+
+
+def input_text(text: str) -> JSON:
+    return {"type": "input_text", "text": text}
+
+
+def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
+    """An image or a document as parts; a text is only text."""
+    source, title = block["source"], block.get("title") or ""
+    kind = source.get("type")
+    if kind not in MESSAGE_SOURCES:
+        dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
+        return []
+    check_members(source, MESSAGE_SOURCES[kind], path)
+    if kind == "content":
+        return block_parts(source["content"], f"{path}.content", dropped)
+    if kind == "text":
+        return [input_text(f"{title}\n\n{source['data']}".strip("\n"))]
+    data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    if block["type"] == "image":
+        return [{"type": "input_image", "image_url": data}]
+    if kind == "url":
+        return [{"type": "input_file", "file_url": data}]
+    name = title if "." in title else f"{title or 'document'}.pdf"
+    return [{"type": "input_file", "filename": name, "file_data": data}]
+
+
+def messages_client_tool(tool: Any, path: str) -> JSON:
+    check(tool, OBJECT, path)
+    kind = check(tool.get("type") or "custom", NAME, f"{path}.type")
+    more = {name: value for name, value in tool.items() if name not in WITHOUT_EFFECT}
+    if kind == "custom":
+        check_members(tool, MESSAGES_TOOL, path)
+        schema = more.pop("input_schema")
+        return {**more, "type": "function", "parameters": schema}
+    if not kind.startswith("web_search"):
+        return {"type": kind}
+    more.pop("name", None)
+    filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
+    return {**more, "type": "web_search", "filters": filters}
+
+
+def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
+    kind = choice.get("type")
+    if kind == "tool":
+        name = check(choice.get("name"), NAME, "tool_choice.name")
+        hosted = any(tool["type"] == name for tool in tools)
+        return {"type": name} if hosted else {"type": "function", "name": name}
+    if kind not in TOOL_CHOICES:
+        raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
+    return TOOL_CHOICES[kind]
+
+
+MESSAGES_ERRORS = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def messages_error(error: GatewayError, request_id: str) -> JSON:
+    """The error in Anthropic's form, in words by which Claude Code compacts or asks no more."""
+    kind = MESSAGES_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    if (error.ledger_code or error.code) in ("insufficient_quota", "price_unknown"):
+        kind = "billing_error"
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": request_id}
+
+
+def messages_counts(usage: Usage) -> JSON:
+    """The usage object: cached input is counted apart."""
+    counts: JSON = {
+        "input_tokens": usage.input - usage.cached - usage.cache_write,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+    }
+    if usage.web_searches:
+        counts["server_tool_use"] = {"web_search_requests": usage.web_searches, "web_fetch_requests": 0}
+    return counts
+
+
+def messages_frame(kind: str, **fields: Any) -> bytes:
+    return sse_frame(kind, dumps({"type": kind, **fields}))
+
+
+MESSAGE_STOP = messages_frame("message_stop")
+BLOCK_DELTAS = {        # kind of block -> the type of its deltas, and their field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
+
+
+def item_blocks(item: JSON) -> list[JSON]:
+    """The content blocks of a finished item of Responses. A truncated call is none."""
+    kind = item["type"]
+    if kind == "message":
+        blocks: list[JSON] = []
+        for part in item["content"]:
+            cited = [citation(each) for each in only_dicts(part.get("annotations"))]
+            block = text_block(part.get("text", part.get("refusal")))
+            blocks.append({**block, "citations": cited} if cited else block)
+        return blocks
+    if kind == "reasoning":
+        thoughts = [part["text"] for part in (*item.get("summary", ()), *item.get("content", ()))]
+        text, sealed = "\n\n".join(thoughts), item.get("encrypted_content")
+        if text:
+            return [{"type": "thinking", "thinking": text, "signature": sealed or UNSIGNED}]
+        return [{"type": "redacted_thinking", "data": sealed}] if sealed else []
+    given = {"input": item["input"]} if "input" in item else parse_object(item.get("arguments", ""))
+    if kind not in CALL_FIELD or given is None:
+        return []
+    return [tool_use(item["call_id"], item["id"], item["name"], given)]
+
+
+def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
+    call_id = call_id if LASTING_ID.fullmatch(call_id) else item_id
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def citation(annotation: JSON) -> JSON:
+    """The source of a text. Its index is ours, so that it never goes up."""
+    return {
+        "type": "web_search_result_location",
+        "cited_text": "",
+        "encrypted_index": UNSIGNED,
+        "title": annotation.get("title"),
+        "url": str(annotation.get("url") or ""),
+    }
+
+
+def whole_block(index: int, block: JSON) -> bytes:
+    """The frames of a block that is complete."""
+    empty, deltas = dict(block), list[JSON]()
+    for name in ("text", "thinking", "signature"):
+        if isinstance(empty.get(name), str):
+            deltas.append({"type": f"{name}_delta", name: block[name]})
+            empty[name] = ""
+    cited = only_dicts(empty.pop("citations", None))
+    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
+    if "input" in empty:
+        deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
+        empty["input"] = {}
+    frames = [messages_frame("content_block_start", index=index, content_block=empty)]
+    frames += [messages_frame("content_block_delta", index=index, delta=delta) for delta in deltas]
+    return b"".join([*frames, messages_frame("content_block_stop", index=index)])
+
+
+def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
+    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
+    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
+        self.waiting.setdefault(item.index, []).append((make, item, given))
+        frames: list[bytes] = []
+        while self.waiting:
+            first = next(iter(self.waiting))
+            calls, self.waiting[first] = self.waiting[first], []
+            frames += [call(self, each, *rest) for call, each, rest in calls]
+            if not calls or calls[-1][0].__name__ != "end_item":
+                break
+            del self.waiting[first]
+        return b"".join(frames)
+    return hook
+
+
+class MessagesAnswer(ClientAnswer):
+    """Events of the Messages API."""
+    blocks = 0              # begun
+    stop_reason = "end_turn"
+
+    @functools.cached_property
+    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
+        """The calls that wait, by the index of their item."""
+        return {}
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
+        return {
+            "id": f"msg_{self.id.removeprefix('resp_')}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.request.given["model"],
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": messages_counts(usage),
+        }
+
+    def start(self, attempt: Attempt | None = None) -> bytes:
+        if self.started:
+            return b""
+        self.started = True
+        if attempt and attempt.opening:
+            return attempt.opening
+        usage = (attempt and attempt.usage) or Usage(self.estimated_input)
+        return messages_frame("message_start", message=self.message([], None, usage))
+
+    def heartbeat(self) -> bytes:
+        return messages_frame("ping")
+
+    def begin_block(self, item: Item, block: JSON) -> bytes:
+        """Begins a block whose text is the item's."""
+        kind, name = BLOCK_DELTAS[block["type"]]
+        item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
+                           f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
+        self.blocks += 1
+        return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
+
+    def block_delta(self, **delta: Any) -> bytes:
+        return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
+
+    def end_block(self) -> bytes:
+        return messages_frame("content_block_stop", index=self.blocks - 1)
+
+    def texts(self, item: Item, texts: list[str]) -> bytes:
+        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
+        return "".join(frames).encode() if item.delta_head else b""
+
+    @in_turn
+    def begin_item(self, item: Item) -> bytes:
+        if item.tool is None or item.kind != "function_call":
+            return b""
+        self.stop_reason = "tool_use"
+        return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
+
+    @in_turn
+    def begin_part(self, item: Item, shape: PartShape) -> bytes:
+        if item.kind == "message":
+            return self.begin_block(item, text_block(""))
+        if item.delta_head:                     # the parts of a thought are one block
+            return self.texts(item, ["\n\n"])
+        return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
+
+    later_texts = in_turn(texts)
+
+    def deltas(self, item: Item, texts: list[str]) -> bytes:
+        is_next = item.index == next(iter(self.waiting))        # nearly always
+        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
+
+    def delta(self, item: Item, text: str) -> bytes:
+        return self.deltas(item, [text])
+
+    @in_turn
+    def annotate(self, item: Item, annotation: JSON) -> bytes:
+        return self.block_delta(type="citations_delta", citation=citation(annotation))
+
+    @in_turn
+    def end_part(self, item: Item, *given: Any) -> bytes:
+        return self.end_block() if item.kind == "message" else b""
+
+    @in_turn
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
+        """Ends an item's block, or makes those of one that began none."""
+        frames = [self.texts(item, [rest])] if rest else []
+        if item.delta_head and item.kind == "reasoning":
+            signature = item.fields.get("encrypted_content") or UNSIGNED
+            frames.append(self.block_delta(type="signature_delta", signature=signature))
+        if item.delta_head and item.kind != "message":
+            frames.append(self.end_block())
+        for block in () if item.delta_head else item_blocks(json.loads(text)):
+            frames.append(whole_block(self.blocks, block))
+            self.blocks += 1
+            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
+        return b"".join(frames)
+
+    def reason(self, attempt: Attempt) -> str:
+        filtered = self.stop_reason if self.profile.refusal_as_text else "refusal"
+        reasons = {"": self.stop_reason, "content_filter": filtered}
+        return reasons.get(attempt.incomplete_reason, "max_tokens")
+
+    def terminal(self, attempt: Attempt, now_s: int) -> bytes:
+        if attempt.error:
+            return messages_frame("error", error=messages_error(attempt.error, "")["error"])
+        assert attempt.usage is not None
+        delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
+        ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
+        return self.start(attempt) + ending + MESSAGE_STOP
+
+    def body(self, attempt: Attempt, now_s: int) -> str:
+        content: list[JSON] = []
+        for index in sorted(attempt.items):
+            content += item_blocks(json.loads(attempt.items[index]))
+        if any(block["type"] == "tool_use" for block in content):
+            self.stop_reason = "tool_use"
+        assert attempt.usage is not None
+        return dumps(self.message(content, self.reason(attempt), attempt.usage))
+
+
+BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
+
+
+def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
+    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
+    at = MODEL_FIELD.search(raw)
+    if at is None or json.loads(at[1]) != given:
+        return None
+    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
+        return None                             # one of them may be in a tool's input
+    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
+
+
+class MessagesPassthrough(Passthrough):
+    """The upstream's message with our `model`. What follows its stop_reason is withheld until the end."""
+    API_EVENTS = b""
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"content_block_(?:delta|stop)"')
+    PARSED_EVENTS = re.compile(rb"\A(?!event: content_block_delta\n)")
+    PLAIN_EVENTS = re.compile(
+        rb'(?:event: content_block_delta\ndata: \{"type": ?"content_block_delta",.++\n\n)++')
+    DEFERRED_EVENTS = (b"input_json_delta",)
+    fail = Attempt.fail         # nothing follows an error
+    answer: MessagesAnswer
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ending: list[bytes] = []
+        self.open_blocks: dict[Any, Any] = {}   # those of the decoder, by index
+        self.calls = False
+        self.broken_call = b""                  # the stop of a call whose input is not whole JSON
+        self.content: list[JSON] = []           # for a client that does not stream
+        self.whole_text = b""
+        if not self.answer.request.stream:
+            self.DEFERRED_EVENTS = (b"content_block_delta",)
+
+    def send(self, block: bytes, most: int) -> None:
+        self.out.append(block)
+
+    def take_event(self, event: Event) -> None:
+        if event.data.strip() != "[DONE]":
+            super().take_event(event)
+
+    def read(self, data: str, frame: bytes) -> None:
+        self.read_deferred()
+        super().read(data, frame)
+
+    def read_deferred(self) -> None:
+        for event in SSEDecoder().feed(b"".join(self.deferred)):
+            self.decoder.feed(event.data)
+        self.deferred.clear()
+
+    def on_message_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if not self.opening:
+            self.final_response = as_dict(event.get("message"))
+            own = self.answer.request.given["model"]
+            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
+
+    def on_content_block_start(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.broken_call:
+            raise UpstreamError(BROKEN_CALL)
+        self.check_limits(items=1)
+        index = event.get("index", 0)
+        self.open_blocks[index] = block = self.decoder.blocks[index]
+        self.calls |= block.channel == "arguments"
+        self.forward(frame)
+
+    def on_content_block_delta(self, event: JSON, frame: bytes) -> None:
+        self.pass_unread(frame)
+
+    def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
+        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
+        block = self.open_blocks.pop(event.get("index", 0), None)
+        if block is None:
+            return
+        self.decoder.read(event)
+        self.content.append(block.content)
+        text = "".join(block.pieces).strip()
+        if block.channel == "arguments" and text and parse_object(text) is None:
+            self.broken_call = frame
+        else:
+            self.forward(frame)
+
+    def on_message_delta(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        message = self.final_response
+        usage = merge_counts(as_dict(message.get("usage")), event.get("usage"))
+        message |= {**as_dict(event.get("delta")), "usage": usage}
+        if self.stop is None:
+            self.forward(frame)
+        else:
+            self.ending.append(frame)
+
+    def on_message_stop(self, event: JSON, frame: bytes) -> None:
+        self.decoder.read(event)
+        if self.ending:
+            self.ending.append(frame)
+
+    def on_error(self, event: JSON, frame: bytes) -> None:
+        """An error by its name or its form; other events without a type are a proxy's heartbeats."""
+        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
+        self.decoder.read({**event, **named})
+
+    def whole(self, data: bytes) -> None:
+        message = parse_object(data.decode("utf-8", "replace")) or {}
+        content = message.get("content")
+        if not isinstance(content, list):
+            self.decoder.read({**message, "type": "error"})
+            return
+        self.check_limits(len(data), len(content))
+        self.decoder.whole(message)
+        self.final_response, self.content, self.whole_text = message, content, data
+        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
+        self.opening = messages_frame("message_start", message=head)
+        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
+
+    def close_open_items(self) -> None:
+        """Ends the blocks that the upstream or the key's limit left open."""
+        self.read_deferred()
+        for index in [*self.open_blocks]:
+            if self.error is None:
+                stop = messages_frame("content_block_stop", index=index)
+                self.on_content_block_stop({"type": "content_block_stop", "index": index}, stop)
+        if self.broken_call and self.incomplete_reason:
+            self.forward(self.broken_call)
+        elif self.broken_call:
+            self.error = self.error or UpstreamError(BROKEN_CALL)
+
+    def terminal(self, now_s: int) -> bytes:
+        """The upstream's own end, if it sent one, completed."""
+        if self.error is not None or not self.ending:
+            self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
+            return super().terminal(now_s)
+        withheld = () if self.output_started else self.withheld         # pings
+        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
+        return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
+
+    def body(self, now_s: int) -> str:
+        own, message = self.answer.request.given["model"], self.final_response
+        passed = with_model(self.whole_text, message.get("model"), own)
+        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
+        return body.decode("utf-8", "replace")
+
+
+# --- 5.12 the table ---
 
 def openai_error(error: GatewayError, request_id: str) -> JSON:
     return error.body()
@@ -3076,13 +4192,35 @@ class ClientApi(NamedTuple):
 
     def adapt_error(self, error: GatewayError) -> None:
         status, words = self.known_errors.get(error.code or "", (error.status, ""))
-        if words.lower() not in str(error).lower():
+        if words.lower().rstrip(".") not in str(error).lower():
             error.args = (f"{words} {error}",)
         error.status = status
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
 
 
 CLIENT_APIS: dict[str, ClientApi] = {
     "responses": ClientApi("/v1/responses", "input", ResponsesAnswer),
+    "chat": ClientApi(
+        "/v1/chat/completions", "messages", ChatAnswer,
+        fields=chat_fields,
+        translate=translate_chat,
+        own_names=CHAT_OWN_NAMES,
+        untranslated=ONLY_CHAT_SERVERS,
+        known_errors={
+            "insufficient_quota": (402, ""),        # agents ask again after a 429
+            "context_length_exceeded": (400, "The input is over the maximum context length "
+                                             "(context_length_exceeded)."),     # opencode's words, aider's
+        }),
+    "messages": ClientApi(
+        "/v1/messages", "messages", MessagesAnswer,
+        error=messages_error,
+        fields=messages_fields,
+        translate=translate_messages,
+        own_names=MESSAGES_NAMES,
+        known_errors={
+            "insufficient_quota": (402, ""),
+            "context_length_exceeded": (400, "Prompt is too long."),    # Claude Code compacts
+        }),
 }
 
 
@@ -3099,8 +4237,7 @@ def api_of(path: str) -> str:
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
-    value = holder.get(name)
-    return value if isinstance(value, dict) else {}
+    return as_dict(holder.get(name))
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
@@ -3138,15 +4275,14 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: by the provider's names for the failure (see error_names), which include its HTTP
-# status, or by the message. A failure without a match is an overload.
+# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
+# message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
      r"prompt (is )?too long|input token count|maximum context length|exceeds the (available )?context"
      r"|exceeds? (the )?max(imum)? context|range of input length"),
-    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, but only PerDay is a long
-    # one
+    # xAI reports an exhausted balance as 403; Gemini says "quota" for every limit, only PerDay is a long one
     ("quota", "http402 insufficient_quota billing_error billing_hard_limit_reached quota_exceeded "
      "usage_limit_reached",
      r"perday|insufficient (balance|credit|fund)|credit balance|(out of|any|more) credits|spend(ing)? limit"
@@ -3157,8 +4293,7 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
      r"rate.?limit|too many requests|throttling"),
     ("model_not_found", "model_not_found invalid_model deploymentnotfound",  # 400 at DeepSeek and OpenRouter
      r"not a valid model|supported api model names|model\b.{0,80}\b(does not exist|not found)"),
-    # OpenRouter sends 403; OpenAI's 404 for a reasoning item that it did not store says nothing about the
-    # model
+    # OpenRouter sends 403; OpenAI 404 for a reasoning item that it did not store
     ("bad_request", "", r"requires moderation|input was flagged|items are not persisted"
      r"|inappropriate content|invalidparameter"),
     ("auth", "http403 permission_error permission_denied", ""),
@@ -3228,8 +4363,7 @@ def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports. Inside a stream or a 200 answer, without a status, the status
-    in the error's own fields counts."""
+    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -3245,12 +4379,8 @@ def classify_error(
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
     return ProviderError(
-        message,
-        kind=kind,
-        code=code,
-        param=param if isinstance(param, str) else None,
-        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s),
-        upstream_status=status,
+        message, kind=kind, code=code, param=param if isinstance(param, str) else None,
+        retry_after_s=retry_after_s(Headers([*headers]), fields, now_s), upstream_status=status,
         source_text=source[:MAX_SOURCE_TEXT])
 
 
@@ -3262,9 +4392,9 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The object with `message`, `code` and similar fields, from an error of any form. The innermost value
-    has priority: in `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's
-    `ret`, FastAPI's `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
+    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
+    `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
@@ -3272,11 +4402,9 @@ def error_object(decoded: Any) -> JSON:
             decoded = "; ".join(texts) or decoded[0]
             continue
         level = decoded if isinstance(decoded, dict) else {"message": decoded}
-        text = next(filter(None, map(level.get, MESSAGE_FIELDS)), None)
-        fields |= without_empty({
-            **level,
-            "message": value_text(text),
-            "code": next(filter(None, map(level.get, CODE_FIELDS)), None)})
+        text, code = (
+            next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
+        fields |= without_empty({**level, "message": value_text(text), "code": code})
         if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
@@ -3361,11 +4489,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
-UNIT_S = {
-    "ms": 0.001,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0}
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
@@ -3376,15 +4500,13 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after")]
-    texts += [str(detail.get("retryDelay")) for detail in objects_in(error, "details")]
-    texts += TRY_AGAIN.findall(error.get("message", ""))
+        headers.get("retry-after"),
+        *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
+        *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
     resets = [
-        wait_s(value, date_s)
-        for name, value in headers
-        if LIMIT_RESET.fullmatch(name)
-        and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
+        wait_s(value, date_s) for name, value in headers
+        if LIMIT_RESET.fullmatch(name) and headers.get(name.replace("-reset", "-remaining"), "0") == "0"]
     for seconds in (*waits, max(resets, default=0.0)):
         if seconds > 0:
             return min(seconds, MAX_RETRY_AFTER_S)
@@ -3422,7 +4544,9 @@ NEUTRAL: dict[str, list[Any]] = {
     "service_tier": ["auto", "default"],
     "truncation": ["disabled"],
     "include": [[], ["reasoning.encrypted_content"]],
-    **dict.fromkeys("temperature top_p".split(), [1]),
+    "logprobs": [False],
+    "modalities": [["text"]],
+    **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
 # keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
@@ -3455,10 +4579,8 @@ def request_fields(body: JSON) -> JSON:
     """The fields of a request that are not null; nested fields by their paths."""
     fields: JSON = {}
     for name, value in body.items():
-        if name in ("reasoning", "text") and isinstance(value, dict):
-            fields |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            fields[name] = value
+        nested = isinstance(value, dict) and name in ("reasoning", "text")
+        fields |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
     return {path: value for path, value in fields.items() if value is not None}
 
 
@@ -3488,8 +4610,7 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
-        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))
-    ]
+        if model.startswith(prefix) or name.startswith(bare_model_name(prefix))]
     return rows.get(max(prefixes, key=len, default=""))
 
 
@@ -3502,8 +4623,7 @@ def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Reports the lost parts as dropped. Every wire can force one tool; in `subset_modes` it accepts
-    several names too."""
+    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -3515,8 +4635,8 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
     for tool in objects_in(choice, "tools"):
         name = str(tool.get("name") or tool.get("type"))
         exact = upstream_tool_name(name, tool.get("namespace") or "")
-        found = [flat for flat, known in offered.items() if known.name == name]
-        names += [exact] if exact in offered else found[:1]
+        found = [flat for flat, known in offered.items() if exact == flat or name == known.name]
+        names += [exact] if exact in found else found[:1]
     if not names:
         ctx.dropped.append("tool_choice")
         return "auto", []
@@ -3587,10 +4707,9 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts. Parts that it cannot take are reported as dropped; empty texts are
-        omitted."""
+        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
         if isinstance(content, str):
-            content = [text_block(content)]
+            return [part for part in [self.text_part(content)] if part]
         parts = []
         for given in content:
             part = self.encode_part(given)
@@ -3601,8 +4720,7 @@ class TurnEncoder:
         return parts
 
     def encode_part(self, part: JSON) -> JSON | None:
-        file = read_attachment(part)
-        if file:
+        if file := read_attachment(part):
             return self.encode_file(file)
         text = part.get("text", part.get("refusal"))
         return self.text_part(text) if isinstance(text, str) else None
@@ -3618,11 +4736,24 @@ ENVELOPED = re.compile(rb'"(pmx1\.[A-Za-z0-9_-]+)"')
 LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
+def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
+    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
+    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    raw, around = request.raw, request.around
+    start, end = around.start or len(raw), len(raw) - around.behind
+    outside, models = MODEL_FIELD.subn(
+        lambda at: at[0].removesuffix(at[1]) + named,
+        raw[:start] + b"\0" + raw[end:])
+    exact = models == 1 and not LETTER_ESCAPE.search(outside)
+    return outside.replace(b"\0", raw[start:end]), exact
+
+
 def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
                      model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
-    raw, body = request.raw, request.body
+    body = request.body
     envelopes: dict[bytes, bytes] = {}      # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
@@ -3630,19 +4761,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
             if not dropped:         # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
-    named = json_string(model) if "store" in body else f'{json_string(model)},"store":false'
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
-    start, end = request.around.start or len(raw), len(raw) - request.around.behind
-    outside, models = MODEL_FIELD.subn(
-        lambda at: at[0].removesuffix(at[1]) + named.encode(),
-        raw[:start] + b"\0" + raw[end:])
-    spliced, opened = outside.replace(b"\0", raw[start:end]), 0
-    if envelopes:
+    spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
+    if envelopes and exact:
         spliced, opened = ENVELOPED.subn(lambda at: envelopes.get(at[1], at[0]), spliced)
-        outside = spliced
-    exact = (models == 1 and opened == len(envelopes) and body is request.given
-             and body.get("store", False) is False)
-    if exact and not dropped and not LETTER_ESCAPE.search(outside):
+        exact = opened == len(envelopes) and not LETTER_ESCAPE.search(spliced)
+    if exact and not dropped and body is request.given and body.get("store", False) is False:
         return spliced
     body = {**body, "model": model, "store": False}
     if isinstance(body["input"], list):
@@ -3664,13 +4787,8 @@ def encode_responses(ctx: EncodeContext) -> JSON:
     body["input"] = [responses_item(item, index) for index, item in enumerate(history.items)]
     if functions:
         mode, names = resolve_tool_choice(ctx)
-        body["tools"] = [
-            {"type": "function", "strict": None, **function}
-            for function in functions
-        ]
-        body["tool_choice"] = mode
-        if names:
-            body["tool_choice"] = {"type": "function", "name": names[0]}
+        body["tools"] = [{"type": "function", "strict": None, **function} for function in functions]
+        body["tool_choice"] = {"type": "function", "name": names[0]} if names else mode
         body["parallel_tool_calls"] = ctx.request.get("parallel_tool_calls", True)
     fields = {path: ctx.take(path) for path in RESPONSES_FIELDS}
     for path, value in without_empty(fields).items():
@@ -3683,22 +4801,12 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 def responses_item(item: JSON, index: int) -> JSON:
     """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
-        return {
-            "type": "reasoning",
-            "id": f"rs_{index}",
-            "summary": [],
-            **item["sealed_replay"],
-        }
+        return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
         assistant = item["role"] == "assistant"
+        fixed = {"id": f"msg_{index}", "status": "completed"} if assistant else {}
         parts = [responses_part(part, assistant) for part in item["content"]]
-        fixed = {"id": f"msg_{index}", "status": "completed"}
-        return {
-            "type": "message",
-            **(fixed if assistant else {}),
-            "role": item["role"],
-            "content": parts,
-        }
+        return {"type": "message", **fixed, "role": item["role"], "content": parts}
     output = item.get("output")
     if isinstance(output, list) and all(part["type"] in ("input_text", "output_text") for part in output):
         # llama.cpp accepts only strings (ggml-org/llama.cpp#23465)
@@ -3722,15 +4830,23 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, which is called with the
-# pattern's groups. They are for refusals that would repeat in every later turn of the conversation. What a
-# model cannot take is a setting: `overrides` in the configuration.
+# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
+# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
+def drop_reasoning(body: JSON, *refused: str) -> None:
+    """The model does not reason, or not at this effort."""
+    for name in ("reasoning", "include"):
+        body.pop(name, None)
+
+
 RESPONSES_REPAIRS: Repairs = {
+    r"value: '(none|minimal)' is not supported|parameter: '(reasoning)|(encrypted) content is not supported":
+        drop_reasoning,
     # Another organisation, region or key sealed it. Some gateways drop the code (lidge-jun/opencodex#2269).
     r"invalid_encrypted_content|encrypted content .*could not be|could not be verified|item with id .rs_"
     r"|of type .reasoning. was provided without": drop_encrypted,
-    r"encrypted content is not supported": lambda body: body.pop("include", None),      # by older models
+    # a model that does not reason
+    "encrypted content is not supported": lambda body: body.pop("include", None),
 }
 
 
@@ -3746,7 +4862,7 @@ def responses_error(error: Any) -> GatewayError:
 
 
 class TextDelta(NamedTuple):
-    """An event that carries a piece of an open item's text, and nothing else."""
+    """An event with a piece of an open item's text, and nothing else."""
     field: str              # the field with the piece
     pieces: list[str]       # the decoder's list of them
     key: Any                # for the sink
@@ -3760,14 +4876,22 @@ class Decoder:
     failed = False
     paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
 
+    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
         self.settings = settings        # the known properties of the model or the server
         self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.call_ids: set[str] = set()
 
-    def feed(self, data: str) -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable."""
+    def feed(self, data: str, name: str = "") -> None:
+        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
+        alone may mark an error."""
         data = data.strip()
+        if name == "error":
+            error = parse_object(data) or {"message": plain_text(data)}
+            data = data if error.get("error") else dumps({"error": error})
         if data == "[DONE]":
             self.on_done()
         elif data:
@@ -3788,8 +4912,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any: on_error, on_message_start. ProviderError for an
-        event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -3799,7 +4922,42 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body."""
+        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        if self.notice and not self.items_begun:
+            self.sink.fail(self.notice)
+
+    def _new_key(self) -> int:
+        self.items_begun += 1
+        return self.items_begun - 1
+
+    def _call_id(self, item_key: int, given: Any) -> str:
+        """The provider's id of a call, or one made here if it is missing or was used before."""
+        call_id = str(given or f"{self.prefix}{item_key}")
+        if call_id in self.call_ids:
+            call_id = f"{call_id}_{item_key}"
+        self.call_ids.add(call_id)
+        return call_id
+
+    def _carry(self, replay: JSON) -> None:
+        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        self.sink.text("", "summary")
+        self.sink.done(sealed_replay=replay)
+
+    def _image(self, data: str) -> None:
+        self._new_key()
+        self.sink.open(None, "image_generation_call", result=None)
+        self.sink.done(result=data)
+
+    def _annotate(self, start: int, end: int, source: JSON) -> None:
+        """Adds the source of a span of characters of the open message, if it has an address."""
+        if isinstance(source.get("url"), str):
+            self.sink.annotate({
+                "type": "url_citation",
+                "start_index": start,
+                "end_index": end,
+                "url": source["url"],
+                "title": source.get("title") or "",
+            })
 
 
 class ResponsesDecoder(Decoder):
@@ -3859,17 +5017,12 @@ class ResponsesDecoder(Decoder):
         if known.shown:
             return
         known.shown = True
-        kind = item.get("type")
-        index = known.index
+        kind, index = item.get("type"), known.index
         if known.kind == "call":
-            name = str(item.get("name") or "")
-            space = str(item.get("namespace") or "")
-            call_id = item.get("call_id") or f"call_{index}"
-            if kind == "function_call" and not space:
-                tool = self.tool_map.resolve(name)
-            else:
-                tool = Tool(item["type"], name, space)
-            self.sink.call(index, str(call_id), tool)
+            tool = Tool(item["type"], str(item.get("name") or ""), str(item.get("namespace") or ""))
+            if kind == "function_call" and not tool.namespace:
+                tool = self.tool_map.resolve(tool.name)
+            self.sink.call(index, str(item.get("call_id") or f"call_{index}"), tool)
         elif kind in TEXT_KINDS:
             fields = {"phase": item["phase"]} if item.get("phase") else {}
             self.sink.open(index, kind, **fields)
@@ -3884,14 +5037,11 @@ class ResponsesDecoder(Decoder):
         if not text or not isinstance(text, str):
             return
         known = self.items.take(event, kind)
-        if known.kind != kind:
-            return
-        number = event.get("content_index", event.get("summary_index", 0))
-        place = known.text(channel, number, done)
-        if done:
-            self._complete(known, place, text)
-        else:
-            self._extend(known, place, text)
+        if known.kind == kind:
+            number = event.get("content_index", event.get("summary_index", 0))
+            place = known.text(channel, number, done)
+            add = self._complete if done else self._extend
+            add(known, place, text)
 
     def on_content_part_done(self, event: JSON) -> None:
         part = object_in(event, "part")
@@ -3926,9 +5076,7 @@ class ResponsesDecoder(Decoder):
         """Adds the content of an item's snapshot beyond its events."""
         texts = item_texts(snapshot)
         found = pair(
-            texts, known.texts,
-            lambda text: (text.channel, text.so_far()),
-            lambda text: text.channel)
+            texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
         for new in texts:
             text = found.get(new) or known.text(new.channel, new)
             self._complete(known, text, new.so_far())
@@ -3976,10 +5124,8 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):
-            fields["sealed_replay"] = replay = {"encrypted_content": sealed}
-            if isinstance(item.get("id"), str):  # Copilot's content is bound to it: "item_id did not match"
-                replay["id"] = item["id"]
+        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+            fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
     def on_completed(self, event: JSON) -> None:
@@ -3993,8 +5139,7 @@ class ResponsesDecoder(Decoder):
         reason = ""
         # for Codex a gateway marks an incomplete answer as `completed`, but the object's status is true
         if event["type"] == "response.incomplete" or response.get("status") == "incomplete":
-            details = response.get("incomplete_details") or {}
-            reason = details.get("reason") or "max_output_tokens"
+            reason = object_in(response, "incomplete_details").get("reason") or "max_output_tokens"
         self._conclude(response.get("output") or [], Stop(reason, final=True))
 
     on_incomplete = on_failed = on_completed
@@ -4008,10 +5153,9 @@ class ResponsesDecoder(Decoder):
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
+            item, call = known.item, known.kind == "call"
             if known.closed:
                 continue
-            item = known.item
-            call = known.kind == "call"
             if known.done:
                 if complete or not call or item.get("arguments"):
                     self._close(known)
@@ -4040,81 +5184,24 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-class ItemDecoder(Decoder):
-    """The common part of the Chat, Messages and Gemini decoders, which number the items of a stream
-    themselves."""
-
-    items_begun = 0             # number of items begun
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.call_ids: set[str] = set()
-
-    def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
-        if self.notice and not self.items_begun:
-            self.sink.fail(self.notice)
-
-    def _new_key(self) -> int:
-        self.items_begun += 1
-        return self.items_begun - 1
-
-    def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
-        call_id = str(given or f"{self.prefix}{item_key}")
-        if call_id in self.call_ids:
-            call_id = f"{call_id}_{item_key}"
-        self.call_ids.add(call_id)
-        return call_id
-
-    def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
-        self.sink.text("", "summary")
-        self.sink.done(sealed_replay=replay)
-
-    def _image(self, data: str) -> None:
-        self._new_key()
-        self.sink.open(None, "image_generation_call", result=None)
-        self.sink.done(result=data)
-
-    def _annotate(self, start: int, end: int, url: str, title: Any) -> None:
-        """Adds the source of a span of characters of the open message."""
-        self.sink.annotate({
-            "type": "url_citation",
-            "start_index": start,
-            "end_index": end,
-            "url": url,
-            "title": title or "",
-        })
-
-
 # why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
 # agent would see an empty answer and ask again (coder#28470)
-END_REASONS: dict[str, Any] = {
-    **dict.fromkeys(
-        "length max_tokens max_output_tokens model_length model_context_window_exceeded repetition "
-        "continuation pause_turn".split(),              # a pause that cannot be resumed
-        "max_output_tokens"),
-    **dict.fromkeys(
-        "content_filter safety sensitive refusal recitation language blocklist prohibited_content spii "
-        "image_safety image_prohibited_content image_recitation image_other no_image model_armor escalation "
-        "pup_limited_disabled".split(),
-        "content_filter"),
-    **dict.fromkeys("error abort network_error insufficient_system_resource".split(), "overload"),
-    **dict.fromkeys(
-        "function_call_filter malformed_function_call malformed_response unexpected_tool_call "
-        "too_many_tool_calls".split(),
-        "tool_generation"),
-}
+END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
+    # pause_turn: of a pause that cannot be resumed
+    "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+    "repetition continuation pause_turn",
+    "content_filter": "content_filter safety sensitive refusal recitation language blocklist spii no_image "
+    "prohibited_content image_safety image_prohibited_content image_recitation image_other model_armor "
+    "escalation pup_limited_disabled",
+    "overload": "error abort network_error insufficient_system_resource",
+    "tool_generation": "function_call_filter malformed_function_call malformed_response "
+    "unexpected_tool_call too_many_tool_calls",
+}.items() for reason in reasons.split()}
 
 
 def search_action(queries: list[str]) -> JSON:
     """The action of a web_search_call item."""
-    return {
-        "type": "search",
-        "query": queries[0] if queries else "",
-        "queries": queries}
+    return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects ---
@@ -4158,19 +5245,19 @@ SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
 CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
 
 
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+
+
 def encode_chat(ctx: EncodeContext) -> JSON:
     """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
-    body: JSON = {
-        "model": ctx.model,
-        "messages": ChatMessages(ctx).encode(instruction),
-    }
+    body: JSON = {"model": ctx.model, "messages": ChatMessages(ctx).encode(instruction)}
     if ctx.tool_map.functions:
         forbids_thinking = thinking.get("thinking") == {"type": "disabled"}
         body |= chat_tools(ctx, dialect.forced_choice or forbids_thinking)
-    for path in ("temperature", "top_p", *dialect.passthrough_fields):
+    for path in (*SAMPLING_FIELDS, *dialect.passthrough_fields):
         body[path.rpartition(".")[2]] = ctx.take(path)
     if "prompt_cache_key" in body:
         body["prompt_cache_key"] = ctx.request.cache_key()
@@ -4210,10 +5297,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     """response_format, and an instruction for servers that support no schemas."""
     kind = shape.get("type", "text")
     if kind == "json_schema" and dialect.json_schema:
-        known = {
-            name: shape.get(name)
-            for name in ("name", "description", "schema", "strict")
-        }
+        known = {name: shape.get(name) for name in ("name", "description", "schema", "strict")}
         return {"type": kind, kind: without_empty(known)}, ""
     if kind == "json_schema":
         schema = dumps(shape["schema"])
@@ -4228,8 +5312,7 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
     "thinking": lambda value: {"thinking": {"type": value}},
     "thinking_effort": lambda value: {"thinking": {"type": "enabled"}, "reasoning_effort": value}
     if value != "disabled" else {"thinking": {"type": value}},
-    "budget": lambda value: {"enable_thinking": True, "thinking_budget": int(value)}
-    if value != "0" else {"enable_thinking": False},
+    "budget": lambda value: {"enable_thinking": value != "0", "thinking_budget": int(value) or None},
 }
 
 
@@ -4261,8 +5344,7 @@ class ChatMessages(TurnEncoder):
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
-        texts = filter(None, (*self.history.system, closing))
-        system = "\n\n".join(texts)
+        system = "\n\n".join(filter(None, (*self.history.system, closing)))
         if system:
             self.out.insert(0, {"role": "system", "content": system})
         return self.out
@@ -4302,8 +5384,7 @@ class ChatMessages(TurnEncoder):
             message[form] = reasoning or ""
         for replay in replays:
             for extra in replay.get("extra_content", ()):
-                call = calls.get(extra["id"], {})
-                call["extra_content"] = extra["extra_content"]
+                calls.get(extra["id"], {})["extra_content"] = extra["extra_content"]
         if calls:
             message["tool_calls"] = [*calls.values()]
             self._add_results(turn.results)
@@ -4311,8 +5392,9 @@ class ChatMessages(TurnEncoder):
     def _add_results(self, results: list[JSON]) -> None:
         images: list[JSON] = []         # for the user message after them
         for result in results:
-            parts = self.encode_parts(result["output"])
-            content: Any = text_of(parts, "\n")
+            output = result["output"]
+            parts = [] if isinstance(output, str) else self.encode_parts(output)
+            content: Any = text_of(parts or output, "\n")
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
@@ -4391,10 +5473,8 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if length <= 2 * len(piece):    # a shorter piece repeats nothing
-            text = self.text
-            if text.lstrip().startswith("{"):
-                rest = rest_of_snapshot(text, piece)
+        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+            rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
         if is_placeholder or (rest is not None and self.last in ":[,"):
@@ -4446,9 +5526,7 @@ def rest_of_snapshot(text: str, snapshot: str) -> str | None:
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
-    if arguments is None or arguments != parse_object(snapshot):
-        return None
-    return ""
+    return None if arguments is None or arguments != parse_object(snapshot) else ""
 
 
 THINK, END_THINK = "<think>", "</think>"
@@ -4479,9 +5557,8 @@ class ThinkTags:
         if self.place in ("inside", "waiting"):
             reasoning, tag, text = text.partition(END_THINK)
             start, mark, rest = reasoning.rpartition("<")
-            if not tag and mark and END_THINK.startswith(mark + rest):
-                self.held = mark + rest
-                reasoning = start
+            if not tag and END_THINK.startswith(mark + rest):
+                reasoning, self.held = start, mark + rest
             if self.place == "waiting":
                 self.waiting.append(reasoning)
                 reasoning = ""
@@ -4490,10 +5567,9 @@ class ThinkTags:
                 if waiting.strip() not in "".join(self.reasoning):
                     reasoning = waiting
                 self.place = "behind"
-        if self.place == "behind":
-            text = text.lstrip()
-            if text:
-                self.place = ""
+        text = text.lstrip()
+        if text:
+            self.place = ""
         return reasoning, text
 
     def flush(self) -> tuple[str, str]:
@@ -4507,7 +5583,7 @@ class ThinkTags:
         return (held, "") if place == "inside" else ("", held)
 
 
-class ChatDecoder(ItemDecoder):
+class ChatDecoder(Decoder):
     """One chat stream, or one whole answer.
 
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
@@ -4537,11 +5613,10 @@ class ChatDecoder(ItemDecoder):
     def on_event(self, event: Any) -> None:
         chunk = as_dict(event)
         choices = objects_in(chunk, "choices")
-        holders = only_dicts([chunk, chunk.get("x_groq"), *choices])
-        counts = [holder["usage"] for holder in holders if holder.get("usage")]
+        given = [holder.get("usage") for holder in (chunk, object_in(chunk, "x_groq"), *choices)]
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
-        merged = counts and merge_counts(self.counts, counts[0])
-        usage = usage_from(merged, chunk, reasoning_within=self.settings.reasoning_within)
+        counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
+        usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
         if usage:    # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
@@ -4592,9 +5667,11 @@ class ChatDecoder(ItemDecoder):
         for image in objects_in(message, "images"):    # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
-        if not (snapshot and self.cited):
+        if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
-                self._cite(object_in(annotation, "url_citation"))
+                self.cited = True
+                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
             self._call(call, whole, place if snapshot else None)
@@ -4605,7 +5682,7 @@ class ChatDecoder(ItemDecoder):
         if channel == "text" and self.tags.place:
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
-        elif channel == "summary" and self.tags.place == "inside" and text:
+        elif channel == "summary" and self.tags.place == "inside":
             if any(map(str.strip, self.texts[channel])):    # the tags carry it
                 return
             self.tags.place = "waiting"
@@ -4632,11 +5709,8 @@ class ChatDecoder(ItemDecoder):
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
-        place = detail.get("index")
-        if kind == "reasoning.encrypted":
-            place = len(self.details)
-        key = (name, kind, str(place))
-        fields, pieces = self.details.setdefault(key, ({}, []))
+        place = len(self.details) if kind == "reasoning.encrypted" else str(detail.get("index"))
+        fields, pieces = self.details.setdefault((name, kind, place), ({}, []))
         for member, value in detail.items():
             if value is not None or member not in (*fields, name):
                 fields[member] = value
@@ -4651,17 +5725,6 @@ class ChatDecoder(ItemDecoder):
             self.images.add(data)
             self._end_items()
             self._image(data)
-
-    def _cite(self, citation: JSON) -> None:
-        """Adds a source of the open message, from OpenAI's and OpenRouter's search models."""
-        url = citation.get("url")
-        if self.open_item == "message" and isinstance(url, str):
-            self.cited = True
-            self._annotate(
-                count(citation, "start_index"),
-                count(citation, "end_index"),
-                url,
-                citation.get("title"))
 
     # calls
 
@@ -4720,25 +5783,25 @@ class ChatDecoder(ItemDecoder):
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
         if signature:    # from Gemini's OpenAI endpoint
-            extra = {"id": call_id, "extra_content": signature}
-            self._carry({"extra_content": [extra]})
-        tool = self.tool_map.resolve(call.name)
-        self.sink.call(item_key, call_id, tool)
+            self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
+        self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
     # ends
 
     def _end_text(self) -> None:
+        text = "".join(self.texts["summary"][self.sealed_texts:])
+        details = [
+            {**fields, name: "".join(pieces)} if pieces else fields
+            for (name, *_), (fields, pieces) in self.details.items()
+        ]
+        replays = {
+            "reasoning_content": text,
+            "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
+        }
         form = self.settings.replay
-        value: Any = "".join(self.texts["summary"][self.sealed_texts:])
-        if form == "reasoning_details":
-            value = [
-                {**fields, name: "".join(pieces)} if pieces else fields
-                for (name, *_), (fields, pieces) in self.details.items()
-            ]
-        elif form == "thinking" and value:
-            value = [{"type": "thinking", "thinking": [text_block(value)]}]
-        replay = {form: value} if form and value else {}
-        self.sink.done(sealed_replay=replay)
+        value = replays.get(form)
+        self.sink.done(sealed_replay={form: value} if value else {})
         self.details.clear()
         self.sealed_texts = len(self.texts["summary"])
         self.open_item = ""
@@ -4787,7 +5850,7 @@ class ChatDecoder(ItemDecoder):
         """Handles [DONE], or the end of a whole answer."""
         if self.failed:
             return
-        stop = self.stop or Stop(final=True)
+        stop = self.stop or Stop()
         self._end_items(last=not stop.incomplete_reason)
         if any(call.item_key is None and call.text for call in self.calls):
             text = "The provider sent a tool call without a name."
@@ -4801,13 +5864,10 @@ class ChatDecoder(ItemDecoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")
-    shown = [
-        {"text": detail.get("text") or detail.get("summary")}
-        for detail in details
-    ]
+    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
-    yield "summary", text_of(next(fields, shown))       # Snowflake sends only details
+    yield "summary", text_of(next(fields, shown))
     content = message.get("content")        # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
@@ -4901,8 +5961,10 @@ def encode_messages(ctx: EncodeContext) -> JSON:
         "thinking": thinking,
         "output_config": without_empty({"effort": effort, "format": shape}),
         "metadata": without_empty({"user_id": user}),
+        "stop_sequences": ctx.take("stop"),
     }
     if settings.sampling and kind not in ("enabled", "adaptive"):
+        body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
             if name in ctx.fields and "temperature" not in body:        # never both
                 body[name] = min(ctx.take(name), 1)
@@ -4913,8 +5975,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to the answer's limit and stays below the
-    cap."""
+    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -4934,10 +5995,8 @@ def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON,
     elif kind == "budget" and max_tokens > LEAST_BUDGET and not missing_thinking:
         budget = int(effort_value(THINKING_BUDGETS, asked or "medium"))
         max_tokens = min(cap, max_tokens + budget)
-        thinking = {
-            "type": "enabled",
-            "budget_tokens": max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET)),
-        }
+        budget = max(LEAST_BUDGET, min(budget, max_tokens - LEAST_BUDGET))
+        thinking = {"type": "enabled", "budget_tokens": budget}
     if asked and not effort and not thinking:
         ctx.dropped.append("reasoning.effort")
     return max_tokens, thinking, effort
@@ -4959,18 +6018,15 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
         choice = {"type": "tool", "name": names[0]} if names else {"type": "any"}
     if mode != "none" and ctx.request.get("parallel_tool_calls") is False:
         choice["disable_parallel_tool_use"] = True
-    if choice == {"type": "auto"} and not instruction:      # the default
-        choice = {}
-    return choice, instruction
+    is_default = choice == {"type": "auto"} and not instruction
+    return {} if is_default else choice, instruction
 
 
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    defs = {
-        **object_in(schema, "definitions"),       # from zod-to-json-schema
-        **object_in(schema, "$defs"),
-    }
+    # the old name from zod-to-json-schema
+    defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     return without_empty({
         "name": function["name"],
         "description": function["description"],
@@ -4985,16 +6041,20 @@ def object_root(schema: JSON, defs: JSON) -> JSON:
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
-    reference = str(root.pop("$ref", ""))
-    target = defs.pop(reference.rpartition("/")[2], None)
-    any_of, one_of, all_of = (only_dicts(root.pop(keyword, None)) for keyword in ("anyOf", "oneOf", "allOf"))
-    options = [object_root(branch, defs) for branch in any_of + one_of]
-    merged = [root, *(object_root(branch, defs) for branch in all_of + only_dicts([target]))]
+    target = defs.pop(str(root.pop("$ref", "")).rpartition("/")[2], None)
+    root["allOf"] = objects_in(root, "allOf") + only_dicts([target])
+
+    def take(keyword: str) -> list[JSON]:
+        return [object_root(branch, defs) for branch in only_dicts(root.pop(keyword, None))]
+
+    options = take("anyOf") + take("oneOf")
+    merged = [root, *take("allOf")]
     properties: JSON = {}
     for branch in merged + options:
         for name, inner in object_in(branch, "properties").items():
             known = properties.setdefault(name, inner)
-            properties[name] = known if known == inner else {"anyOf": [known, inner]}
+            if known != inner:
+                properties[name] = {"anyOf": [known, inner]}
     needed = set().union(*map(required_by, merged))
     if options:
         needed |= set.intersection(*map(required_by, options))
@@ -5072,8 +6132,7 @@ class MessagesTurns(TurnEncoder):
         return self.out
 
     def missing_thinking(self) -> bool:
-        """Whether the last turn answers calls that have no reasoning before them: a 400 with a thinking
-        budget."""
+        """Does the last turn answer calls without reasoning before them? A 400 with a thinking budget."""
         begins = [message["content"][0]["type"] for message in self.out[-2:]]
         return begins[1:] == ["tool_result"] and begins[0] not in THINKING_BLOCKS
 
@@ -5095,14 +6154,12 @@ class MessagesTurns(TurnEncoder):
 
     def _place_system(self) -> None:
         """Places a system message right after a user turn, and before the assistant's or at the end."""
-        role, form = "user", LATER_SYSTEM
-        if self.last_role() == "user":
-            role, form = "system", "{}"
+        role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
 
     def reasoning(self, item: JSON) -> None:
-        blocks = only_dicts(item["sealed_replay"].get("blocks"))
+        blocks = objects_in(item["sealed_replay"], "blocks")
         if not blocks:
             self.dropped.append("reasoning")
         elif blocks[-1]["type"] in THINKING_BLOCKS:
@@ -5143,8 +6200,8 @@ class MessagesTurns(TurnEncoder):
         if file.url:
             source = {"type": "url", "url": file.url}
         elif file.text is not None:
-            source = {"type": "text", "media_type": file.mime, "data": file.text}
-        elif file.mime not in IMAGE_TYPES and file.mime != "application/pdf":
+            source |= {"type": "text", "data": file.text}
+        elif file.mime not in (*IMAGE_TYPES, "application/pdf"):
             return None
         if file.mime.startswith("image/"):
             return {"type": "image", "source": source}
@@ -5156,15 +6213,11 @@ def place_cache_control(body: JSON, ttl: str) -> None:
     system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
     would miss the first)."""
     messages = body["messages"]
-    blocks = [*itertools.chain(*(message["content"] for message in messages))]
-    for block in list(blocks):
-        blocks += objects_in(block, "content")
-    if ttl == "off" or any("cache_control" in block for block in blocks):
+    blocks = [block for message in messages for block in message["content"]]
+    inner = [part for block in blocks for part in objects_in(block, "content")]
+    if ttl == "off" or any("cache_control" in block for block in blocks + inner):
         return
-    mark = without_empty({
-        "type": "ephemeral",
-        "ttl": "" if ttl == "5m" else ttl,
-    })
+    mark = {"type": "ephemeral"} if ttl == "5m" else {"type": "ephemeral", "ttl": ttl}
     users = [message for message in messages[:-1] if message["role"] == "user"]
     turns = [message["content"] for message in (*users[-1:], messages[-1])]
     for content in (body["tools"], body["system"], *turns):
@@ -5194,7 +6247,7 @@ def messages_headers(body: JSON) -> list[tuple[str, str]]:
 
 def drop_stale_thoughts(body: JSON) -> None:
     """Adaptive thinking can itself drop the thinking of another conversation."""
-    thinking = body.setdefault("thinking", {"type": "adaptive"})
+    thinking = body["thinking"] = body.get("thinking") or {"type": "adaptive"}
     if thinking["type"] == "adaptive" and "block_binding" not in thinking:
         thinking["block_binding"] = DROP_STALE
     else:
@@ -5203,8 +6256,10 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        message["content"] = [block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
-    if body.get("thinking", {}).get("type") == "enabled":
+        if isinstance(message["content"], list):        # a client may send a string
+            message["content"] = [
+                block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
+    if object_in(body, "thinking").get("type") == "enabled":
         del body["thinking"]
 
 
@@ -5236,11 +6291,11 @@ class Block:
     pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
 
 
-class MessagesDecoder(ItemDecoder):
+class MessagesDecoder(Decoder):
     """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
 
-    A method `on_TYPE` handles each event. Adjacent texts form one message: citations split a sentence into
-    blocks. Unknown blocks are ignored, for example those of compaction, fallback and code execution.
+    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
+    example those of compaction, fallback and code execution.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -5261,7 +6316,7 @@ class MessagesDecoder(ItemDecoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, though it was asked to be."""
+        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -5279,8 +6334,7 @@ class MessagesDecoder(ItemDecoder):
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
-            error = "The provider spliced a second message into its stream."
-            raise ProviderError(error, kind="overload")
+            raise ProviderError("The provider spliced a second message into its stream.", kind="overload")
 
     def on_message_delta(self, event: JSON) -> None:
         usage = object_in(event, "usage")
@@ -5293,8 +6347,7 @@ class MessagesDecoder(ItemDecoder):
             self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
             self.sink.done()
         elif reason:
-            details = object_in(delta, "stop_details")
-            explanation = details.get("explanation") or ""
+            explanation = object_in(delta, "stop_details").get("explanation") or ""
             self._finish(Stop(END_REASONS.get(reason, ""), explanation=explanation))
 
     def on_message_stop(self, event: JSON) -> None:
@@ -5305,8 +6358,7 @@ class MessagesDecoder(ItemDecoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream. A truncated call stays open, and so does an empty one that may be
-        truncated."""
+        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -5321,9 +6373,7 @@ class MessagesDecoder(ItemDecoder):
     def _count(self, given: JSON, estimated: bool) -> None:
         """Adds the usage of this stream to the usage of earlier ones."""
         now = messages_usage(merge_counts(self.counts, given))
-        totals = {
-            name: getattr(self.earlier, name) + getattr(now, name)
-            for name in COUNTED}
+        totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
         self.sink.set_usage(self.usage)
 
@@ -5340,16 +6390,14 @@ class MessagesDecoder(ItemDecoder):
             self.length = 0
         if kind == "tool_use":
             call_id = self._call_id(block.item_key, content.get("id"))
-            tool = self.tool_map.resolve(str(content.get("name") or ""))
-            self.sink.call(block.item_key, call_id, tool)
+            self.sink.call(block.item_key, call_id, self.tool_map.resolve(str(content.get("name") or "")))
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
         self._text(block, content.get(kind) or "")              # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
-        block = self.blocks[event.get("index", 0)]
-        delta = event.get("delta") or {}
+        block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
         name = DELTA_FIELDS.get(str(delta.get("type")), "")
         piece = delta.get(name) or ""
         if name == "signature":
@@ -5383,7 +6431,10 @@ class MessagesDecoder(ItemDecoder):
         elif text.strip():
             content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
         if kind == "text":
-            self._cite(content)
+            start = self.length
+            self.length += len(text)
+            for citation in objects_in(content, "citations"):
+                self._annotate(start, self.length, citation)    # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -5407,14 +6458,6 @@ class MessagesDecoder(ItemDecoder):
             self.empty_calls.append(block.item_key)
         elif parse_object(arguments) is not None:
             self.sink.done(block.item_key)
-
-    def _cite(self, content: JSON) -> None:
-        start = self.length
-        self.length += len(content["text"])
-        for citation in objects_in(content, "citations"):
-            url = citation.get("url")
-            if isinstance(url, str):        # a document citation names a file that no client knows
-                self._annotate(start, self.length, url, citation.get("title"))
 
     def _end_empty_calls(self) -> None:
         while self.empty_calls:
@@ -5516,6 +6559,17 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     return {"tools": tools, "toolConfig": config}
 
 
+GEMINI_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "stop": "stopSequences",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+
+
 def gemini_config(ctx: EncodeContext) -> JSON:
     """generationConfig."""
     settings: GeminiModel = ctx.settings
@@ -5533,16 +6587,12 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     thinking: JSON = {}
     if param:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
-        thinking = {
-            param: int(value) if value.isdigit() else value,
-            "includeThoughts": shown or None,
-        }
+        thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")       # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
-        "temperature": ctx.take("temperature"),
-        "topP": ctx.take("top_p"),
+        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
         "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
@@ -5567,17 +6617,13 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
         for key in made.keys() & unknown:
             del made[key]
         if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
-            made["$defs"] = {
-                **as_dict(made.pop("definitions")),
-                **object_in(made, "$defs"),
-            }
+            made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
         if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
-            value = made.pop("const")
-            made["enum"] = [value]
-            made["type"] = made.get("type") or JSON_TYPES[type(value)]
+            made["enum"] = [made.pop("const")]
+            made["type"] = made.get("type") or JSON_TYPES[type(made["enum"][0])]
         if made.get("type") == "string" and "format" in made:
             form, text = made.pop("format"), made.get("description")
             made["description"] = f"{text} (format: {form})" if text else f"Format: {form}"
@@ -5668,9 +6714,7 @@ class GeminiContents(TurnEncoder):
             elif "text" not in part:
                 outside.append(part)
         key = "error" if item["output"] == NO_OUTPUT else "result"
-        text = text_of(parts, "\n")
-        if parts and not text:
-            text = "The content follows."
+        text = text_of(parts, "\n") or ("The content follows." if parts else "")
         response: JSON = {**self.calls[item["call_id"]], "response": {key: text}}
         if inside:
             response["parts"] = inside
@@ -5681,18 +6725,15 @@ class GeminiContents(TurnEncoder):
 
     def encode_file(self, file: Attachment) -> JSON | None:
         if file.url:
-            address = {"fileUri": file.url}
-            if file.mime not in ("", "image/"):
-                address["mimeType"] = file.mime
-            return {"fileData": address}
+            address = {"fileUri": file.url, "mimeType": file.mime.removesuffix("image/")}
+            return {"fileData": without_empty(address)}
         if GEMINI_MEDIA.match(file.mime):
             return {"inlineData": {"mimeType": file.mime, "data": file.data}}
         return None
 
 
 def add_thought_signature(content: JSON) -> None:
-    """Gives the first call of a step, which must be signed, the dummy if it has no signature: in old turns
-    too, so that their bytes never change."""
+    """Signs the first call of a step, which must be signed: in old turns too, so their bytes never change."""
     for part in content["parts"]:
         if "functionCall" in part:
             part.setdefault("thoughtSignature", DUMMY_SIGNATURE)
@@ -5731,7 +6772,7 @@ GEMINI_ENDS = {
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-class GeminiDecoder(ItemDecoder):
+class GeminiDecoder(Decoder):
     """One Gemini stream, or one whole answer.
 
     Parts follow each other, so only one item is open at a time. The message stays open after its signature,
@@ -5755,7 +6796,6 @@ class GeminiDecoder(ItemDecoder):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
-        """Reads a chunk. ProviderError if it is an error, or cannot be an answer."""
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
         self._count({
@@ -5783,8 +6823,7 @@ class GeminiDecoder(ItemDecoder):
     def _count(self, given: JSON) -> None:
         if self.finished:                       # after the end only higher counts are used
             given = {
-                name: value
-                for name, value in given.items()
+                name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
         usage = gemini_usage(merge_counts(self.counts, given), self.grounding)
         if usage is not None:
@@ -5808,8 +6847,7 @@ class GeminiDecoder(ItemDecoder):
             self._carry({"part": part})
             call = object_in(part, "toolCall")
             if str(call.get("toolType")).startswith("GOOGLE_SEARCH"):
-                args = object_in(call, "args")
-                self._search(args.get("queries"))
+                self._search(object_in(call, "args").get("queries"))
             return
         elif str(media.get("mimeType")).startswith("image/") and not thought:
             self._close_texts()
@@ -5819,9 +6857,7 @@ class GeminiDecoder(ItemDecoder):
         if signature and not thought:
             if self.signature:
                 self._close_texts()
-            self.signature = {
-                "signature": signature,
-                "characters": len(text or "")}
+            self.signature = {"signature": signature, "characters": len(text or "")}
 
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
@@ -5852,8 +6888,7 @@ class GeminiDecoder(ItemDecoder):
         self.texts = []
 
     def _function_call(self, given: JSON, signature: str) -> None:
-        name = given.get("name")
-        args = given.get("args")
+        name, args = given.get("name"), given.get("args")
         in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
@@ -5864,10 +6899,8 @@ class GeminiDecoder(ItemDecoder):
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
                 self._carry({"for": call_id, "signature": signature})
-            tool = self.tool_map.resolve(name)
-            self.sink.call(item_key, call_id, tool)
-            arguments = value_text(args) or "{}"
-            self.sink.add(item_key, arguments, "arguments")
+            self.sink.call(item_key, call_id, self.tool_map.resolve(name))
+            self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)
 
     def _finish(self, candidate: JSON, reason: str) -> None:
@@ -5881,17 +6914,14 @@ class GeminiDecoder(ItemDecoder):
         self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
-        explanation = ""
-        if outcome == "content_filter":
-            explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
-        self.sink.set_stop(Stop(outcome, explanation=explanation))
+        explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
+        self.sink.set_stop(Stop(outcome, explanation=explanation if outcome == "content_filter" else ""))
 
 
-def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]:
-    """Start, end, URL and title of a message's citations. Gemini counts bytes, and is sometimes off by
-    one."""
+def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
+    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
-    chunks = objects_in(grounding, "groundingChunks")
+    sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
         segment = object_in(support, "segment")
         start = count(segment, "startIndex")
@@ -5903,11 +6933,9 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, str, Any]]
         indices = support.get("groundingChunkIndices")
         if not cited or begin < 0 or not isinstance(indices, list):
             continue
-        for index, chunk in enumerate(chunks):
-            source = object_in(chunk, "web")
+        for index, source in enumerate(sources):
             if source and index in indices:
-                url = source.get("uri") or ""
-                yield begin, begin + len(cited), url, source.get("title")
+                yield begin, begin + len(cited), {**source, "url": source.get("uri") or ""}
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
@@ -5966,17 +6994,10 @@ def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
     """The answer of a demo model, as chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
-    text, call = demo_answer(ctx)
-    deltas: list[JSON] = [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
-    if call:
-        call_id = f"call_{len(ctx.history.items)}_demo"
-        deltas = [{"tool_calls": [{"index": 0, "id": call_id, "function": call}]}]
+    deltas = demo_answer(ctx)
     for delta in deltas:
         yield sse_frame("", dumps({"choices": [{"delta": delta}]}))
-    usage = {
-        "prompt_tokens": -(-len(ctx.request.raw) // 4),
-        "completion_tokens": len(deltas),
-    }
+    usage = {"prompt_tokens": -(-len(ctx.request.raw) // 4), "completion_tokens": len(deltas)}
     yield sse_frame("", dumps({"choices": [{"finish_reason": "stop"}], "usage": usage}))
     yield DONE_FRAME
 
@@ -5987,29 +7008,25 @@ def encode_demo(ctx: EncodeContext) -> JSON:
     return {}
 
 
-def demo_answer(ctx: EncodeContext) -> tuple[str, JSON]:
-    """The answer: a text or a call."""
+def demo_answer(ctx: EncodeContext) -> list[JSON]:
+    """The deltas of the answer: the words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
-    text = ""
-    if ctx.model != "tools":
-        for item in items:
-            if item.get("role") == "user":
-                text = text_of(item["content"]).strip()
-        return f"{DEMO_SAYS} You sent: {text[:MAX_DEMO_TEXT]}", {}
-    if items and items[-1]["type"] == "function_call_output":
-        text = text_of(items[-1]["output"]).strip()
-        return f"{DEMO_SAYS} The command printed: {text[:MAX_DEMO_TEXT]}", {}
-    if not functions:
-        return f"{DEMO_SAYS} You offered no tool, so there is nothing to run.", {}
-    tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # otherwise the first
-    schema = tool["parameters"]
-    required = required_by(schema)
-    arguments: JSON = {}
-    for name, rule in object_in(schema, "properties").items():
-        if name in required:
-            kind = str(as_dict(rule).get("type"))
-            arguments[name] = DEMO_VALUES.get(kind, "echo hello from pomex")
-    return "", {"name": tool["name"], "arguments": dumps(arguments)}
+    sent = [item["content"] for item in items if item.get("role") == "user"]
+    says, content = "You sent: ", sent[-1] if sent else ""
+    if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
+        says, content = "The command printed: ", items[-1]["output"]
+    elif ctx.model == "tools" and functions:
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        properties = object_in(tool["parameters"], "properties")
+        arguments = {
+            name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
+            for name in properties if name in required_by(tool["parameters"])}
+        function = {"name": tool["name"], "arguments": dumps(arguments)}
+        return [{"tool_calls": [{"index": 0, "id": f"call_{len(items)}_demo", "function": function}]}]
+    elif ctx.model == "tools":
+        says, content = "You offered no tool, so there is nothing to run.", ""
+    text = f"{DEMO_SAYS} {says}{text_of(content).strip()[:MAX_DEMO_TEXT]}"
+    return [{"content": word} for word in re.findall(r"\S+\s*|\s+", text)]
 
 
 # --- 6.6 the table ---
@@ -6094,16 +7111,10 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected. The event's name alone may mark an error."""
+        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
-        if event is None or self.upstream_done:
-            return
-        name, data = event
-        if name == "error":
-            error = parse_object(data) or {"message": plain_text(data)}
-            data = data if error.get("error") else dumps({"error": error})
-        if data:
-            self.decoder.feed(data)
+        if event and not self.upstream_done:
+            self.decoder.feed(event.data, event.event)
 
     def whole(self, data: bytes) -> None:
         body = provider_json(data)
@@ -6172,16 +7183,17 @@ class UpstreamCall(NamedTuple):
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
-        body = json.loads(self.body)
+        body, refused = json.loads(self.body), ""
         for pattern, repair in self.wire.repairs.items():
             found = re.search(pattern, f"{error.code} {error}", re.IGNORECASE)
             if found:
                 repair(body, *found.groups())
+                refused = "reasoning" if repair is drop_reasoning else "encrypted_content"
                 break
         if body == json.loads(self.body):
             return None
         if self.wire.repairs is RESPONSES_REPAIRS:
-            self.dropped.append("encrypted_content:refused")
+            self.dropped.append(f"{refused}:refused")
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
@@ -6219,7 +7231,11 @@ class WireApi(NamedTuple):
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
                 return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
-                                    self.headers(ctx.request.given))
+                                    self.headers({}))
+            for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
+                if ctx.request.get(name, 1) != 1:
+                    sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
+                    raise BadRequest(sentence, param=name, code="unsupported_parameter")
             ctx.answer.request = ctx.request.translated()
             items, ctx.dropped = unseal_items(ctx.request.input, ctx.envelope, ctx.provider)
             if ctx.passthrough and self.encode is encode_responses:
@@ -6238,15 +7254,18 @@ class WireApi(NamedTuple):
             if name in REQUEST_FIELDS:
                 body.setdefault(name, value)
             elif name not in CARRIED_BY_ALL and value not in NEUTRAL.get(name, ()):
-                ctx.dropped.append(own_names.get(name, name))
+                ctx.dropped.append(name)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         attempt = TranslatedStream(ctx, ResponsesDecoder(ToolMap(())))
-        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, list(dict.fromkeys(ctx.dropped)))
+        return UpstreamCall(self, self.path, dumps(body).encode(), attempt, dropped)
+
+    def model_settings(self, ctx: EncodeContext) -> Any:
+        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
+        return row._replace(**(longest_prefix(ctx.overrides, ctx.model) or {}))
 
     def _translate(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
         request = ctx.request
-        row = self.models.get(ctx.dialect or "generic") or longest_prefix(self.models, ctx.model) or Dialect()
-        overrides = longest_prefix(ctx.overrides, ctx.model) or {}
-        ctx.settings = row._replace(**overrides)
+        ctx.settings = self.model_settings(ctx)
         searches = getattr(ctx.settings, "web_search", False)
         vendor = self.vendor or ctx.model
         tools, tool_map = request.memo.get((vendor, searches), (None, None))
@@ -6268,8 +7287,8 @@ class WireApi(NamedTuple):
         own_names = CLIENT_APIS[request.api].own_names
         for path, value in ctx.fields.items():
             if path not in CARRIED_BY_ALL and value not in NEUTRAL.get(path, ()):
-                ctx.dropped.append(own_names.get(path, path))
-        dropped = list(dict.fromkeys(ctx.dropped))
+                ctx.dropped.append(path)
+        dropped = list(dict.fromkeys(own_names.get(name, name) for name in ctx.dropped))
         model = urllib.parse.quote(ctx.model.removeprefix("models/"), safe="")
         method = "streamGenerateContent?alt=sse" if request.stream else "generateContent"
         path = self.path.format(model, method)
@@ -6293,6 +7312,85 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     return body, ResponsesPassthrough(ctx.answer, ctx.seal, ResponsesDecoder(ToolMap(())))
 
 
+def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
+    request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    ctx.settings = WIRES["chat"].model_settings(ctx)
+    changes: JSON = {}
+    if request.stream:
+        changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
+    limit = request.get("max_output_tokens")
+    for name in [name for name in limits if given.get(name)] or [ctx.settings.max_tokens]:
+        changes[name] = min(given.get(name) or limit, limit) if limit else None
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = [without_envelopes(message, ctx) for message in given["messages"]]
+    changes = {name: value for name, value in changes.items() if value != given.get(name)}
+    body, exact = splice_model(request, ctx.model, changes)
+    if not exact or changes.keys() & given.keys():
+        body = dumps({**given, "model": ctx.model, **changes}).encode()
+    return body, ChatPassthrough(ctx.answer, ctx.seal, ChatDecoder(ToolMap(()), ctx.settings))
+
+
+def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
+    """A message without sealed reasoning, which is another provider's: a chat server's own is not sealed."""
+    sealed = sealed_details(as_dict(message))
+    for detail in sealed:
+        opened = ctx.envelope.open(detail["data"])
+        ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
+    if not sealed:
+        return message
+    kept = [detail for detail in message["reasoning_details"] if detail not in sealed]
+    rest = {name: value for name, value in message.items() if name != "reasoning_details"}
+    return {**rest, "reasoning_details": kept} if kept else rest
+
+
+def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
+    """The client's own bytes go up, but for `model`, what only Pomex understands, and the key's limit."""
+    request, given = ctx.request, ctx.request.given
+    changes: JSON = {}
+    if ENVELOPE_PREFIX.encode() in request.raw:
+        changes["messages"] = opened_messages(given["messages"], ctx)
+    limit = request.get("max_output_tokens")
+    if limit and limit != given.get("max_tokens"):
+        changes["max_tokens"] = limit
+        thinking = object_in(given, "thinking")
+        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+            changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
+        elif count(thinking, "budget_tokens") >= limit:
+            changes["thinking"] = {"type": "disabled"}
+            ctx.dropped.append("thinking")
+    body = None if changes else with_model(request.raw, given["model"], ctx.model)
+    attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
+    return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
+
+
+def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
+    """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
+    def clean(block: Any) -> list[Any]:
+        fields = as_dict(block)
+        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
+        if sealed.startswith(ENVELOPE_PREFIX):
+            return opened.get(sealed, [])
+        if isinstance(cited, list):
+            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
+            block = {**block, "citations": [each for each in cited if each not in own] or None}
+        return [block]
+
+    found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
+    items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
+    kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
+    ctx.dropped += dict.fromkeys(dropped)
+    opened = {item["at"]: objects_in(item["sealed_replay"], "blocks") for item in kept}
+    made = []
+    for message in messages:
+        content = as_dict(message).get("content")
+        if isinstance(content, list):
+            message = {**message, "content": [new for block in content for new in clean(block)]}
+        if message.get("content") or not content:
+            made.append(message)
+    return made
+
+
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
         "/responses", encode_responses,
@@ -6302,7 +7400,8 @@ WIRES: dict[str, WireApi] = {
     "chat": WireApi(
         "/chat/completions", encode_chat,
         decoder=ChatDecoder,
-        models=DIALECTS),
+        models=DIALECTS,
+        relay=relay_chat),
     "messages": WireApi(
         "/messages", encode_messages,
         decoder=MessagesDecoder,
@@ -6310,7 +7409,8 @@ WIRES: dict[str, WireApi] = {
         repairs=MESSAGES_REPAIRS,
         headers=messages_headers,
         auth=lambda key: [("x-api-key", key)],
-        vendor="claude"),
+        vendor="claude",
+        relay=relay_messages),
     "gemini": WireApi(
         "/models/{}:{}", encode_gemini,
         decoder=GeminiDecoder,
@@ -6347,7 +7447,7 @@ def target_tiers(value: list[Any]) -> tuple[tuple[Target, ...], ...]:
 
 def read_base_url(url: str) -> str:
     """The address without its last slash."""
-    if urllib.parse.urlsplit(url).port == 0:    # above 65535 is a ValueError, too
+    if urllib.parse.urlsplit(url).port == 0:  # above 65535 is a ValueError, too
         raise ValueError
     return url.rstrip("/")
 
@@ -6487,8 +7587,8 @@ class ProviderConfig:
         {}, "capability overrides by model-name prefix", items=OBJECT,
         wanted='a table of tables, like { "name" = { key = value } }')
     free: bool = option(False, "its models cost nothing where they have no price")
-    local: bool = False         # base_url is on this machine or its private network
-    key_source: str = ""        # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
+    local: bool = False   # base_url is on this machine or its private network
+    key_source: str = ""  # "env:NAME", "file:PATH", or the configuration file's name; "" without a key
 
 
 class Target(NamedTuple):
@@ -6539,7 +7639,7 @@ class Config:
     providers: dict[str, ProviderConfig]
     models: dict[str, ModelConfig]
     prices: dict[str, PriceConfig]
-    path: str = ""                      # of the file; "" without one
+    path: str = ""  # of the file; "" without one
 
     @property
     def warnings(self) -> list[str]:
@@ -6554,7 +7654,7 @@ SECTIONS = {"server": ServerConfig, "database": DatabaseConfig, "demo": DemoConf
 NAMED_SECTIONS = {"providers": ProviderConfig, "models": ModelConfig, "prices": PriceConfig}
 
 
-BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}       # filled in layer 14
+BUILTIN_PROVIDERS: dict[str, ProviderConfig] = {}  # filled in layer 14
 DEMO_PROVIDER = ProviderConfig("demo", wire_api="demo", local=True)
 
 
@@ -6583,7 +7683,7 @@ def check_text(text: str, spec: Field, path: str) -> Any:
     elif kind is bool:
         value = {"true": True, "false": False}.get(text, text)
     else:
-        with contextlib.suppress(ValueError):       # check reports the mistake
+        with contextlib.suppress(ValueError):  # check reports the mistake
             value = kind(text)
     return check(value, spec, path)
 
@@ -6605,24 +7705,25 @@ def no_file(path: str) -> str:
     raise OSError(errno.ENOENT, "no files here")
 
 
-REFERENCE = ("env:", "file:")       # any other secret is a literal
+REFERENCE = ("env:", "file:")  # any other secret is a literal
 PATH_KEYS = {"tls_cert", "tls_key", "ca_file"}
 
 
+@dataclass(eq=False, repr=False)
 class ConfigFile:
     """One configuration file, with the variables and files that it may refer to."""
+    text: str
+    name: str
+    environ: Mapping[str, str]
+    read_file: Callable[[str], str]
 
-    def __init__(self, text: str, name: str, environ: Mapping[str, str],
-                 read_file: Callable[[str], str]) -> None:
-        self.name = name
-        self.environ = environ
-        self.read_file = read_file
+    def __post_init__(self) -> None:
         try:
-            self.toml: JSON = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:       # a number of 5,000 digits, deeply nested brackets
+            self.toml: JSON = tomllib.loads(self.text)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deeply nested brackets
             at = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-            where = f"{name} line {at[2]}: {at[1]} (column {at[3]})" if at else f"{name}: {error}"
-            raise ConfigError(where) from None
+            where = f" line {at[2]}: {at[1]} (column {at[3]})" if at else f": {error}"
+            raise ConfigError(self.name + where) from None
         sections = (*SECTIONS, *NAMED_SECTIONS)
         for name in (key for key in self.toml if key not in sections):
             if isinstance(self.toml[name], dict):
@@ -6712,7 +7813,7 @@ def is_private(url: str) -> bool:
     host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_private
-    except ValueError:      # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
+    except ValueError:  # a name: a single word, or in a domain for private use (RFC 6761, 6762, 8375)
         domains = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
         return "." not in host or host.endswith(domains)
 
@@ -6724,9 +7825,9 @@ def read_provider(source: ConfigFile, name: str) -> ProviderConfig:
         raise source.error(f'provider name "{name}": use small letters, digits, "_", "." and "-".')
     values = source.settings(config_fields(ProviderConfig), *path)
     if values.keys() & {"base_url", "api_key", "api_keys"}:
-        values.setdefault("env_key", "")            # a built-in provider's key goes to no other address
+        values.setdefault("env_key", "")  # a built-in provider's key goes to no other address
     if "base_url" in values:
-        values.setdefault("relay", "normalise")     # no other server is trusted to behave like the original
+        values.setdefault("relay", "normalise")  # no other server is trusted to behave like the original
     base = BUILTIN_PROVIDERS.get(name, DEMO_PROVIDER if name == "demo" else ProviderConfig(name))
     provider = dataclasses.replace(base, **values)
     if not provider.wire_api:
@@ -6760,7 +7861,7 @@ def read_keys(source: ConfigFile, provider: ProviderConfig) -> JSON:
         return {}
     if len(given) > 1:
         raise source.error(f"[{toml_name(path)}] has both {' and '.join(given)}; keep one.")
-    keys: dict[str, str] = {}           # key -> its source
+    keys: dict[str, str] = {}  # key -> its source
     for reference in provider.api_keys or (provider.api_key or f"env:{provider.env_key}",):
         secret = not reference.startswith(REFERENCE)
         with source.about((*path, given[0]), provider.env_key or reference, secret):
@@ -6843,7 +7944,7 @@ def load_config(
             tokens.append(check(source.secret(token), ADMIN_TOKEN, ""))
     server["admin_token"] = tuple(tokens)
     database = source.settings(config_fields(DatabaseConfig), "database", prefix="POMEX_DATABASE_")
-    if not name:            # without a file, the state folder holds the database
+    if not name:  # without a file, the state folder holds the database
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
         state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
         database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
@@ -6906,11 +8007,11 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 # Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
-KEY_RANDOM = 28             # base62 characters, 166 bits, of which lists show 48
-KEY_CHECK = 4               # of a checksum over those
+KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
+KEY_CHECK = 4    # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42        # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
@@ -6925,19 +8026,19 @@ class Key:
     id: int
     name: str
     digest: str = field(repr=False)
-    hint: str               # "sk-rh-7Qm2…Ja1U"
+    hint: str  # "sk-rh-7Qm2…Ja1U"
     created_s: int
-    expires_s: int          # 0: never
-    revoked_s: int          # 0: active
+    expires_s: int  # 0: never
+    revoked_s: int  # 0: active
     account_id: int
-    models: str             # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
-    period: str             # of the budget: day | week | month | total
-    rpm: int                # requests a minute; 0: any number, as below
-    tpm: int                # tokens a minute
-    concurrent: int         # requests open at once
-    allow_unpriced: int     # 1: models without a price are served in spite of its budget
-    account: str            # its account's name, and what that says
+    period: str          # of the budget: day | week | month | total
+    rpm: int             # requests a minute; 0: any number, as below
+    tpm: int             # tokens a minute
+    concurrent: int      # requests open at once
+    allow_unpriced: int  # 1: models without a price are served in spite of its budget
+    account: str         # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -6953,11 +8054,11 @@ class Key:
         return not self.models or matches_any(model, self.models.split())
 
 
-KEY_COLUMNS = tuple(Key.__annotations__)[:15]       # the others are its account's
-KEY_SETTINGS = KEY_COLUMNS[5:]                      # these may change
+KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
+KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"      # of a key that changes: other processes look for it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -6965,43 +8066,43 @@ class UsageRow(NamedTuple):
     """A billed attempt, as in the table `usage`; an open request in `open_requests`."""
     response_id: str
     request_id: str
-    started_ms: int                 # Unix time
+    started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str                      # as the client asked for it
-    attempt: int = 0                # its number, from 1
-    final: int = 1                  # 0: a failed attempt that is billed all the same
+    model: str        # as the client asked for it
+    attempt: int = 0  # its number, from 1
+    final: int = 1    # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""          # the model that the answer names, where it is another
-    status: str = "completed"       # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""                # of its request, one of RESULTS
+    served_model: str = ""     # the model that the answer names, where it is another
+    status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
+    result: str = ""           # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                 # the reason of a failure, in words
-    terminal_by: str = "upstream"   # upstream | gateway; "": the answer is a status
-    estimated: str = ""             # why the tokens are not the provider's own count, if they are not
-    tier: str = ""                  # the service tier, as the provider says
-    session: str = ""               # the client's name of the conversation
-    client: str = ""                # its User-Agent
-    input: int = 0                  # tokens, as in Usage
+    error: str = ""                # the reason of a failure, in words
+    terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
+    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
+    tier: str = ""                 # the service tier, as the provider says
+    session: str = ""              # the client's name of the conversation
+    client: str = ""               # its User-Agent
+    input: int = 0                 # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""                 # USD per million tokens, as section 8.4 has it; "": no price
-    multiplier: int = 1_000_000     # of the account, in millionths
+    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0            # by the cache
-    asked_ms: int = 0               # from the request: to the newest upstream call,
-    answering_ms: int = 0           # to the head of its answer,
-    first_ms: int = 0               # to the first output; 0: none came
-    total_ms: int = 0               # and to the end
-    attempts: int = 0               # requests sent upstream
-    upstream_id: str = ""           # the provider's request id
-    detail: str = ""                # JSON of `tried`, `tried_ms` and `dropped`
+    saved_nanos: int = 0   # by the cache
+    asked_ms: int = 0      # from the request: to the newest upstream call,
+    answering_ms: int = 0  # to the head of its answer,
+    first_ms: int = 0      # to the first output; 0: none came
+    total_ms: int = 0      # and to the end
+    attempts: int = 0      # requests sent upstream
+    upstream_id: str = ""  # the provider's request id
+    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -7065,7 +8166,7 @@ def day_of(text: str) -> int:
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
-BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
+BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
     (r"(bearer)? \Z", "No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this "
      "shell, then start codex again."),
     (r"(?!bearer )", "The Authorization header must read: Bearer sk-rh-…"),
@@ -7073,7 +8174,7 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
      'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'),
     (r"bearer (?i:bearer) ", 'The key was sent with "Bearer " in it. Put the key alone, from sk-rh- on, into POMEX_API_KEY.'),
     (r"bearer (sk-(?!rh-)|gsk_|xai-|AIza|AQ\.|hf_|pplx-|r8_|nvapi-|csk-|fw_|eyJ)", "This looks like another provider's key. "
-     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),      # of vendors; and JWTs
+     "Clients need a Pomex key (sk-rh-…); the provider's key belongs in Pomex's config."),  # of vendors; and JWTs
     (r"bearer (?!sk-rh-)", "This is no Pomex key: those begin with sk-rh-. List keys with: python pomex.py keys list"),
     (r"bearer sk-rh-x+\Z",
      "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."),
@@ -7082,7 +8183,7 @@ BAD_KEYS = (        # "scheme token" of an Authorization header -> what to do
 
 def has_checksum(token: str) -> bool:
     body = token[len(KEY_PREFIX):]
-    return len(body) == KEY_RANDOM + KEY_CHECK and key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
+    return key_check(body[:KEY_RANDOM]) == body[KEY_RANDOM:]
 
 
 def explain_bad_key(header: str) -> str:
@@ -7098,11 +8199,11 @@ def explain_bad_key(header: str) -> str:
 
 
 def unauthorized(sentence: str) -> Unauthorized:
-    # RFC 9110 11.6.1; Claude Code would ask for three minutes
+    # RFC 9110 11.6.1; Claude Code would repeat it for three minutes
     return Unauthorized(sentence, headers=(("www-authenticate", "Bearer"), ("x-should-retry", "false")))
 
 
-NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not codex exec
+NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not codex exec
 
 
 # --- 8.2 the database ---
@@ -7110,7 +8211,7 @@ NEW_KEY = "codex app-server daemon restart"     # Codex 0.169 and newer, but not
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5
-APPLICATION_ID = 0x506F6D78     # "Pomx", in the file's header: no other program's database is written to
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
 STRING = "TEXT NOT NULL DEFAULT ''"
@@ -7150,10 +8251,10 @@ SCHEMA = (
     f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0               # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]     # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -7183,8 +8284,8 @@ class Transaction:
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
-        except Exception as error:          # noqa: BLE001 - returned to the caller
-            if not self.connection.in_transaction:      # e.g. a full disk ended it
+        except Exception as error:  # noqa: BLE001 - returned to the caller
+            if not self.connection.in_transaction:  # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
             attempted = None, error
@@ -7192,7 +8293,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {            # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -7207,14 +8308,14 @@ def database_trouble(path: str, error: Exception) -> LedgerError:
     """The message does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
-        reason = error.strerror or ""       # str() would give the path
+        reason = error.strerror or ""  # str() would give the path
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             code = sqlite3.SQLITE_READONLY
     return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Not one of the statement it was given."""
+    """False for a fault of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -7222,7 +8323,7 @@ def is_database_failure(error: Exception) -> bool:
 def database_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, OSError, RuntimeError) as error:        # RuntimeError: its thread has ended
+    except (sqlite3.Error, OSError, RuntimeError) as error:  # RuntimeError: its thread has ended
         raise database_trouble(path, error) from error
 
 
@@ -7230,7 +8331,7 @@ def create_file(path: str) -> None:
     """For this user alone; SQLite gives -wal and -shm the mode of the file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    with contextlib.suppress(OSError):      # it belongs to another user, whose choice it is
+    with contextlib.suppress(OSError):  # it belongs to another user, whose choice it is
         for suffix in ("", "-wal", "-shm"):
             os.chmod(path + suffix, 0o600)
 
@@ -7272,27 +8373,28 @@ class Database:
         """Waits for what is in progress; then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
-        self.writer.execute("PRAGMA busy_timeout = 2000")       # another program has had its turn
+        self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
 
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none; does not overwrite an existing file."""
+        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
         part = path + ".part"
-        with contextlib.suppress(FileNotFoundError):        # left by a copy that was killed
-            os.unlink(part)
-        try:
-            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(part)) as copy:
-                self.reader.backup(copy)
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            os.rename(part, path)
-        finally:
-            with contextlib.suppress(OSError):
+        with database_errors(path):
+            with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
                 os.unlink(part)
+            try:
+                os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                with contextlib.closing(sqlite3.connect(part)) as copy:
+                    self.reader.backup(copy)
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                os.rename(part, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
 
     def migrate(self) -> None:
         """Creates the schema, or upgrades an older file after copying it."""
@@ -7331,10 +8433,10 @@ class Database:
 
 def create_tables(tx: Transaction) -> None:
     """Creates the schema and moves the rows of an older one into it."""
-    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:      # another process was faster
+    if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
-    for kind, name in found:            # triggers, tables, indexes
+    for kind, name in found:  # triggers, tables, indexes
         tx.execute(f"ALTER TABLE {name} RENAME TO old_{name}" if kind == "table" else f"DROP {kind} {name}")
     for statement in SCHEMA:
         tx.execute(statement)
@@ -7352,7 +8454,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day (also of pruned rows).
+# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -7363,9 +8465,9 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
-    cursor = tx.connection.execute("SELECT * FROM old_" + query, values)
-    names = [column[0] for column in cursor.description]
-    return (dict(zip(names, row)) for row in cursor)
+    cursor = tx.connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    return map(dict, cursor.execute("SELECT * FROM old_" + query, values))
 
 
 def take_over_old_tables(tx: Transaction) -> None:
@@ -7379,8 +8481,8 @@ def take_over_old_tables(tx: Transaction) -> None:
             tx.execute("INSERT INTO settings VALUES (?, ?)", (name, value.hex() if name == "secret" else str(value)))
     # the sums of a day go into its first half hour, less those of its rows: what is left was pruned
     columns = ", ".join((*ROLLUP_KEY[1:-1], *SUMS[:-1], "last_ms"))
-    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, saved_nanos, {columns}) "
-               f"SELECT day * {DAY_MS}, 'unknown', 0, {columns} FROM old_daily")
+    tx.execute(f"INSERT INTO usage_rollups (started_ms, result, {columns}) "
+               f"SELECT day * {DAY_MS}, 'unknown', {columns} FROM old_daily")
     requests = read_old(tx, "usage ORDER BY id")
     while batch := [*itertools.islice(requests, 1000)]:
         rows = insert_rows(tx, [row for request in batch for row in old_rows(
@@ -7395,7 +8497,7 @@ def take_over_old_tables(tx: Transaction) -> None:
 # thousand searches; "-" where there is none.
 
 ONE = 1_000_000             # a multiplier of 1
-PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)      # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
+PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
 USUAL = {       # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
@@ -7403,7 +8505,7 @@ USUAL = {       # defaults for all models of a provider; a row of the table over
 }
 REGIONS = {"eu.api.openai.com": "geo", "us.api.openai.com": "geo", "gov.api.openai.com": "gov"}
 FREE = "0 0 0 0 0"
-DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")      # a dated model costs what its family does
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")  # a dated model costs what its family does
 
 
 class Price(NamedTuple):
@@ -7429,7 +8531,7 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000        # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # a token is priced per million, a search per thousand
     return Price(*picos)
 
 
@@ -7445,12 +8547,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0                               # with more input than this a request costs `long`; 0: none does
+    over: int = 0  # with more input than this a request costs `long`; 0: none does
     long: str = ""
-    changes: tuple[tuple[int, str], ...] = ()   # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}             # of service tiers, regions and peak hours
-    ends: str = ""                              # the day its provider retires the model
-    source: str = ""                            # where it is defined, for people
+    changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
+    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
+    ends: str = ""                             # the day its provider retires the model
+    source: str = ""                           # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -7460,7 +8562,7 @@ class PriceSchedule(NamedTuple):
         if self.over and input_tokens > self.over:
             text = self.long
         beijing_day = (started_ms + 8 * 3_600_000) // DAY_MS
-        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5     # day 0 was a Thursday
+        peak = started_ms % DAY_MS // 3_600_000 in PEAK_HOURS and (beijing_day + 3) % 7 < 5  # day 0 was a Thursday
         for tier in (tiers + " peak" * peak).split():
             text = scaled(text, self.factors[tier]) if tier in self.factors else text
         return text
@@ -7486,7 +8588,7 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
         base = " ".join([*prices, *"-----"][:5] + [factors.pop("search", "-")])
         over, long, changes = 0, "", []
         for kind in [*factors]:
-            if kind.startswith("over"):         # the row's own comes last
+            if kind.startswith("over"):  # the row's own comes last
                 over, long = int(kind[4:]), scaled(base, factors.pop(kind))
             elif kind.startswith("from"):
                 changes.append((day_of(kind[4:]), scaled(base, factors.pop(kind))))
@@ -7515,9 +8617,9 @@ class PriceTable:
         self.known = {**builtin_schedules(), **self.configured}
         self.free = {name: PriceSchedule(FREE, source="free") for name, provider in config.providers.items()
                      if provider.free or provider.wire_api == "demo"}
-        # only of providers that accept a service tier
+        # only of providers that accept a service tier, or a speed
         self.regions = {name: REGIONS.get(urllib.parse.urlsplit(provider.base_url).hostname or "", "")
-                        for name, provider in config.providers.items() if provider.wire_api in ("responses", "chat")}
+                        for name, provider in config.providers.items() if provider.wire_api not in ("gemini", "demo")}
 
     def schedule(self, provider: str, model: str, asked: str = "") -> PriceSchedule | None:
         name = f"{provider}/{model}"
@@ -7661,19 +8763,18 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096        # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256          # tokens: with room for fewer a request is refused
-WINDOW_NS = 60 * 10**9      # a rate's bucket holds what may be used in a minute
+RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    owner: str              # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str               # nanos | requests | tokens | open
-    maximum: int            # 0 for prepaid credit, whose bound is its balance
-    kind: str               # key | account | credit | open | rate
-    owner_id: int
-    since_day: int          # of a meter: it counts what was spent since then
+    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str     # nanos | requests | tokens | open
+    maximum: int  # 0 for prepaid credit, whose bound is its balance
+    kind: str     # key | account | credit | open | rate
+    since_day: int  # of a meter: it counts what was spent since then
 
 
 @dataclass(eq=False)
@@ -7698,13 +8799,23 @@ def limits_of(key: Key, day: int) -> list[Limit]:
     start, month = (period_bounds(period, day * 86400)[0] for period in (key.period, "month"))
     owner, account = f"key {key.id}", f"account {key.account_id}"
     limits = (
-        (owner, "nanos", key.budget_nanos, "key", key.id, start),
-        (account, "nanos", 0 if key.prepaid else None, "credit", key.account_id, 0),
-        (account, "nanos", key.account_limit_nanos, "account", key.account_id, month),
-        (f"{owner} open", "open", key.concurrent or None, "open", key.id, 0),
-        (f"{owner} requests", "requests", key.rpm or None, "rate", key.id, 0),
-        (f"{owner} tokens", "tokens", key.tpm or None, "rate", key.id, 0))
+        (owner, "nanos", key.budget_nanos, "key", start),
+        (account, "nanos", 0 if key.prepaid else None, "credit", 0),
+        (account, "nanos", key.account_limit_nanos, "account", month),
+        (f"{owner} open", "open", key.concurrent or None, "open", 0),
+        (f"{owner} requests", "requests", key.rpm or None, "rate", 0),
+        (f"{owner} tokens", "tokens", key.tpm or None, "rate", 0))
     return [Limit._make(limit) for limit in limits if limit[2] is not None]
+
+
+def is_owner(owner: str) -> str:
+    """SQL of a condition: key_id = 7 of "key 7"."""
+    return owner.replace(" ", "_id = ")
+
+
+def select_spent(owner: str) -> str:
+    """SQL of what a key or an account has spent since a time."""
+    return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
@@ -7714,9 +8825,8 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
         return found[0]
     spent = 0
     if limit.kind != "open":
-        spent = tx.read(f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {limit.owner.split()[0]}_id = ? "
-                        "AND started_ms >= ?", (limit.owner_id, limit.since_day * DAY_MS))[0][0]
-        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",     # long over
+        spent = tx.read(select_spent(limit.owner), (limit.since_day * DAY_MS,))[0][0]
+        tx.execute("DELETE FROM meters WHERE owner = ? AND since_day > 0 AND since_day < ? AND granted = 0",  # long over
                    (limit.owner, limit.since_day - 62))
     tx.execute("INSERT INTO meters VALUES (?, ?, ?, 0) ON CONFLICT DO NOTHING", (limit.owner, limit.since_day, spent))
     return spent, 0
@@ -7738,7 +8848,7 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
         return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
-        maximum = tx.read("SELECT coalesce(sum(nanos), 0) FROM credits WHERE account_id = ?", (limit.owner_id,))[0][0]
+        maximum = tx.read(f"SELECT coalesce(sum(nanos), 0) FROM credits WHERE {is_owner(limit.owner)}")[0][0]
     spent, granted = spent_and_granted(tx, limit)
     taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
                        (amount, limit.owner, limit.since_day, amount, maximum))
@@ -7749,18 +8859,18 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 # --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5           # a revocation in another process holds within a second
-OPEN_AFTER_S = 0.05         # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005            # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25              # between two attempts of a failing ledger to write
-SETTLE_WAIT_S = 2.0         # how long an answer waits for it
-BEAT_S = 10.0               # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100          # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0               # without a beat a process of another host is dead
+KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
+GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
+RETRY_S = 0.25       # between two attempts of a failing ledger to write
+SETTLE_WAIT_S = 2.0  # how long an answer waits for it
+BEAT_S = 10.0        # how often a process with open requests says that it lives
+KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
+DEAD_S = 60.0        # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
 OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
-Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]     # rows, and corrections of rates (ns, owner)
+Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
 
@@ -7780,7 +8890,7 @@ def start_of(pid: int) -> str:
 
 
 def has_ended(pid: int, start: str) -> bool:
-    if sys.platform == "win32":         # there os.kill would end it
+    if sys.platform == "win32":  # there os.kill would end it
         return False
     try:
         os.kill(pid, 0)
@@ -7798,7 +8908,7 @@ class Ledger:
     secret = b""                # authenticates what clients carry for us
     disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
     revision = 0                # of the keys
-    flushed: asyncio.Future[LedgerError | None] | None = None       # when the next commit is done; None: not yet asked for
+    flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
     flushed_at = 0.0            # when the one before was begun
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
@@ -7806,18 +8916,18 @@ class Ledger:
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db, self.max_unsaved = db, max_unsaved
-        self.keys: dict[int, Key] = {}      # by id, revoked ones too
+        self.keys: dict[int, Key] = {}  # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
-        self.pending: dict[str, OpenRow] = {}           # begun, not settled
+        self.pending: dict[str, OpenRow] = {}  # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
         self.writes: list[Callable[[Transaction], None]] = []
         # what one commit of each half second writes
-        self.counters: collections.Counter[tuple[str, ...]] = collections.Counter()     # of /metrics
+        self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
-        self.notes: dict[str, str] = {}                 # settings: the last error of each provider
-        self.beats: dict[tuple[str, int], float] = {}   # of other processes: when this count was first seen
+        self.notes: dict[str, str] = {}                # settings: the last error of each provider
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -7858,7 +8968,7 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
-            await self.refresh()                # another process may have made it just now
+            await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
@@ -7882,7 +8992,7 @@ class Ledger:
 
     def start(self) -> None:
         """Starts the background work of a server."""
-        self.maintaining = asyncio.get_running_loop().create_task(self.maintain())
+        self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
         """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
@@ -7909,16 +9019,16 @@ class Ledger:
         return response_id not in self.unsaved
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
-                      held: Mapping[Limit, int]) -> list[tuple[int, float]]:
+                      held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
         """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
-        def run(tx: Transaction) -> list[tuple[int, float]]:
+        def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # unknown: this process was taken for dead and what it held was released
-            states = [acquire(tx, limit, amount, now_ns) for limit, amount in (*needs, *(() if known else meters))]
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
             reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
             self.insert_open(tx, [row()], dumps(reserved))
             return states
@@ -7929,7 +9039,7 @@ class Ledger:
             if not held:
                 self.pending.pop(response_id, None)
             raise
-        except BaseException:       # it may have been written
+        except BaseException:  # it may have been written
             if not held:
                 self.abandon(response_id)
             raise
@@ -7972,26 +9082,24 @@ class Ledger:
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
         """Done when what waits now is written, or that has failed."""
-        loop = asyncio.get_running_loop()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if self.flushed is None:
-            self.flushed = loop.create_future()
+            self.flushed = asyncio.get_running_loop().create_future()
         if self.flushing is None:
-            self.flushing = loop.create_task(self.flush())
+            self.flushing = asyncio.create_task(self.flush())
         return self.flushed
 
     async def flush(self) -> None:
         """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
-        loop = asyncio.get_running_loop()
         try:
             while self.flushed is not None:
-                if self.pending or not self.healthy:        # others may join, or the database may heal
-                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - loop.time())
-                    if self.flushed is None:        # the ledger was closed
+                if self.pending or not self.healthy:  # others may join, or the database may heal
+                    await asyncio.sleep(self.flushed_at + (GATHER_S if self.healthy else RETRY_S) - time.monotonic())
+                    if self.flushed is None:  # the ledger was closed
                         return
-                self.flushed_at = loop.time()
+                self.flushed_at = time.monotonic()
                 flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
                 self.flushed, self.writes = None, []
                 failure = None
@@ -8014,7 +9122,7 @@ class Ledger:
 
     def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
                     ) -> None:
-        for write in writes:            # first: what a request reserves goes before its settlement
+        for write in writes:  # first: what a request reserves goes before its settlement
             write(tx)
         self.write_requests(unsaved, tx)
 
@@ -8062,7 +9170,7 @@ class Ledger:
             self.db.close()
         flushed, self.flushed = self.flushed, None
         if flushed is not None:
-            with contextlib.suppress(RuntimeError):     # its loop has ended
+            with contextlib.suppress(RuntimeError):  # its loop has ended
                 flushed.set_result(failure)
 
     # processes
@@ -8089,9 +9197,9 @@ class Ledger:
                 await self.save_counts()
                 if tick % int(BEAT_S / KEYS_POLL_S) == 0:
                     await self.beat()
-            except LedgerError:                 # requests meet it too, where it is reported
+            except LedgerError:  # requests meet it too, where it is reported
                 pass
-            except Exception as error:          # noqa: BLE001 - our own bug; revocations must still be seen
+            except Exception as error:  # noqa: BLE001 - our own bug; revocations must still be seen
                 log.error("ledger: %s", fault_location(error))
             await asyncio.sleep(KEYS_POLL_S)
 
@@ -8135,7 +9243,7 @@ class Ledger:
             self.counters.update(counts[0])
             raise
 
-    def write_counts(self, counters: Mapping[tuple[str, ...], int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
+    def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
                      tx: Transaction) -> None:
         tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
         tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
@@ -8147,7 +9255,7 @@ class Ledger:
     async def counted(self) -> dict[tuple[str, ...], int]:
         """The counters of all processes together."""
         await self.save_counts()
-        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))    # behind what is on its way
+        found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
 
     # changes of keys and providers
@@ -8170,7 +9278,7 @@ class Ledger:
 
         def run(tx: Transaction) -> None:
             tx.insert(f"{kind}s", {"name": name, "created_s": int(now_s), **columns, **settings})
-            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")        # of a new key
+            tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")  # of a new key
         try:
             await self.change(who, f"{kind} created", name, run, settings)
         except sqlite3.IntegrityError:
@@ -8204,11 +9312,6 @@ class Ledger:
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
 
-    def backup(self, path: str) -> None:
-        """Makes a complete copy while servers run; does not overwrite an existing file."""
-        with database_errors(path):
-            self.db.copy(path)
-
 
 def in_usd(values: JSON) -> JSON:
     """{"limit_nanos": 12_500_000_000} as {"limit_usd": "12.5"}."""
@@ -8218,32 +9321,37 @@ def in_usd(values: JSON) -> JSON:
 
 # --- 8.8 what one request may use, and what it costs ---
 
+@dataclass(eq=False)
 class Reservation:
-    """What one request has reserved, and the rows of its failed attempts. `named` are columns that all its rows share:
-    request_id, endpoint, session and client."""
-    reserved_output = 0             # output tokens whose cost is reserved
-    charged_output = 0              # output tokens charged to a rate
-    max_output_tokens = 0           # of the answer
-    exhausted = False               # the last extension failed or was cut short
-    max_price = ""                  # the price that reservations are made at
-    first = "", "", Usage()         # the target that is asked first, and what goes into it
+    """What one request has reserved, and the rows of its failed attempts."""
+    prices: PriceTable
+    ledger: Ledger
+    key: Key
+    response_id: str
+    model: str
+    started_ms: int
+    named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
+    asked_tier: str = ""
+    reserved_output = 0      # output tokens whose cost is reserved
+    charged_output = 0       # output tokens charged to a rate
+    max_output_tokens = 0    # of the answer
+    exhausted = False        # the last extension failed or was cut short
+    max_price = ""           # the price that reservations are made at
+    first = "", "", Usage()  # the target that is asked first, and what goes into it
 
-    def __init__(self, prices: PriceTable, ledger: Ledger, key: Key, response_id: str, model: str, started_ms: int,
-                 named: Mapping[str, Any], asked_tier: str = "") -> None:
-        self.asked_tier = "priority" if asked_tier == "fast" else asked_tier
-        self.prices, self.ledger, self.key, self.named = prices, ledger, key, named
-        self.response_id, self.model, self.started_ms = response_id, model, started_ms
+    def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
-        self.limits = limits_of(key, started_ms // DAY_MS)
-        self.held: collections.Counter[Limit] = collections.Counter()       # what is reserved
-        self.rates: dict[Limit, tuple[int, float]] = {}     # what remains of each, and the seconds until it is full
+        self.limits = limits_of(self.key, self.started_ms // DAY_MS)
+        self.held = collections.Counter[Limit]()            # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
         schedule, region = self.prices.schedule(provider, model, self.model), self.prices.regions.get(provider)
         if schedule is None:
             return f"provider {usage.cost}" if usage.cost else ""
-        tiers = [usage.tier] if usage.tier or region is None else ["", self.asked_tier]
+        asked = "priority" if self.asked_tier == "fast" else self.asked_tier
+        tiers = [usage.tier] if usage.tier or region is None else ["", asked]
         return max((schedule.price(self.started_ms, usage.input, f"{tier} {region or ''}") for tier in tiers),
                    key=lambda text: price_of(text) or ())
 
@@ -8292,14 +9400,12 @@ class Reservation:
             needs = [(limit, amounts[limit.unit]) for limit in self.limits if amounts[limit.unit]]
             try:
                 if needs:
-                    states = await self.ledger.reserve(self.response_id, self.open_row, needs, self.held)
-                    self.rates.update((limit, state) for (limit, _), state in zip(needs, states) if limit.kind == "rate")
+                    self.states.update(await self.ledger.reserve(self.response_id, self.open_row, needs, self.held))
                 elif first:
                     self.ledger.begin(self.response_id, self.open_row)
                 break
             except LimitExceeded as no:
-                if no.limit.kind == "rate":
-                    self.rates[no.limit] = max(no.remaining, 0), no.wait_s
+                self.states[no.limit] = max(no.remaining, 0), no.wait_s
                 left = no.remaining - self._nanos(self.max_price, input_tokens, 0)
                 less = left * 1_000_000_000 // (rate.output * self.key.multiplier) if rate and rate.output else 0
                 if no.limit.unit != "nanos" or not least <= less < output:
@@ -8350,9 +9456,10 @@ class Reservation:
     def headers(self) -> list[tuple[str, str]]:
         """x-ratelimit-*, of keys that have a rate."""
         found = []
-        for limit, (remaining, reset_s) in self.rates.items():
-            values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
-            found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
+        for limit, (remaining, reset_s) in self.states.items():
+            if limit.kind == "rate":
+                values = {"limit": limit.maximum, "remaining": remaining, "reset": f"{math.ceil(reset_s)}s"}
+                found += [(f"x-ratelimit-{name}-{limit.unit}", str(value)) for name, value in values.items()]
         return found
 
 
@@ -8383,12 +9490,6 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 
 
 # --- 8.9 accounts and credit ---
-
-async def create_account(ledger: Ledger, name: str, prepaid: bool, limit_nanos: int | None, multiplier: int, now_s: float,
-                         who: str = "") -> None:
-    settings = {"prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier}
-    await ledger.create("account", name, now_s, who, settings)
-
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
     """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
@@ -8425,7 +9526,7 @@ KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {tab
                                 for table in ("key", "account"))
 REPORT_BY = {"model": "model", "provider": "provider", "endpoint": "endpoint", "day": f"started_ms / {DAY_MS}",
              "key": KEY_NAME_OF, "account": ACCOUNT_NAME_OF}
-ROW_SUMS = {        # of rows, what the same name sums of rollups
+ROW_SUMS = {  # of rows, what the same name sums of rollups
     "requests": "final", "failed": "CASE WHEN status = 'failed' THEN 1 ELSE 0 END",
     "estimated": "CASE WHEN estimated <> '' THEN 1 ELSE 0 END",
     "unpriced": "CASE WHEN final = 1 AND price = '' AND input + output > 0 THEN 1 ELSE 0 END"}
@@ -8463,7 +9564,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError or OverflowError where it is none."""
+    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -8521,8 +9622,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
     wrong += [f"day {day_text(day)}: the sums differ from the rows" for day in sorted(days)]
     for owner, since_day, spent in await db.read("SELECT owner, since_day, spent FROM meters WHERE owner NOT LIKE '% open'"):
-        kind, owner_id = owner.split()
-        if spent != (await spent_nanos(db, f"{kind}_id", since_day)).get(int(owner_id), 0):
+        if await db.read(select_spent(owner), since_day * DAY_MS) != [(spent,)]:
             wrong.append(f"{owner}: its limit counts another sum than the rollups")
     return checked, wrong
 
@@ -8535,17 +9635,17 @@ async def prune(ledger: Ledger, before_day: int) -> int:
         return tx.execute("DELETE FROM usage WHERE id IN (SELECT id FROM usage WHERE started_ms < ? LIMIT 5000)",
                           (before_day * DAY_MS,))
     gone = 0
-    while removed := await ledger.commit(run):          # a part at a time: running servers write in between
+    while removed := await ledger.commit(run):  # a part at a time: running servers write in between
         gone += removed
     return gone
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
     """A page of the audit log, newest first."""
-    rows = await db.read("SELECT before, after, id, time_ms, who, action, name FROM audit WHERE id < ? AND time_ms >= ? "
-                         "ORDER BY id DESC LIMIT ?", before_id, since_ms, limit)
-    return [{**dict(zip(("id", "time_ms", "who", "action", "name"), row)), "before": json.loads(before),
-             "after": json.loads(after)} for before, after, *row in rows]
+    names = ("id", "time_ms", "who", "action", "name", "before", "after")
+    rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
+                         before_id, since_ms, limit)
+    return [dict(zip(names, (*row, json.loads(before), json.loads(after)))) for *row, before, after in rows]
 
 
 # === 9. upstream ===
@@ -8553,13 +9653,13 @@ async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500
 # One exchange with a provider. An error says in which phase it happened and whether the request had been sent; it never holds
 # a key.
 
-READ_BYTES = 2**18          # of one read: a large body costs 42 % less CPU than with 64 KiB
-WRITE_HIGH_BYTES = 2**18    # unsent bytes of a connection before its writer waits: a burst of 1,000 events
-HAPPY_EYEBALLS_S = 0.25     # before the next address of a host is tried in parallel (RFC 8305 5)
-POOL_IDLE_S = 30.0          # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
-POOL_SIZE = 256             # idle connections of one origin
-PUMPED_BYTES = 2**16        # of a stream, translated in one step: with a larger read other tasks must run between
-INFLATE_BYTES = 2**14       # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
+READ_BYTES = 2**18        # of one read: a large body costs 42 % less CPU than with 64 KiB
+WRITE_HIGH_BYTES = 2**18  # unsent bytes of a connection before its writer waits: a burst of 1,000 events
+HAPPY_EYEBALLS_S = 0.25   # before the next address of a host is tried in parallel (RFC 8305 5)
+POOL_IDLE_S = 30.0        # less than the idle timeouts of common load balancers (nginx 75 s, AWS and Azure 60 s)
+POOL_SIZE = 256           # idle connections of one origin
+PUMPED_BYTES = 2**16      # of a stream, translated in one step: with a larger read other tasks must run between
+INFLATE_BYTES = 2**14     # inflated at a time: at most 16 MiB, with gzip's ratio of 1032:1
 PHASES = {"connect": "connecting", "tls": "setting up TLS", "send": "sending the request",
           "head": "waiting for the answer", "body": "reading the answer"}
 
@@ -8571,21 +9671,21 @@ def do_nothing() -> None:
 class StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's streams report the peer's end only to a reader; this calls on_end() at once, and on_closed() when the socket
     is gone. While `pump` is set, it is called with the bytes that arrive, and no task wakes."""
+    unread = 0  # bytes in the reader
+    pump: Callable[[bytes], None] | None = None
+    fault: Exception | None = None  # a reset: raised by the reader, it would hide the bytes before it
 
     def __init__(self, buffer_bytes: int,
                  connected: Callable[[StreamProtocol, asyncio.StreamWriter], None] | None = None) -> None:
-        self.reader = asyncio.StreamReader(buffer_bytes)        # which holds up to twice that
+        self.reader = asyncio.StreamReader(buffer_bytes)  # which holds up to twice that
         super().__init__(self.reader, connected and (lambda _, writer: connected(self, writer)))
-        self.unread = 0                         # bytes in the reader
-        self.pump: Callable[[bytes], None] | None = None
         self.on_end = self.on_closed = do_nothing
-        self.fault: Exception | None = None     # a reset: raised by the reader, it would hide the bytes before it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio sets TCP_NODELAY only where a socket was made with IPPROTO_TCP."""
         assert isinstance(transport, asyncio.Transport)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
-        with contextlib.suppress(OSError):      # a Unix socket has no such option
+        with contextlib.suppress(OSError):  # a Unix socket has no such option
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
 
@@ -8599,7 +9699,7 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
     def eof_received(self) -> bool:
         super().eof_received()
         self.on_end()
-        return False        # the transport closes itself
+        return False  # the transport closes itself
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fault = exc
@@ -8632,8 +9732,8 @@ class StreamConnection:
 
 class UpstreamConnection(StreamConnection):
     http: ResponseReader
-    answered = False                            # a byte of the answer has come
-    expiry: asyncio.TimerHandle | None = None   # while it is idle
+    answered = False                           # a byte of the answer has come
+    expiry: asyncio.TimerHandle | None = None  # while it is idle
 
     def __init__(self, protocol: StreamProtocol, writer: asyncio.StreamWriter) -> None:
         super().__init__(protocol, writer)
@@ -8659,14 +9759,14 @@ class TransportError(UpstreamError):
 
     def __init__(self, message: str, phase: str, sent: bool, brief: str = "", where: str = "") -> None:
         super().__init__(message)
-        self.phase = phase      # a key of PHASES
-        self.sent = sent        # the provider may have seen the request
-        self.brief = brief      # what went wrong, in a few words
-        self.where = where      # host:port
+        self.phase = phase  # a key of PHASES
+        self.sent = sent    # the provider may have seen the request
+        self.brief = brief  # what went wrong, in a few words
+        self.where = where  # host:port
 
 
 class TransportTimeout(TransportError, UpstreamTimeout):
-    """Of the provider's configuration."""
+    """A limit of the provider's configuration."""
 
 
 # --- 9.1 endpoints and proxies ---
@@ -8674,7 +9774,7 @@ class TransportTimeout(TransportError, UpstreamTimeout):
 class Proxy(NamedTuple):
     host: str
     port: int
-    fields: tuple[tuple[str, str], ...]     # headers: its user and password
+    fields: tuple[tuple[str, str], ...]  # headers: its user and password
 
 
 class Origin(NamedTuple):
@@ -8693,8 +9793,8 @@ class Origin(NamedTuple):
 class Endpoint(NamedTuple):
     """What all requests to one base_url have in common."""
     origin: Origin
-    prefix: str                         # of the request target: the path, and before a proxy the whole URL
-    fields: list[tuple[str, str]]       # headers
+    prefix: str                    # of the request target: the path, and before a proxy the whole URL
+    fields: list[tuple[str, str]]  # headers
 
 
 def is_loopback(host: str) -> bool:
@@ -8706,7 +9806,7 @@ def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, s
     matches what lies below it, too, and a port may follow."""
     for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
         name, wanted = entry, ""
-        if entry.count(":") == 1 or "]:" in entry:      # more colons without brackets: an IPv6 address
+        if entry.count(":") == 1 or "]:" in entry:  # more colons without brackets: an IPv6 address
             name, _, wanted = entry.rpartition(":")
         name = name.strip("[]").lstrip(".")
         if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
@@ -8720,7 +9820,7 @@ def parse_proxy(proxy: str) -> Proxy:
     url = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
     if url.scheme != "http" or not url.hostname:
         raise ValueError("only proxies like http://host:port are supported")
-    port = url.port or 1080         # curl's default
+    port = url.port or 1080  # curl's default
     if url.username is None:
         return Proxy(url.hostname, port, ())
     pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
@@ -8730,16 +9830,16 @@ def parse_proxy(proxy: str) -> Proxy:
 def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
     """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    usual = 443 if url.scheme == "https" else 80
+    host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
         address = environment_proxy(url.scheme, host, port, environ)
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
-    name = origin.authority.removesuffix(":443" if url.scheme == "https" else ":80")
-    path = url.path.rstrip("/")
+    name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
     fields = [("host", name), ("accept-encoding", "gzip")]
-    if proxy and url.scheme == "http":      # RFC 9112 3.2.2: proxies need the absolute form
+    if proxy and url.scheme == "http":  # RFC 9112 3.2.2: proxies need the absolute form
         return Endpoint(origin, f"http://{name}{path}", [*fields, *proxy.fields])
     return Endpoint(origin, path, fields)
 
@@ -8764,26 +9864,29 @@ def overloaded(message: str, status: int = 503, code: str = "overloaded") -> Gat
 
 
 NO_HEADERS = Headers([])
-LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)     # not a provider's
+LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)  # not a provider's
 
 
+@dataclass(eq=False)
 class Exchange:
     """One request and its answer. Its holder calls close() in any case."""
+    pool: ConnectionPool
+    provider: ProviderConfig
+    origin: Origin
     status = 0
     headers = NO_HEADERS
-    connection: UpstreamConnection | None = None    # None after close()
+    connection: UpstreamConnection | None = None  # None after close()
     keep_alive = False
-    finished = False                # the body was read to its end
-    heard = True                    # the last piece held more than comments and pings: set by the caller of read()
-    idle_due = 0.0                  # when silence inside the answer becomes a timeout
-    paused_since = math.inf         # when the last piece was returned
+    finished = False         # the body was read to its end
+    heard = True             # the last piece held more than comments and pings: set by the caller of read()
+    idle_due = 0.0           # when silence inside the answer becomes a timeout
+    paused_since = math.inf  # when the last piece was returned
     inflater: ContentDecoder | None = None
-    compressed = b""                # bytes not inflated yet
+    compressed = b""  # bytes not inflated yet
 
-    def __init__(self, pool: ConnectionPool, provider: ProviderConfig, origin: Origin) -> None:
-        self.pool, self.provider, self.origin = pool, provider, origin
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.total_due = self.loop.time() + provider.total_timeout_s
+        self.total_due = self.loop.time() + self.provider.total_timeout_s
 
     def failed(self, phase: str, error: Exception, limit: str = "", sent: bool = True) -> TransportError:
         """The error to raise; of a timeout, `limit` is its setting."""
@@ -8803,7 +9906,7 @@ class Exchange:
         socket at once."""
         if due > self.total_due:
             limit, due = "total_timeout_s", self.total_due
-        if self.loop.time() >= due:         # while bytes keep coming, no timer fires
+        if self.loop.time() >= due:  # while bytes keep coming, no timer fires
             raise self.failed(phase, TimeoutError(), limit)
         timeout = asyncio.timeout_at(due)
         try:
@@ -8884,7 +9987,7 @@ class Exchange:
         if pump.error is not None:
             raise pump.error
         if not pump.stopped.done():
-            self.heard = False      # so read() raises the timeout
+            self.heard = False  # so read() raises the timeout
 
     def inflate(self) -> bytes:
         """The next slice of `compressed`; at the end of the body checks that it was complete."""
@@ -8925,10 +10028,10 @@ class Exchange:
         connection.abort()
 
     async def is_complete(self, connection: UpstreamConnection) -> bool:
-        """Of answer and request. The decoder may have stopped at the last event."""
+        """Were request and answer sent whole? The decoder may have stopped at the last event."""
         try:
             if not self.finished and connection.protocol.unread:
-                await connection.receive()      # without waiting: the bytes are in the buffer
+                await connection.receive()  # without waiting: the bytes are in the buffer
             while not self.finished and (part := connection.http.next()) is not NEED_DATA:
                 self.finished = part is END
         except ProtocolError:
@@ -8936,13 +10039,16 @@ class Exchange:
         return self.finished and not connection.unsent_bytes()
 
 
+@dataclass(eq=False)
 class Pump:
     """Gives the bytes of an answer to take() as the event loop receives them."""
+    exchange: Exchange
+    connection: UpstreamConnection
+    take: Callable[[bytes], bool]
+    error: Exception | None = None  # of take()
 
-    def __init__(self, exchange: Exchange, connection: UpstreamConnection, take: Callable[[bytes], bool]) -> None:
-        self.exchange, self.connection, self.take = exchange, connection, take
-        self.stopped = exchange.loop.create_future()
-        self.error: Exception | None = None     # of take()
+    def __post_init__(self) -> None:
+        self.stopped = self.exchange.loop.create_future()
 
     def receive(self, data: bytes) -> None:
         if len(data) <= PUMPED_BYTES:
@@ -8958,10 +10064,10 @@ class Pump:
         try:
             while isinstance(part := self.connection.http.next(), bytes) and self.take(part):
                 pass
-        except ProtocolError:           # the HTTP reader raises it again, for read()
+        except ProtocolError:  # the HTTP reader raises it again, for read()
             self.stop()
             return
-        except Exception as error:      # noqa: BLE001 - for the task to handle
+        except Exception as error:  # noqa: BLE001 - for the task to handle
             self.error = error
             self.stop()
             return
@@ -8981,16 +10087,16 @@ class Pump:
 
 class ConnectionPool:
     """All connections to providers of this process."""
+    closed = False
+    secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
-        self.environ = dict(environ or {})
-        self.idle: dict[Origin, list[UpstreamConnection]] = {}      # the newest is last, and used first
+    def __init__(self, environ: Mapping[str, str] = {}) -> None:
+        self.environ = environ
+        self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
-        self.contexts: dict[str, ssl.SSLContext] = {}   # by ca_file
-        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}     # in progress, by host
-        self.not_reused: set[Origin] = set()            # that sent unsolicited bytes
-        self.closed = False
-        self.secrets = re.compile(r"(?!)")              # never repeated from a provider's answer
+        self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
+        self.lookups: dict[str, concurrent.futures.Future[list[str]]] = {}  # in progress, by host
+        self.not_reused: set[Origin] = set()  # that sent unsolicited bytes
 
     async def exchange(self, provider: ProviderConfig, method: str, path: str, headers: list[tuple[str, str]],
                        body: bytes, again: Callable[[], bool] = lambda: True) -> Exchange:
@@ -9019,7 +10125,7 @@ class ConnectionPool:
         if key not in self.endpoints:
             try:
                 self.endpoints[key] = endpoint_of(provider, self.environ)
-            except ValueError as error:     # of a proxy in the environment
+            except ValueError as error:  # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
                 raise TransportError(message, "connect", sent=False) from None
         return self.endpoints[key]
@@ -9033,7 +10139,7 @@ class ConnectionPool:
                 connection.expiry.cancel()
             if connection.reusable:
                 return connection
-            if not connection.writer.is_closing():      # a closing one may have received a 408
+            if not connection.writer.is_closing():  # a closing one may have received a 408
                 self.disable_reuse(origin)
             connection.abort()
         return None
@@ -9088,7 +10194,7 @@ class ConnectionPool:
             raise next(filter(None, reversed(errors)))
         opened = connection.writer.get_extra_info("socket")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):     # NATs drop silent connections after some minutes
+        if hasattr(socket, "TCP_KEEPIDLE"):  # NATs drop silent connections after some minutes
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         return connection
 
@@ -9099,7 +10205,7 @@ class ConnectionPool:
         lookup = self.lookups.get(host)
         if lookup is None:
             self.lookups[host] = lookup = concurrent.futures.Future()
-            lookup.set_running_or_notify_cancel()       # waiters may be cancelled, the look-up may not
+            lookup.set_running_or_notify_cancel()  # waiters may be cancelled, the look-up may not
             lookup.add_done_callback(lambda _: self.lookups.pop(host))
             threading.Thread(target=resolve, args=(lookup, host), daemon=True).start()
         return await asyncio.wrap_future(lookup)
@@ -9133,7 +10239,7 @@ class ConnectionPool:
             for connection in connections:
                 connection.abort()
         self.idle.clear()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
 
 def resolve(lookup: concurrent.futures.Future[list[str]], host: str) -> None:
@@ -9614,6 +10720,7 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
+COUNT_S = 10.0  # how long a provider may take to count tokens
 LARGE_BODY_BYTES = 1 << 18  # parsing or encoding a larger body takes milliseconds, in which streams would wait
 SWITCH_S = 0.001  # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
@@ -9760,14 +10867,22 @@ class Router:
         if down.attempt.error is not None:
             redact_configured(down.attempt.error, self.upstream.secrets)
 
-    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
-        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
-        client, provider = down.client, target.provider
+    def headers(self, target: Candidate, call: UpstreamCall, client: Client) -> list[tuple[str, str]]:
+        """Of a call: the configured ones, some of the client's where its body passes, the wire's own."""
+        provider, given = target.provider, client.head.headers
         fields = [("content-type", "application/json"), *provider.http_headers.items()]
         if provider.api_key:
             fields += WIRES[provider.wire_api].auth(provider.api_key)
         if isinstance(call.attempt, Passthrough):
-            fields += [(name, value) for name, value in client.head.headers if RELAYED_HEADERS.fullmatch(name)]
+            fields += [(name, value) for name, value in given if RELAYED_HEADERS.fullmatch(name)]
+        elif given.get("anthropic-beta"):
+            client.dropped.append("anthropic-beta")
+        sent = {name for name, _ in fields} - {"anthropic-beta"}        # a list: a repair adds to the client's own
+        return [*fields, *(header for header in call.headers if header[0] not in sent)]
+
+    async def exchanges(self, target: Candidate, call: UpstreamCall, down: ClientStream) -> None:
+        """One exchange; a second if a known refusal can be repaired, more if the provider pauses its turn."""
+        client, provider = down.client, target.provider
         more: UpstreamCall | None = call
         repaired = False
         while more is not None:
@@ -9778,8 +10893,7 @@ class Router:
             if provider.wire_api == "demo":
                 exchange: Exchange = DemoExchange(call.frames)
             else:
-                sent = {name for name, _ in fields}
-                headers = [*fields, *(header for header in call.headers if header[0] not in sent)]
+                headers = self.headers(target, call, client)
                 exchange = await self.upstream.exchange(provider, "POST", call.path, headers, call.body, client.count_attempt)
             reusable = False
             client.answering_ms = client.elapsed_ms()
@@ -10057,15 +11171,11 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/(chat/)?completions", "wrong_wire_api",
-     "Pomex does not serve Chat Completions, only the Responses API: POST {base}/responses. Set the client to that API; "
-     "in Codex by wire_api = \"responses\"."),
-    (r"/v1/messages(/(count_tokens|batches.*))?", "wrong_wire_api",
-     "Pomex does not serve the Anthropic Messages API, only the Responses API: POST {base}/responses. Use a client that speaks "
-     "it."),
-    (r"/v1beta/.*", "wrong_wire_api",
-     "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
-    (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
+    (r"/v1/completions|/(v1beta|api)/.*", "wrong_wire_api",
+     "This API is not served: {path}. Set the client to an OpenAI-compatible provider at {base}, or Claude Code to {root}."),
+    (r"(/.*)?/messages(/count_tokens)?", "wrong_base_url",
+     "ANTHROPIC_BASE_URL must be {root}, without /v1 (in opencode with it); this request came to {path}."),
+    (r"(/.*)?/(responses|models|chat/completions)|/v1/v1/.*", "wrong_base_url",
      "base_url must end with /v1: {base}. The client adds the rest; this request came to {path}."),
     (r"/v1/responses/input_tokens", "not_found",
      "Pomex does not count tokens beforehand: usage in the answer has the true counts."),
@@ -10076,19 +11186,19 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/alpha/search", "not_found",
      "Pomex has no search service of its own. Leave supports_standalone_web_search out of [model_providers.pomex]: "
      "web_search is then a tool of the model."),
-    (r"/v1/(embeddings|images|audio|moderations|files|uploads|batches|fine_tuning|vector_stores|realtime|assistants|threads)"
-     r"(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
+    (r"/v1/(embeddings|images|audio|moderations|files|uploads|(messages/)?batches|fine_tuning|vector_stores|realtime|assistants"
+     r"|threads)(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
+    root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
-    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses and GET /v1/models; its dashboard is at "
-                      "/admin.", status=404, code="not_found")
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
+                      "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ---
@@ -10156,10 +11266,13 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
     try:
         if not payable:
             raise price_unknown(key, candidates[0])
+        choices = request.get("n", 1) if api == "chat" else 1
         if cap := await down.reservation.reserve([each[:2] for each in payable], request.estimated_input,
-                                                 request.get("max_output_tokens", 0), down.server.reserve_output_tokens):
+                                                 request.get("max_output_tokens", 0) * choices,
+                                                 down.server.reserve_output_tokens):
             # as many as the money is enough for
-            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": cap})
+            limit = max(1, cap // choices)
+            answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
         await gateway.router.route(payable, envelope, down)
     except LimitExceeded as no:
         refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
@@ -10183,8 +11296,9 @@ def client_stream(gateway: Gateway, client: Client, key: Key, request: Responses
     api = CLIENT_APIS[request.api]
     named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
              "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
     reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, request.get("service_tier", ""))
+                              int(client.started_s * 1000), named, tier)
     answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
     answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
     answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
@@ -10271,7 +11385,8 @@ def client_error(gateway: Gateway, down: ClientStream) -> GatewayError:
         headers = (("retry-after", str(max(1, math.ceil(min(waits))))),) if waits and kinds != {"quota"} else ()
     if kinds == {"rate_limit"} and waits and profile.errors_as_events:
         message = f"{message} Please try again in {max(1, round(min(waits)))}s."       # Codex takes its delay from the text
-    headers += (("x-should-retry", "false"),) if kinds == {"quota"} else ()
+    final = profile.final_failures and len(failures) > 1
+    headers += (("x-should-retry", "false"),) if kinds == {"quota"} or final else ()
     return GatewayError(message, status=status, type="server_error" if status >= 500 else error.type, code=code,
                         param=error.param, headers=headers)
 
@@ -10359,6 +11474,41 @@ def short_count(count: int) -> str:
     return f"{count / 1000:.1f}k" if count < 1_000_000 else f"{count / 1_000_000:.1f}M"
 
 
+async def count_tokens(gateway: Gateway, client: Client) -> None:
+    """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
+    key, headers = await gateway.key(client), client.head.headers
+    raw = await client.body(key=f"key {key.id}")
+    request = parse_request(raw.replace(b"{", b'{"max_tokens":1,', 1), api="messages")
+    request.body.pop("max_output_tokens")
+    request.given.pop("max_tokens")             # which a count has not
+    name = gateway.catalogue.full_name(request.model)
+    request = dataclasses.replace(request, raw=raw, model=name)
+    check_model_access(key, name, STANDARD)
+    envelope = Envelope(gateway.ledger.secret, key.account)
+    target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
+    down = client_stream(gateway, client, key, request, STANDARD, "")
+    reservation, counted = down.reservation, 0
+    try:
+        await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
+        if target.provider.wire_api == "messages":
+            call, router = encode_call(target, envelope, down), gateway.router
+            async with asyncio.timeout(COUNT_S):
+                exchange = await router.upstream.exchange(
+                    target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
+                told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
+                await exchange.close()
+            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+    except LimitExceeded as no:
+        raise limit_error(key, no, client.started_s, to_codex=False) from None
+    except (UpstreamError, TimeoutError):       # an estimate will do
+        pass
+    finally:
+        gateway.ledger.abandon(reservation.response_id)
+    own = [] if counted else [("x-pomex-estimated", "true")]
+    body = dumps({"input_tokens": counted or request.estimated_input}).encode()
+    await client.answer(200, [*JSON_HEADERS, *own, *reservation.headers()], body)
+
+
 # --- 11.2 models ---
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
@@ -10367,8 +11517,16 @@ CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a h
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-def model_object(gateway: Gateway, name: str) -> JSON:
+def model_object(gateway: Gateway, name: str, headers: Headers) -> JSON:
+    """In the form of OpenAI or Anthropic, whose clients name themselves by their headers."""
+    if to_anthropic(headers):
+        created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
+        return {"type": "model", "id": name, "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
     return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
+
+
+def to_anthropic(headers: Headers) -> bool:
+    return bool(headers.get("anthropic-version") or (headers.get("x-api-key") and not headers.get("authorization")))
 
 
 def codex_release(text: str) -> int:
@@ -10431,9 +11589,13 @@ async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> N
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release = codex_release(client.head.query)
-    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
-            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
+    release, headers = codex_release(client.head.query), client.head.headers
+    body: JSON = {"data": [model_object(gateway, name, headers) for name in names]}
+    if to_anthropic(headers):
+        body |= {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+    else:
+        entries = [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]
+        body = {"object": "list", **body, "models": entries}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 
 
@@ -10452,7 +11614,7 @@ async def model(gateway: Gateway, client: Client) -> JSON:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    return model_object(gateway, name)
+    return model_object(gateway, name, client.head.headers)
 
 
 # --- 11.3 health ---
@@ -10707,12 +11869,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     """The requests in flight in all processes, oldest first."""
     rows = await db.read(f"SELECT {', '.join(OPEN_COLUMNS)}, {KEY_NAME_OF} FROM open_requests "
                          f"WHERE {key_condition(key_id)} ORDER BY response_id")
-    return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
-
-
-def client_view(row: JSON) -> JSON:
-    """With what the page asks of the client."""
-    return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
+    return [dict(zip((*OPEN_COLUMNS, "key"), row)) for row in rows]
 
 
 def row_detail(row: JSON) -> JSON:
@@ -10722,7 +11879,7 @@ def row_detail(row: JSON) -> JSON:
 def row_view(row: JSON) -> JSON:
     """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
-    return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
+    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
@@ -10745,15 +11902,63 @@ def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     return "PROVIDER/NAME"
 
 
-def codex_block(url: str, model: str) -> list[str]:
-    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
-    models from it, so it is left out for a model of which they know more than we do."""
-    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
-             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
-             'wire_api = "responses"']
-    known = model.count("/") < 2 and codex_fields(model, CODEX_TABLE)       # Codex takes one prefix off, not two
-    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
+class Agent(NamedTuple):
+    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: in a file, else lines for a shell."""
+    name: str
+    settings: str
+    variable: str = ""          # moves `home`
+    home: str = ""
+    file: str = ""
+
+
+CODEX_AGENT = Agent("codex", """\
+model_provider = "pomex"
+model = "{MODEL}"
+
+[model_providers.pomex]
+name = "Pomex API"
+base_url = "{URL}/v1"
+env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
+wire_api = "responses"
+model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" would be a special name
+AGENTS = {each.name: each for each in (
+    CODEX_AGENT,
+    Agent("claude-code", """\
+{"apiKeyHelper":"printenv POMEX_API_KEY","env":{"ANTHROPIC_BASE_URL":"{URL}","ANTHROPIC_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_OPUS_MODEL":"{MODEL}","ANTHROPIC_DEFAULT_SONNET_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_HAIKU_MODEL":"{MODEL}"}}""", "CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"),
+    Agent("opencode", """\
+{"model":"pomex/{MODEL}","small_model":"pomex/{MODEL}","provider":{"pomex":{"npm":"@ai-sdk/openai-compatible",
+"options":{"baseURL":"{URL}/v1","apiKey":"{env:POMEX_API_KEY}"},"models":{"{MODEL}":{}}}}}""",
+          "XDG_CONFIG_HOME", "~/.config", "opencode/opencode.json"),
+    Agent("qwen-code", """\
+{"security":{"auth":{"selectedType":"openai","baseUrl":"{URL}/v1","apiKey":"$POMEX_API_KEY"}},
+"model":{"name":"{MODEL}"}}""", "QWEN_HOME", "~/.qwen", "settings.json"),
+    Agent("aider", """\
+export AIDER_OPENAI_API_BASE="{URL}/v1"
+export AIDER_OPENAI_API_KEY="$POMEX_API_KEY"
+export AIDER_MODEL=openai/{MODEL}"""),
+    Agent("cline", 'cline auth openai-compatible -b "{URL}/v1" -k "$POMEX_API_KEY" -m {MODEL}'),
+    Agent("continue", """\
+{"name":"Pomex","version":"1.0.0","schema":"v1","models":[{"name":"Pomex","provider":"openai","model":"{MODEL}",
+"apiBase":"{URL}/v1","apiKey":"${{ secrets.POMEX_API_KEY }}","roles":["chat","edit","apply"]}]}""",
+          "CONTINUE_GLOBAL_DIR", "~/.continue", "config.yaml"))}       # YAML includes JSON
+
+
+def agent_settings(agent: Agent, url: str, model: str) -> str:
+    """Ready to paste. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of models from it, so it is
+    left out for a model of which they know more than we do."""
+    text = agent.settings
+    if text.startswith("{"):
+        text = dump_json(json.loads(text))
+    elif agent is CODEX_AGENT and model.count("/") < 2 and codex_fields(model, CODEX_TABLE):    # it takes one prefix off
+        text = text.rpartition("\n")[0]
+    fit = dumps(model)[1:-1] if agent.file else shlex.quote(model)
+    return text.replace("{URL}", url).replace("{MODEL}", fit)
+
+
+def dump_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 # --- 11.7 access to the dashboard and the admin API ---
@@ -11007,8 +12212,9 @@ async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await create_account(ledger, values["name"], values.get("prepaid", False), values.get("limit"),
-                         values.get("multiplier", ONE), time.time(), who)
+    await ledger.create("account", values["name"], time.time(), who, {
+        "prepaid": int(values.get("prepaid", False)), "limit_nanos": values.get("limit"),
+        "multiplier": values.get("multiplier", ONE)})
     return {}
 
 
@@ -11357,21 +12563,17 @@ async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
+    model = best_model(gateway.catalogue, request.key)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {
-        "block": codex_block("{ORIGIN}", best_model(gateway.catalogue, request.key)),
+        "agents": [(each.name, each.file and f"{each.home}/{each.file}", agent_settings(each, "{ORIGIN}", model))
+                   for each in AGENTS.values()],
         "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
-        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
-        "latest": await newest_request(db, mine),
+        "latest": [row_view(row) for row in await usage_rows(db, f"{mine} AND client NOT LIKE 'Mozilla%'", [], 1)],
         "running": running[-1] if running else None,
         "refused": [json.loads(data) for data, in refused]}
-
-
-async def newest_request(db: Database, where: str) -> JSON | None:
-    rows = await usage_rows(db, where, [], 1)
-    return row_view(rows[0]) if rows else None
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
@@ -11437,6 +12639,7 @@ ADMIN_ROUTES: dict[str, dict[str, AdminHandler]] = {    # who may ask -> method 
 Handler: TypeAlias = Callable[[Gateway, "Client"], Awaitable[JSON | None]]        # None: it has answered
 ROUTES: dict[str, Handler] = {
     **{f"POST {api.endpoint}": functools.partial(generate, name) for name, api in CLIENT_APIS.items()},
+    "POST /v1/messages/count_tokens": count_tokens,
     "GET /v1/models": models,
     "GET /v1/models/*": model,
     "GET /v1/key": key_facts,
@@ -11558,6 +12761,8 @@ class Client:
         """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
+        if api_of(self.head.path) == "messages":
+            headers = [*headers, ("request-id", self.request_id)]
         # without chunks the end of the connection is the end of the body
         self.keep = connection.may_keep(self.head) and self.keep and (http11 or size is not None)
         if self.chunked:
@@ -12357,7 +13562,7 @@ def say(*lines: str) -> None:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(dump_json(value))
 
 
 def plural(number: int, noun: str) -> str:
@@ -12513,8 +13718,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
-            "", 'Then, in another terminal: codex "What is 2 + 2?"')
+            re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
+            "", 'Then, in another terminal: codex "What is 2 + 2?"', f"Other agents: {command('connect AGENT')}")
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
@@ -12903,7 +14108,7 @@ async def run_audit(ledger: Ledger, args: Args) -> None:
 
 @of_ledger
 async def run_backup(ledger: Ledger, args: Args) -> None:
-    ledger.backup(args.file)
+    ledger.db.copy(args.file)
     say(f"Copied to {args.file} (only you can read it).")
 
 
@@ -12944,7 +14149,7 @@ def run_init(args: Args) -> None:
     say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
-# codex
+# connect
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -12958,19 +14163,36 @@ BLOCK_END = "# <<< pomex"
 REPLACED = "# pomex replaced: "
 
 
-def codex_home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
+    return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    """key path -> value, of everything that is not a table."""
+def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table, in JSON also of empty ones."""
+    is_toml = agent is CODEX_AGENT
+
     def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (path and not value and not is_toml):
             yield path, value
             return
         for key, inner in value.items():
             yield from walk((*path, key), inner)
-    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
+
+
+def toml_leaves(text: str) -> dict[KeyPath, Any]:
+    return settings_leaves(CODEX_AGENT, text)
+
+
+def json_text(values: Mapping[KeyPath, Any]) -> str:
+    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+    tables: JSON = {}
+    for (*folders, last), value in values.items():
+        table = tables
+        for name in folders:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return dump_json(tables) + "\n"
 
 
 def is_codex_key(path: KeyPath) -> bool:
@@ -12997,7 +14219,7 @@ def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ConfigError if its form does not allow that."""
+    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
     line_end = "\r\n" if "\r\n" in text else "\n"
     top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
     for path, value in values.items():
@@ -13011,8 +14233,7 @@ def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by "
-                      f"hand. It needs the lines that this prints: {command('codex')}")
+    raise ValueError
 
 
 def without_block(text: str) -> str:
@@ -13030,18 +14251,33 @@ def without_block(text: str) -> str:
                       f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
-def codex_text(path: pathlib.Path) -> str | None:
-    """A TOML file as it is; None if there is none. ConfigError if it cannot be read."""
+def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
+    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
+    if agent is CODEX_AGENT:
+        return BLOCK_BEGIN in text
+    return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
+
+
+def connect_words(agent: Agent) -> str:
+    return "connect " * (agent is not CODEX_AGENT) + agent.name
+
+
+def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
+                       f"prints: {command(connect_words(agent))}")
+
+
+def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
+    """(text, leaves) of a file; nothing if there is none. ConfigError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
         text = path.read_bytes().decode()
-        toml_leaves(text)
+        return text, settings_leaves(agent, text)
     except FileNotFoundError:
-        return None
+        return "", {}
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
-    return text
+        raise unsafe_file(agent, path, f"is not {'TOML' if agent is CODEX_AGENT else 'JSON'}: {error}") from None
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
@@ -13068,7 +14304,7 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+def change_file(path: pathlib.Path, now: str, after: str) -> None:
     """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
     if after.strip("\ufeff\r\n"):
@@ -13077,41 +14313,58 @@ def change_codex(path: pathlib.Path, now: str, after: str) -> None:
         path.unlink()
 
 
-def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
+def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path) or ""
-    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
+    now, found = read_settings(agent, path)
+    ours = settings_leaves(agent, settings)
+    more = {name: value for name, value in found.items()      # that somebody else put into our table
             if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
-    if toml_leaves(after) == toml_leaves(now):
+    try:
+        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
+    except (AttributeError, TypeError, ValueError):
+        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
-        return 0
+        return
     kept = ""
-    if now and BLOCK_BEGIN not in now:          # as its user had it
+    if now and not has_settings(agent, now, found):         # as its user had it
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
-    change_codex(path, now, after)
+    change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command(f'{connect_words(agent)} --undo{profile}')}")
     if not os.environ.get("POMEX_API_KEY"):
-        say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
-    return 0
+        say(f"Now export POMEX_API_KEY in the shell that starts {agent.name}. A new key: {command('keys create NAME')}")
 
 
-def undo_codex(path: pathlib.Path) -> int:
-    now = codex_text(path) or ""
-    if BLOCK_BEGIN not in now:
-        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
+def undo_settings(agent: Agent, path: pathlib.Path) -> int:
+    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    now, found = read_settings(agent, path)
+    if not has_settings(agent, now, found):
+        say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    change_codex(path, now, without_block(now))
+    if agent is CODEX_AGENT:
+        change_file(path, now, without_block(now))
+    else:
+        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
+        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
+        before, old = read_settings(agent, copy)
+        ours = settings_leaves(agent, agent.settings)
+        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
+        after |= {name: value for name, value in old.items() if name in ours}
+        change_file(path, now, before if after == old else json_text(after))
+        copy.unlink(missing_ok=True)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
-def run_codex(args: Args) -> int:
-    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+def run_connect(args: Args) -> int:
+    agent = AGENTS[args.agent]
+    path = agent_home(agent) / ("pomex.config.toml" if args.profile else agent.file)
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    if not agent.file and (args.write or args.undo):
+        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {command(connect_words(agent))}")
     if args.undo:
-        return undo_codex(path)
+        return undo_settings(agent, path)
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
@@ -13121,24 +14374,27 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config.server), model)
+    settings = agent_settings(agent, own_url(config.server), model)
     if not (args.write or args.profile or args.run):
-        print(*block, sep="\n")
+        place = f"For {home_short(path)}; to put it there: {command(connect_words(agent))} --write"
+        say(place if agent.file else "For a shell:")
+        print(settings)
         return 0
-    code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config.server)):
+    if not args.run:
+        write_settings(agent, path, settings)
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
     if args.run:
-        return start_codex(config, block, args.prompt)
-    if args.profile and code == 0:
+        return start_codex(config, settings, args.prompt)
+    if args.profile:
         say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
-    return code
+    return 0
 
 
-def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
+def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    values = toml_leaves("\n".join(block))
-    overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
+    overrides = [word for path, value in toml_leaves(settings).items()
+                 for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
@@ -13177,7 +14433,7 @@ async def diagnose(config: Config) -> list[Check]:
     checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
                      "serve", "missing"), check_program(), file]
     checks += check_provider(provider, url) if provider else []
-    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+    if (agent_home() / "app-server-control" / "app-server-control.sock").exists():
         checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
     check, key = await check_key(provider, url, tls_cert)
     if not (url and key):
@@ -13218,7 +14474,7 @@ def check_program() -> Check:
 
 def check_codex_file() -> tuple[Check, JSON, JSON]:
     """(what it is like, what it says, its table of the provider)."""
-    path = codex_home() / "config.toml"
+    path = agent_home() / "config.toml"
     shown = home_short(path)
     if not path.is_file():
         other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
@@ -13669,6 +14925,8 @@ LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
+CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is kept"),
+           flag("undo", "take them out again; all other changes stay"))
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
@@ -13692,10 +14950,10 @@ COMMANDS = {
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
-            MODEL,
-            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+            Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
+        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+            *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
@@ -13793,7 +15051,7 @@ def command_parser() -> CommandParser:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
         example = f"example: {command(each.example)}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
-        added.set_defaults(command=each, parser=added)
+        added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)
     return parser
 
@@ -13965,7 +15223,7 @@ glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
 # full depth for any other word, and keeps its thoughts only where asked (opencrabs#1348 #1349). MiniMax: without
 # reasoning_split the thoughts stand in the text. DeepSeek: "Thinking mode does not support this tool_choice".
 fill_table(DIALECTS, Dialect(), """{
-"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}},
+"": {"think_tags": true, "efforts": {"gpt-oss": {"values": "low low low medium high"}}, "passthrough_fields": ["top_k"]},
 "generic together fireworks ollama lmstudio": {"like": ""},
 "vllm llama.cpp llamacpp": {"like": "", "efforts": {
     "gpt-oss": {"values": "low low low medium high"},
@@ -13984,21 +15242,21 @@ fill_table(DIALECTS, Dialect(), """{
     "passthrough_fields": ["text.verbosity", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"]},
 "deepseek": {"replay": "reasoning_content", "replay_always": true, "json_schema": false, "forced_choice": false,
     "efforts": {"": {"form": "thinking_effort", "values": "disabled low low high high high max"}}},
-"openrouter": {"replay": "reasoning_details", "files": true, "reasoning_within": true,
+"openrouter": {"replay": "reasoning_details", "files": true, "passthrough_fields": ["top_k"], "reasoning_within": true,
     "efforts": {"": {"form": "reasoning", "values": "none minimal low medium high xhigh"}}},
 "groq": {"like": "", "max_tokens": "max_completion_tokens", "tool_parts": true, "passthrough_fields": ["service_tier"],
     "efforts": {"gpt-oss": {"values": "low low low medium high"}, "qwen3": {"values": "none default"}}},
 "xai": {"efforts": {"mini": {"values": "low low low low high"}}},
 "mistral": {"replay": "thinking", "tool_parts": true, "short_ids": true,
     "efforts": {"small": {"values": "none high"}}},
-"cerebras": {"like": "", "max_tokens": "max_completion_tokens"},
+"cerebras": {"like": "", "max_tokens": "max_completion_tokens", "passthrough_fields": []},
 "moonshot": {"replay": "reasoning_content", "replay_always": true, "efforts": {
     "k3": {"values": "low low low high high high max"},
     "k2.": {"form": "thinking", "values": "disabled enabled"}}},
 "zai": {"replay": "reasoning_content", "tool_stream": true, "efforts": {
     "glm-5.3": {"values": "low low low high high max", "always": {"thinking": {"type": "enabled", "clear_thinking": false}}},
     "": {"form": "thinking", "values": "disabled enabled"}}},
-"minimax": {"like": "", "max_tokens": "max_completion_tokens", "replay": "reasoning_details", "efforts": {
+"minimax": {"like": "cerebras", "replay": "reasoning_details", "efforts": {
     "m3.1": {"values": "low low low medium high max", "always": {"reasoning_split": true}},
     "m3": {"form": "thinking", "values": "disabled adaptive", "always": {"reasoning_split": true}},
     "": {"always": {"reasoning_split": true}}}},
@@ -14065,7 +15323,7 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
 # name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
 # of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see codex_block.
+# (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
 gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
@@ -14192,7 +15450,7 @@ main:focus{outline:0}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
+.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);
   font-weight:600;box-shadow:0 0 0 1px var(--line)}
 .btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
   border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
@@ -15032,36 +16290,21 @@ for event in client.responses.create(**${pythonText(body)}):
     print(event)`,
 };
 
-function setupTabs(block, token = "sk-rh-…") {
-  const texts = {
-    Codex: "# ~/.codex/config.toml\n" + block.join("\n").replaceAll("{ORIGIN}", location.origin),
-    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
-    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
-  };
-  const shown = scrollBox("pre", "code", "Set-up snippet");
-  const names = Object.keys(texts);
-  let current = "";
-  const tabs = names.map(name =>
-    el("button", {role: "tab", type: "button", onclick: () => select(name), onkeydown: move}, name));
-  function move(event) {
-    const step = ARROWS[event.key];
-    if (!step) return;
-    const next = tabs[(names.indexOf(current) + step + tabs.length) % tabs.length];
-    next.focus();
-    next.click();
+// How to set up one agent at a time; `agents` are [name, file, settings].
+function setupBox(agents, token = "sk-rh-…") {
+  const all = [...agents,
+    ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
+    ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
+  const shown = scrollBox("pre", "code", "Set-up snippet"), where = para("d");
+  function show(wanted) {
+    const [, file, text] = all.find(([name]) => name === wanted);
+    where.textContent = file ? "For " + file : "For a shell";
+    shown.textContent = text.replaceAll("{ORIGIN}", location.origin);
   }
-  function select(name) {
-    current = name;
-    shown.textContent = texts[name];
-    for (const tab of tabs) {
-      const isSelected = tab.textContent === name;
-      tab.ariaSelected = String(isSelected);
-      tab.tabIndex = isSelected ? 0 : -1;
-    }
-  }
-  select(names[0]);
-  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": "Set-up snippets"}, tabs),
-    copyButton("Copy", "s", () => texts[current].trim())), shown);
+  show("codex");
+  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]),
+    {onchange: event => show(event.target.value)}),
+    copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
 const STEP_MARKS = {done: "✓", bad: "!"};
@@ -15100,8 +16343,8 @@ function drawOverview(data, redraw) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
   const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
+    para("", "Set up a client, or try the demo in the playground."),
+    link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
   const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
   const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
@@ -15262,15 +16505,15 @@ function showKeys(main) {
   return page;
 }
 
-const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
-const WAITING = "Waiting for the first request from Codex…";
+const requestText = row => [bdi(row.model), ", ", bdi(row.client), " at ", time(row.started_ms)];
+const WAITING = "Waiting for the first request…";
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
-    step("", "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+    step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : step("now", WAITING, 'Run: codex "What is 2 + 2?"'),
+      : step("now", WAITING, 'Like: codex "What is 2 + 2?"'),
   ];
 }
 
@@ -15288,7 +16531,7 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
@@ -15519,7 +16762,7 @@ function describeTotals(sums) {
 
 function noRequests(query) {
   if (!query.size) {
-    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
+    const hint = [link(null, "#setup", "Set up a client"), " to see requests here."];
     return div("empty", h2("No request yet"), para("", hint));
   }
   return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
@@ -15863,12 +17106,13 @@ async function* readEvents(response) {
 // --- set-up ---
 const CAUSES = {
   invalid_api_key: "The key was refused", wrong_base_url: "base_url is wrong", use_http_sse: "A WebSocket was tried",
+  wrong_wire_api: "Another API was asked",
 };
 
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
-  function draw({block, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupTabs(block));
+  function draw({agents, refused, ...state}) {
+    if (!snippets.firstChild) snippets.append(setupBox(agents));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -15878,33 +17122,30 @@ function showSetup(main) {
   const page = livePage(main, parts, () => api("setup"), draw);
   function live(kind, event) {
     if (kind === "refused") announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
-    if (kind === "usage" && event.codex) announce("A request from Codex ended with response." + event.status);
+    if (kind === "usage") announce("A request ended: " + event.status);
     page.live();
   }
   return {...page, live};
 }
 
-function setupSteps({providers, demo, keys, running, codex, latest}) {
+function setupSteps({providers, demo, keys, running, latest}) {
   let provider = step("bad", "No provider is ready", "Set a provider's key.");
   if (demo) provider = step("done", "The demo is ready", "For real models set a provider's key.");
   if (providers.length) provider = step("done", "Providers are configured", providers.join(", "));
   const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
     : step("bad", "No key yet", link(null, "#keys", "Create a key"));
   return [step("done", "The gateway answers on " + location.host), provider, key,
-    ...codexSteps(running, codex, running || latest)];
+    ...requestSteps(running, latest[0])];
 }
 
-function codexSteps(running, codex, newest) {
-  const end = step("", "The stream ends with response.completed");
-  if (running?.codex) return [step("now", "A request from Codex is in flight", requestText(running)), end];
-  if (!codex) {
-    const other = newest && [" Another client at ", time(newest.started_ms)];
-    return [step("now", WAITING, 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
-  }
-  const {status, error} = codex;
-  const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
-  return [step("done", "A request from Codex was received", requestText(codex)),
-    step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
+function requestSteps(running, latest) {
+  const end = step("", "Its stream ends as it should");
+  if (running) return [step("now", "A request is in flight", requestText(running)), end];
+  if (!latest) return [step("now", WAITING, 'Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"'), end];
+  const {status, error, endpoint} = latest;
+  const ended = (endpoint === "/v1/responses" ? "Its stream ended with response." : "Its stream ended: ") + status;
+  return [step("done", "A request was received", requestText(latest)),
+    step(status === "completed" ? "done" : "bad", status === "cancelled" ? "The client left" : ended, clip(error, 300))];
 }
 
 const REFUSED_COLUMNS = [

@@ -87,6 +87,11 @@ def key_made(ledger, name, now_s=None, **settings):
     return run(ledger.create_key(name, time.time() if now_s is None else now_s, **settings))
 
 
+async def account_made(ledger, name, prepaid, limit_nanos, multiplier, now_s, who=""):
+    await ledger.create("account", name, now_s, who, {
+        "prepaid": int(prepaid), "limit_nanos": limit_nanos, "multiplier": multiplier})
+
+
 def key_of(ledger, name):
     return next(key for key in ledger.list_keys() if key.name == name)
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from demos import slow_and_error
-from ledgers import audited, change, insert, read, refusals, under_way
+from ledgers import account_made, audited, change, insert, read, refusals, under_way
 
 import pomex
 
@@ -241,7 +241,8 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     ("the TUI's background server", {"originator": "codex-tui"}, "/v1/responses", "invalid_api_key",
      "mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again. Newer Codex keeps the key of its first start"),
     ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
-    ("chat", {}, "/v1/chat/completions", "wrong_wire_api", "wire_api"),
+    ("an API of Ollama", {}, "/api/chat", "wrong_wire_api", "OpenAI-compatible provider"),
+    ("Claude Code's address with /v1", {}, "/v1/v1/messages", "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
 ])
 async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(gateway, _, headers, path, code, message):
     records = []
@@ -328,7 +329,7 @@ async def test_the_live_feed_tells_that_a_request_began_and_the_set_up_page_that
         pass
     assert line == b"event: started\n"
     told = json.loads((await reader.readline())[6:])
-    assert (told["model"], told["key"], told["codex"], told["user_agent"]) == ("demo/slow", "ana", True, "codex_exec/9")
+    assert (told["model"], told["key"], told["client"]) == ("demo/slow", "ana", "codex_exec/9")
     assert (await gateway.get("setup"))[1]["running"] == told
     asking.cancel()
     writer.close()
@@ -413,7 +414,8 @@ async def test_amounts_and_truths_may_be_json(gateway):
     for name, prepaid, stored in (("a", "0", 0), ("b", True, 1), ("c", "1", 1), ("d", "", 0)):
         assert (await gateway.post("accounts", {"name": name, "prepaid": prepaid}))[0] == 200
         assert [each["prepaid"] for each in (await gateway.get("keys"))[1]["accounts"] if each["name"] == name] == [stored]
-    assert (await gateway.get("accounts/default/statement?month=9999-12"))[0] == 400
+    for month, status in (("9999-12", 200), ("9999-13", 400), ("10000-01", 400)):
+        assert (await gateway.get(f"accounts/default/statement?month={month}"))[0] == status
 
 
 @gateway_test
@@ -758,9 +760,8 @@ async def test_a_row_says_whose_conversation_it_was_with_which_client_and_what_w
         await gateway.answer(gateway.key, model, headers)
     insert(gateway.ledger, [entry(gateway.ledger, 9, time.time(), tier="priority")])
     rows = (await gateway.get("usage"))[1]["rows"]
-    assert [(row["session"], row["client"], row["tier"], row["codex"]) for row in rows] == [
-        ("", "", "priority", False), ("", "MyXScript/1", "", False), ("talk-2", "My_Script/1", "", False),
-        ("talk-1", "codex_exec/0.171 (Linux)", "", True)]
+    assert [(row["session"], row["client"], row["tier"]) for row in rows] == [
+        ("", "", "priority"), ("", "MyXScript/1", ""), ("talk-2", "My_Script/1", ""), ("talk-1", "codex_exec/0.171 (Linux)", "")]
     assert [bool(row["error"]) for row in rows] == [False, False, True, False]
     assert "fails on purpose" in rows[2]["error"]
     for query, expected in {
@@ -847,7 +848,7 @@ async def test_the_live_feed_tells_of_changes_that_another_process_made(gateway)
     holder, holder_writer = await gateway.feed({"authorization": f"Bearer {gateway.key}"})
     with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
         await other.create_key("late", time.time())
-        await pomex.create_account(other, "team", False, None, pomex.ONE, time.time())
+        await account_made(other, "team", False, None, pomex.ONE, time.time())
         await pomex.add_credit(other, "team", 10**9, "", time.time())
         await other.use_provider("demo", False)
     for kind, name in (("key", "late"), ("key", "team"), ("key", "team"), ("provider", "demo")):

@@ -12,7 +12,7 @@ import time
 import pytest
 import sinks
 from conftest import REPOSITORY
-from ledgers import change, insert, key_made, key_of, lost, read, recent, refusals, started, statements, totals, under_way, until
+from ledgers import account_made, change, insert, key_made, key_of, lost, read, recent, refusals, started, statements, totals, under_way, until
 
 import pomex
 from pomex import Usage
@@ -377,7 +377,7 @@ def test_verify_finds_what_was_changed(ledger, spoil, said):
 
 
 def test_a_balance_is_the_sum_of_credits_less_what_was_spent(ledger):
-    run(pomex.create_account(ledger, "acme", True, None, 1_200_000, NOW))
+    run(account_made(ledger, "acme", True, None, 1_200_000, NOW))
     run(pomex.add_credit(ledger, "acme", 5 * NANO, "", NOW))
     run(pomex.add_credit(ledger, "acme", -1 * NANO, "double payment", NOW))
     insert(ledger, [used("r1", account_id=2, cost_nanos=NANO),
@@ -387,7 +387,7 @@ def test_a_balance_is_the_sum_of_credits_less_what_was_spent(ledger):
     for made, words in ((pomex.add_credit(ledger, "nobody", 1, "", NOW), "no account named nobody"),
                         (pomex.add_credit(ledger, "acme", 0, "", NOW), "must not be 0"),
                         (pomex.add_credit(ledger, "acme", -1, "", NOW), "needs its reason"),
-                        (pomex.create_account(ledger, "acme", False, None, pomex.ONE, NOW), "already")):
+                        (account_made(ledger, "acme", False, None, pomex.ONE, NOW), "already")):
         with pytest.raises(pomex.BadRequest, match=words):
             run(made)
     assert read(ledger, "SELECT kind, nanos FROM credits") == [("top-up", 5 * NANO), ("adjustment", -NANO)]
@@ -425,12 +425,12 @@ def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
     change(ledger, "DELETE FROM meters")            # one that is made after pruning is made of the sums
     assert [ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
     copy = path + "-copy"
-    ledger.backup(copy)
+    ledger.db.copy(copy)
     assert os.stat(copy).st_mode & 0o777 == 0o600
     with contextlib.closing(sqlite3.connect(copy)) as db:
         assert db.execute("SELECT sum(requests) FROM usage_rollups").fetchone() == (2,)
     with pytest.raises(pomex.LedgerError, match="File exists"):
-        ledger.backup(copy)
+        ledger.db.copy(copy)
     assert sorted(os.listdir(os.path.dirname(path))) == sorted({"pomex.db", "pomex.db-wal", "pomex.db-shm", "pomex.db-copy"})
 
 
@@ -446,9 +446,9 @@ def test_a_backup_that_fails_leaves_no_half_file_and_can_be_made_again(ledger, p
     with monkeypatch.context() as full, contextlib.closing(sqlite3.connect(path, factory=Full)) as db:
         full.setattr(ledger.db, "reader", db)
         with pytest.raises(pomex.LedgerError, match="full"):
-            ledger.backup(copy)
+            ledger.db.copy(copy)
     assert not [name for name in os.listdir(os.path.dirname(path)) if "copy" in name]
-    ledger.backup(copy)
+    ledger.db.copy(copy)
     assert os.path.getsize(copy) > 4096
 
 
@@ -469,7 +469,7 @@ def test_after_pruning_everything_new_rows_are_counted_and_shown(ledger):
 def test_a_keys_settings_hold_at_once_and_in_other_processes_within_a_second(path):
     async def check():
         async with started(path, 2) as (ledger, other):
-            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            await account_made(ledger, "paid", True, None, pomex.ONE, NOW)
             token = await ledger.create_key("ci", NOW, budget_nanos=NANO, period="week", models="openai/* demo/echo", rpm=5)
             assert (await other.authorise(f"Bearer {token}", NOW)).rpm == 5
             await ledger.edit_key("ci", rpm=7, models="", budget_nanos=None, account_id=2)
@@ -555,6 +555,8 @@ output = 10
 tiers = { priority = 2, geo = 1.1 }
 [providers.google]
 api_key = "k"
+[providers.anthropic]
+api_key = "k"
 """
 
 
@@ -565,7 +567,8 @@ api_key = "k"
     ("openai/gpt-6.1-sol", "flex", "flex", "1 5 0.05 1.25 2.5 10"), ("openai/gpt-6.1-sol", "ultrafast", "", "12 60 0.6 15 30 10"),
     ("openai/gpt-6.1-sol", "ultrafast", "priority", "4 20 0.2 5 10 10"), ("europe/m", "", "", "1.1 11 - - - -"),
     ("europe/m", "priority", "priority", "2.2 22 - - - -"), ("google/gemini-4-argon", "priority", "", "2 10 0.1 - - 14"),
-    ("google/gemini-4-argon", "", "priority", "3.6 18 0.18 - - 14"),
+    ("google/gemini-4-argon", "", "priority", "3.6 18 0.18 - - 14"), ("anthropic/claude-opus-4-8", "speed fast", "", "10 50 1 12.5 20 10"),
+    ("anthropic/claude-opus-4-8", "fast", "", "5 25 0.5 6.25 10 10"),
 ])
 def test_the_answer_says_what_it_is_billed_as_and_where_it_does_not_the_dearer_holds(ledger, target, asked, said, price):
     """Reserved is before an answer: the dearer of the standard tier and of the one asked for. Gemini is not asked for any."""
@@ -599,7 +602,7 @@ def test_many_at_once_over_several_ledgers_never_exceed_their_money_and_nothing_
     async def check():
         async with started(path, 4) as ledgers:
             first, over = ledgers[0], []
-            await pomex.create_account(first, "acme", *account, pomex.ONE, NOW)
+            await account_made(first, "acme", *account, pomex.ONE, NOW)
             await pomex.add_credit(first, "acme", BUDGET, "", NOW)
             await first.create_key("k", NOW, account_id=2, **settings)
             await everywhere(ledgers)
@@ -640,7 +643,7 @@ def test_many_at_once_over_several_ledgers_never_exceed_their_money_and_nothing_
 
 
 def test_a_budget_has_its_own_period_an_accounts_limit_is_a_months_and_credit_has_no_end(ledger):
-    run(pomex.create_account(ledger, "acme", True, 7, pomex.ONE, NOW))
+    run(account_made(ledger, "acme", True, 7, pomex.ONE, NOW))
     key_made(ledger, "k", budget_nanos=5, period="day", account_id=2, concurrent=3, rpm=4, tpm=6)
     today, month = NOW_MS // pomex.DAY_MS, NOW_MS // pomex.DAY_MS - 21
     assert [(limit.owner, limit.unit, limit.maximum, limit.since_day) for limit in pomex.limits_of(key_of(ledger, "k"), today)] == [
@@ -1154,7 +1157,7 @@ def test_a_raised_budget_holds_at_once(path):
 def test_a_prepaid_request_is_judged_without_reading_what_was_used_before(path):
     async def check():
         async with started(path) as (ledger,):
-            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            await account_made(ledger, "paid", True, None, pomex.ONE, NOW)
             for _ in range(2):
                 await pomex.add_credit(ledger, "paid", NANO, "", NOW)
             await ledger.create_key("k", NOW, account_id=2, concurrent=9)
@@ -1333,9 +1336,9 @@ def test_a_limit_of_money_is_never_served_what_has_no_price(path):
     """On loopback too: it may be a tunnel. What the message says to write into pomex.toml is a table that is read."""
     async def check():
         async with gateway(path) as (provider, ledger, server):
-            await pomex.create_account(ledger, "paid", True, None, pomex.ONE, NOW)
+            await account_made(ledger, "paid", True, None, pomex.ONE, NOW)
             await pomex.add_credit(ledger, "paid", NANO, "", NOW)
-            await pomex.create_account(ledger, "limit", False, NANO, pomex.ONE, NOW)
+            await account_made(ledger, "limit", False, NANO, pomex.ONE, NOW)
             settings = {"budget": {"budget_nanos": NANO}, "paid": {"account_id": 2}, "limit": {"account_id": 3}}
             for name, given in settings.items():
                 token = await ledger.create_key(name, NOW, **given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -2025,11 +2024,12 @@ FORMS: dict[str, tuple[JSON, str, str]] = {
 
 
 def error_data(text: str) -> str:
-    """What a decoder gets of an `event: error` with this data."""
-    given: list[str] = []
-    stream: Any = types.SimpleNamespace(decoder=types.SimpleNamespace(feed=given.append), upstream_done=False)
-    pomex.TranslatedStream.read(stream, pomex.Event("error", text))
-    return given[0]
+    """What a decoder reads of an `event: error` with this data."""
+    given: list[Any] = []
+    reader = decoder()
+    reader.read = given.append
+    reader.feed(text, "error")
+    return json.dumps(given[0])
 
 
 @pytest.mark.parametrize("body, words, kind", FORMS.values(), ids=FORMS)

@@ -14,6 +14,7 @@ import time
 import pomex
 import pytest
 from ledgers import (
+    account_made,
     audited,
     change,
     key_made,
@@ -230,7 +231,7 @@ CHANGES = {     # what is done -> its row of the audit log: who, action, name, b
                                ("bo", "provider disabled", "azure", {"disabled": False}, {"disabled": True})),
     "or enabled": (lambda ledger: ledger.use_provider("azure", True),
                    ("", "provider enabled", "azure", {"disabled": False}, {"disabled": False})),
-    "an account is made": (lambda ledger: pomex.create_account(ledger, "acme", True, None, pomex.ONE, NOW, "bo"),
+    "an account is made": (lambda ledger: account_made(ledger, "acme", True, None, pomex.ONE, NOW, "bo"),
                            ("bo", "account created", "acme", {}, {"prepaid": 1, "limit_usd": None, "multiplier": pomex.ONE})),
     "it gets credit": (lambda ledger: pomex.add_credit(ledger, "default", 5, "gift", NOW, "a\0\ud800"),
                        ("a??", "credit added", "default", {}, {"kind": "adjustment", "usd": "0.000000005", "reason": "gift"})),
@@ -248,7 +249,7 @@ REFUSED_CHANGES = {
     "a name that is taken": lambda ledger: ledger.create_key("laptop", NOW),
     "no such key": lambda ledger: ledger.edit_key("ci", rpm=9),
     "no such account": lambda ledger: pomex.add_credit(ledger, "nobody", 5, "", NOW),
-    "an account that is there": lambda ledger: pomex.create_account(ledger, "default", False, None, pomex.ONE, NOW),
+    "an account that is there": lambda ledger: account_made(ledger, "default", False, None, pomex.ONE, NOW),
 }
 
 

@@ -935,7 +935,8 @@ def test_a_thought_without_a_seal_does_not_go_up_where_nothing_is_stored():
 NEUTRAL = {"text": {"verbosity": "medium", "format": None}, "service_tier": "auto", "truncation": "disabled", "include": [],
            "top_logprobs": 0, "frequency_penalty": 0, "temperature": 1, "parallel_tool_calls": True, "metadata": {"a": "b"},
            "client_metadata": {}, "prompt_cache_key": "k", "reasoning": {"summary": "auto", "effort": None}, "seed": None}
-CARRIED = {"responses": {"truncation", "include"}, "messages": {"user"}}
+CARRIED = {"responses": {"truncation", "include"}, "messages": {"user", "stop"}, "chat": {"seed", "stop", "presence_penalty"},
+           "gemini": {"seed", "stop", "presence_penalty"}}
 
 
 @pytest.mark.parametrize("wire", ["responses", "chat", "messages", "gemini"])

@@ -1208,15 +1208,17 @@ class ResponsesRequest:
         return self.get("prompt_cache_key") or sha256_hex(dumps(beginning))[:32]
 
 
-# images and files; shorter data counts as text
-INLINE_DATA = (re.compile(rb';base64,([^"]{1024,})'), re.compile(rb'"file_data":"(?!data:)([^"]{1024,})'))
+# images and files
+INLINE_DATA = (re.compile(rb';base64,([^"]*)'), re.compile(rb'"file_data":"(?!data:)([^"]*)'))
+INLINE_DATA_BYTES = 1024  # shorter data counts as text
 INLINE_DATA_WEIGHT = 6000  # for each, 1,500 tokens: a large image at the providers that document it
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
     """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
     sizes = [len(match[1]) for pattern in INLINE_DATA for match in pattern.finditer(raw, start)]
-    return len(raw) - start - sum(sizes) + INLINE_DATA_WEIGHT * len(sizes)
+    large = [size for size in sizes if size >= INLINE_DATA_BYTES]
+    return len(raw) - start - sum(large) + INLINE_DATA_WEIGHT * len(large)
 
 
 MAX_INPUT_ITEMS = 100_000  # a conversation of several weeks has some thousands

@@ -139,18 +139,21 @@ log = logging.getLogger("pomex")
 
 # === 1. errors and constants ===
 
-VERSION = "v00083"      # the product's own numbering; the first release with the terminal-event fallback
+VERSION = "v00083"  # the product's own numbering
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status and the fields of an OpenAI error. `str(error)` is a sentence
-    for the client; it never contains a key, a path of this machine or a prompt."""
+    """A failure as an HTTP status and the fields of an OpenAI error. `str(error)` is a sentence for the
+    client, without a key, a path of this machine or a prompt."""
     status = 500
-    type = "server_error"
-    code = "server_error"
-    retryable = False       # another target, or the same one later, may succeed
-    ledger_code = ""        # the code in the ledger, if it differs from the client's
-    plain = False           # the body is only the sentence, for a client that shows raw bodies
+    type = code = "server_error"
+    retryable = False  # another target, or the same one later, may succeed
+    ledger_code = ""  # the code in the ledger, if it differs from the client's
+    plain = False  # the body is only the sentence, for a client that shows raw bodies
+    # of a failed upstream call
+    upstream_status = 0
+    retry_after_s: float | None = None
+    brief = where = ""  # see TransportError
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -161,7 +164,7 @@ class GatewayError(Exception):
         self.type = type or self.type
         self.code = code or self.code
         self.param = param
-        self.headers = headers      # of the answer, e.g. (("retry-after", "3"),)
+        self.headers = headers  # of the answer, e.g. (("retry-after", "3"),)
 
     def body(self) -> JSON:
         """The OpenAI error envelope."""
@@ -196,12 +199,9 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """The place of a bug, innermost frame first. Without the message, which may hold private data."""
-    places = [
-        f"{frame.f_code.co_name} line {line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_globals is globals()
-    ]
+    """The place of a bug, innermost frame first, without the message: it may hold private data."""
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [f"{frame.f_code.co_name} line {line}" for frame, line in frames if frame.f_globals is globals()]
     return f"a fault of Pomex itself, {type(error).__name__} in {' < '.join(places[::-1])}"
 
 
@@ -225,7 +225,7 @@ def finite(digits: str) -> float:
     return number if math.isfinite(number) else reject_constant(digits[:20])
 
 
-# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
+# The lenient one is for models, which leave raw line ends in strings.
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
 strict_json = STRICT_DECODER.decode
@@ -233,11 +233,11 @@ lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=fini
 
 
 def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
+    """Reads JSON strictly; the ValueError names the mistake and its place."""
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
+            json.dumps(value, ensure_ascii=False).encode()  # fails here rather than in log or ledger
     except UnicodeEncodeError:
         raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
     except UnicodeDecodeError as error:
@@ -268,8 +268,7 @@ def only_dicts(value: Any) -> list[JSON]:
 
 # === 2. stream events ===
 #
-# A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
-# and reads no clock.
+# A decoder reports a provider's stream only by calls of a Sink.
 
 ItemType: TypeAlias = Literal[
     "message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
@@ -280,23 +279,23 @@ PartType: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """The tokens of the whole response so far. A later Usage replaces an earlier one; they are not added."""
-    input: int = 0          # all input tokens, including cached and written ones
-    cached: int = 0         # input tokens read from the provider's prompt cache
-    cache_write: int = 0    # input tokens written to it
-    output: int = 0         # all output tokens, including reasoning
+    input: int = 0  # including cached and cache_write
+    cached: int = 0  # read from the provider's prompt cache
+    cache_write: int = 0
+    output: int = 0  # including reasoning
     reasoning: int = 0
-    estimated: bool = False     # the provider gave no count
-    cache_write_1h: int = 0     # written tokens with a long lifetime: 1 h at Anthropic, 12 h at OpenAI
-    web_searches: int = 0       # requests of the provider's own search tool
-    inconsistency: str = ""     # the contradiction in the provider's counts
+    estimated: bool = False  # the provider gave no count
+    cache_write_1h: int = 0  # with a long lifetime: 1 h at Anthropic, 12 h at OpenAI
+    web_searches: int = 0  # requests of the provider's own search tool
+    inconsistency: str = ""  # the contradiction in the provider's counts
     # from the answer, beside its counts; "" if it has none
-    tier: str = field(default="", compare=False)        # the service tier: "priority", "standard fast us"
-    model: str = field(default="", compare=False)       # the model that answered
-    cost: str = field(default="", compare=False)        # in US dollars
+    tier: str = field(default="", compare=False)  # "priority", "standard fast us"
+    model: str = field(default="", compare=False)  # that answered
+    cost: str = field(default="", compare=False)  # in US dollars
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24  # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
@@ -312,12 +311,11 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
     cost = facts.get("cost")
     is_cost = isinstance(cost, (int, float)) and 0 < cost < 10**6
     tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
-    web_searches = (
-        count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")  # OpenAI
-        or count(facts.get("server_tool_use"), "web_search_requests")  # Anthropic, OpenRouter
-        or count(facts.get("server_side_tool_usage_details"), "web_search_calls"))  # xAI
     return {
-        "web_searches": web_searches,
+        "web_searches": (
+            count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")  # OpenAI
+            or count(facts.get("server_tool_use"), "web_search_requests")  # Anthropic, OpenRouter
+            or count(facts.get("server_side_tool_usage_details"), "web_search_calls")),  # xAI
         "tier": " ".join(tier for tier in tiers if isinstance(tier, str) and tier != "auto").lower(),
         "model": str(facts.get("model") or "")[:200],
         "cost": f"{cost:.12f}" if is_cost else "",
@@ -326,40 +324,32 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 def checked_usage(usage: Usage) -> Usage:
     """The usage with consistent counts. A reduced count is named and makes the usage an estimate."""
-    total = min(usage.input, MAX_TOKENS)
-    cached = min(usage.cached, total)
-    written = min(usage.cache_write, total - cached)
-    output = min(usage.output, MAX_TOKENS)
-    consistent: JSON = {
-        "input": total,
-        "cached": cached,
-        "cache_write": written,
-        "output": output,
-        "reasoning": min(usage.reasoning, output),
-        "cache_write_1h": min(usage.cache_write_1h, written),
-        "web_searches": min(usage.web_searches, MAX_TOKENS),
-    }
-    names = [name for name, number in consistent.items() if number != getattr(usage, name)]
-    if not names:
+    most: JSON = dict.fromkeys(("input", "output", "web_searches"), MAX_TOKENS)
+    most["cached"] = min(usage.input, MAX_TOKENS)
+    most["cache_write"] = most["cached"] - min(usage.cached, most["cached"])
+    most["reasoning"] = min(usage.output, MAX_TOKENS)
+    most["cache_write_1h"] = min(usage.cache_write, most["cache_write"])
+    reduced = {name: most[name] for name in COUNTED if getattr(usage, name) > most[name]}
+    if not reduced:
         return usage
-    inconsistency = f"the provider's count of {', '.join(names)} cannot be"
-    return dataclasses.replace(usage, **consistent, estimated=True, inconsistency=inconsistency)
+    inconsistency = f"the provider's count of {', '.join(reduced)} cannot be"
+    return dataclasses.replace(usage, **reduced, estimated=True, inconsistency=inconsistency)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """The provider's evidence that the model has finished."""
-    incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
-    final: bool = False             # nothing more will come: reading can end
-    explanation: str = ""           # for the user: why a content filter stopped the answer
+    incomplete_reason: str = ""  # "" or a reason of Responses: "max_output_tokens", "content_filter"
+    final: bool = False  # nothing more will come: reading can end
+    explanation: str = ""  # for the user: why a content filter stopped the answer
 
 
 class Sink:
-    """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
-    stream, or None. Only one item without a key is open at a time; it ends when any other item begins."""
+    """The calls of a decoder; this class ignores them. An item's key is unique in the stream, or None. Only
+    one item without a key is open at a time; it ends when any other item begins."""
     def text(self, text: str, channel: PartType = "text") -> None:
-        """Adds text to the message without a key, which begins with its first visible character. With the
-        channel "summary", adds to the reasoning item without a key; "" only begins it."""
+        """Adds to the message without a key, which begins with its first visible character; with the channel
+        "summary", to the reasoning item without a key, which "" only begins."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
@@ -847,10 +837,9 @@ class ContentDecoder:
 
 # === 4. SSE ===
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole events at a time. Line ends are ASCII, so each event can be
-# decoded by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time.
 
-MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
+MAX_EVENT_BYTES = 32 << 20  # the terminal event repeats the answer, images included
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -878,10 +867,10 @@ class SSEDecoder:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
-        self.truncated = False          # after finish(): the body ended inside an event
-        self._rest = bytearray()        # holds no empty line, but may end with a line end
-        self._started = False           # the first event has been read: no byte order mark can follow
-        self._after_cr = False          # a leading LF belongs to that line end
+        self.truncated = False  # after finish(): the body ended inside an event
+        self._rest = bytearray()  # holds no empty line, but may end with a line end
+        self._started = False  # no byte order mark can follow
+        self._after_cr = False  # a leading LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
         return self.parse(self.split(data))
@@ -922,8 +911,8 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """Ends the body. An event without its empty line, as many chat servers end, counts if all its lines
-        are complete, or if its data cannot be part of something longer."""
+        """Ends the body. An event without its empty line (many chat servers) counts if all its lines are
+        complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -958,7 +947,6 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """The error for a value that its field does not accept."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -968,19 +956,19 @@ Strings: TypeAlias = "tuple[str, ...]"
 class Field(NamedTuple):
     """The valid values of a field: of a request, of pomex.toml, of an admin body or of a command."""
     types: tuple[type, ...] = (str,)
-    minimum: float | None = None            # of a number, or of a string's length
+    minimum: float | None = None  # of a number, or of a string's length
     maximum: float = math.inf
     choices: Collection[str] = ()
-    items: Field | None = None              # for each entry of an array or object
-    inner: Callable[[Any, str], None] | None = None         # a further check, called with value and path
-    pattern: str = ""                       # for the whole text
+    items: Field | None = None  # for each entry of an array or object
+    inner: Callable[[Any, str], None] | None = None  # a further check, called with value and path
+    pattern: str = ""  # for the whole text
     read: Callable[[Any], Any] | None = None  # converts; ValueError, ArithmeticError or KeyError: invalid
-    wanted: str = ""                        # completes "must be" if the types are not enough
-    meaning: str = ""                       # for people
-    secret: bool = False                    # never shown
+    wanted: str = ""  # completes "must be" if the types are not enough
+    meaning: str = ""  # for people
+    secret: bool = False  # never shown
 
 
-Fields: TypeAlias = "Mapping[str, Field]"       # by name
+Fields: TypeAlias = "Mapping[str, Field]"  # by name
 
 
 def check(value: Any, spec: Field, path: str) -> Any:
@@ -990,15 +978,13 @@ def check(value: Any, spec: Field, path: str) -> Any:
     if spec.minimum is not None:
         what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
         if not spec.minimum <= size <= spec.maximum:
-            limits = f"between {spec.minimum} and {spec.maximum}"
-            if spec.maximum == math.inf:
-                limits = f"at least {spec.minimum}"
+            bounded = spec.maximum < math.inf
+            limits = f"between {spec.minimum} and {spec.maximum}" if bounded else f"at least {spec.minimum}"
             raise invalid_param(path, f": its {what} must be {limits}.")
     if spec.choices and value not in spec.choices:
         raise invalid_param(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
     if spec.items and not isinstance(value, str):
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
@@ -1017,11 +1003,9 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     if spec.wanted:
         return invalid_param(path, f" must be {spec.wanted}.", "invalid_type")
     if value is None:
-        return BadRequest(f"Missing required parameter: {path}.", param=path,
-                          code="missing_required_parameter")
-    wanted = " or ".join(JSON_NAMES[each] for each in spec.types)
-    if float in spec.types:
-        wanted = "a number"
+        message = f"Missing required parameter: {path}."
+        return BadRequest(message, param=path, code="missing_required_parameter")
+    wanted = "a number" if float in spec.types else " or ".join(JSON_NAMES[each] for each in spec.types)
     given = JSON_NAMES.get(type(value), "a date")
     return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
@@ -1029,18 +1013,16 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
 def check_members(value: JSON, members: Fields, path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
-        if (
-            type(given) not in spec.types       # most values need no call
-            or spec.minimum is not None
-            or (spec.choices and given not in spec.choices)
-        ):
+        # most values need no call
+        if (type(given) not in spec.types or spec.minimum is not None
+                or (spec.choices and given not in spec.choices)):
             check(given, spec, f"{path}.{name}")
         elif spec.inner:
             spec.inner(given, f"{path}.{name}")
 
 
 def check_content(content: Any, path: str) -> None:
-    if isinstance(content, list) and not all(map(is_text_part, content)):   # nearly all are
+    if isinstance(content, list) and not all(map(is_text_part, content)):  # nearly all are
         check_typed(content, PART_FIELDS, path)
 
 
@@ -1049,12 +1031,8 @@ def is_text_part(part: Any) -> bool:
             and type(part.get("text")) is str)
 
 
-def check_tool_list(tools: list[Any], path: str) -> None:
-    check_typed(tools, TOOL_FIELDS, path)
-
-
 def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> None:
-    """Checks objects by their type. Types that are not known have any members."""
+    """Checks objects by their type. Unknown types have any members."""
     for index, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
         if not isinstance(kind, str):
@@ -1089,8 +1067,7 @@ JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
 CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), inner=check_tool_list)
-ROLE = Field(choices=("assistant", "developer", "system", "user"))
+TOOLS = Field((list,), inner=lambda tools, path: check_typed(tools, TOOL_FIELDS, path))
 
 # Other fields go unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
@@ -1122,25 +1099,20 @@ NEEDS_STATE = {
 }
 
 # Known items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
+MESSAGE = {"role": Field(choices=("assistant", "developer", "system", "user")), "content": CONTENT}
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-MESSAGE = {"role": ROLE, "content": CONTENT}
-ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
+CALL_FIELDS: dict[str, Fields] = {
     "function_call": {"name": NAME, "arguments": TEXT},
-    "function_call_output": {"output": OUTPUT},
     "custom_tool_call": {"name": NAME, "input": TEXT},
-    "custom_tool_call_output": {"output": OUTPUT},
-    "local_shell_call": {"action": MAYBE_OBJECT},
-    "local_shell_call_output": {"output": MAYBE_TEXT},
-    "shell_call": {"action": MAYBE_OBJECT},
-    "shell_call_output": {},
-    "apply_patch_call": {},
-    "apply_patch_call_output": {"output": MAYBE_TEXT},
-    "tool_search_call": {},
-    "tool_search_output": {"tools": TOOLS},
-    "additional_tools": {"tools": TOOLS},
-}.items()}
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), {"output": OUTPUT}),
+    **dict.fromkeys(("local_shell_call_output", "apply_patch_call_output"), {"output": MAYBE_TEXT}),
+    **dict.fromkeys(("local_shell_call", "shell_call"), {"action": MAYBE_OBJECT}),
+    **dict.fromkeys(("tool_search_output", "additional_tools"), {"tools": TOOLS}),
+    **dict.fromkeys(("shell_call_output", "apply_patch_call", "tool_search_call"), {}),
+}
+ITEM_FIELDS = {"message": MESSAGE, **{kind: {**CALL, **fields} for kind, fields in CALL_FIELDS.items()}}
 PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
-TOOL_FIELDS = {
+TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -1157,8 +1129,8 @@ def check_item(item: JSON, path: str) -> JSON:
         kind = "message"
         item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
-        raise invalid_param(path, ": Pomex stores no items: send the item itself.",
-                            "previous_response_not_found")
+        words = ": Pomex stores no items: send the item itself."
+        raise invalid_param(path, words, "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
     check_members(item, ITEM_FIELDS.get(kind, {}), path)
@@ -1188,15 +1160,15 @@ class AroundInput(NamedTuple):
     """A body with a mark in place of its input array, if the two were decoded apart."""
     text: str = ""
     body: JSON = {}
-    start: int = 0              # of the array, in the bytes of the body
-    behind: int = 0             # the number of bytes behind it
+    start: int = 0  # of the array, in the bytes of the body
+    behind: int = 0  # the number of bytes behind it
 
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
-    then those of input items, in order. A request of another client API is translated into this form; its
-    input and tools only on demand, by `translated()`."""
+    """A validated request. `input` is a list of items that have a type; `tools` holds those of the body, then
+    those of input items. A request of another client API is translated into this form; its input and tools
+    only on demand, by `translated()`."""
     body: JSON
     raw: bytes
     model: str
@@ -1204,12 +1176,12 @@ class ResponsesRequest:
     instructions: str
     input: list[JSON]
     tools: list[JSON]
-    weight: int                 # see weigh_input
+    weight: int  # see weigh_input
     around: AroundInput = field(default=AroundInput(), compare=False)
     # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-    api: str = "responses"      # of CLIENT_APIS
-    given: JSON = field(default_factory=dict, compare=False)    # the client's own body, decoded
+    api: str = "responses"  # of CLIENT_APIS
+    given: JSON = field(default_factory=dict, compare=False)  # the client's own body, decoded
 
     @property
     def estimated_input(self) -> int:
@@ -1232,43 +1204,33 @@ class ResponsesRequest:
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""
-        given: str = self.get("prompt_cache_key", "")
-        if given:
-            return given
-        return sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
+        beginning = [self.model, self.instructions, self.body.get("tools")]
+        return self.get("prompt_cache_key") or sha256_hex(dumps(beginning))[:32]
 
 
-INLINE_DATA = (     # images and files
-    re.compile(rb';base64,([^"]*)'),
-    re.compile(rb'"file_data":"(?!data:)([^"]*)'),
-)
-INLINE_DATA_BYTES = 1024        # shorter data counts as text
-INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the providers that document it
+# images and files
+INLINE_DATA = (re.compile(rb';base64,([^"]*)'), re.compile(rb'"file_data":"(?!data:)([^"]*)'))
+INLINE_DATA_BYTES = 1024  # shorter data counts as text
+INLINE_DATA_WEIGHT = 6000  # for each, 1,500 tokens: a large image at the providers that document it
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
     """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
-    weight = len(raw) - start
-    for pattern in INLINE_DATA:
-        for match in pattern.finditer(raw, start):
-            size = len(match[1])
-            if size >= INLINE_DATA_BYTES:
-                weight += INLINE_DATA_WEIGHT - size
-    return weight
+    sizes = [len(match[1]) for pattern in INLINE_DATA for match in pattern.finditer(raw, start)]
+    large = [size for size in sizes if size >= INLINE_DATA_BYTES]
+    return len(raw) - start - sum(large) + INLINE_DATA_WEIGHT * len(large)
 
 
-MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
-COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
-
-
-INPUT_ARRAYS = {        # by the field's name; never inside a JSON string, which escapes quotes
+MAX_INPUT_ITEMS = 100_000  # a conversation of several weeks has some thousands
+MAX_JSON_VALUES = 2_000_000  # each takes a hundred bytes of memory
+COUNTED_BODY_BYTES = 8 << 20  # a smaller body cannot hold many more, and text has commas too
+INPUT_ARRAYS = {  # by the field's name; never inside a JSON string, which escapes quotes
     name: re.compile(rb'"%s"\s*:\s*\[' % name.encode()) for name in ("input", "messages")}
-INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
+INPUT_MARK = "(input)"  # stands for the array while the rest is decoded
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
-    """The length of the common prefix, by bisection."""
+    """Its length, by bisection."""
     start, end = 0, min(len(one), len(other))
     while start < end:
         middle = (start + end + 1) // 2
@@ -1280,8 +1242,8 @@ def common_prefix(one: bytes, other: bytes) -> int:
 
 
 def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
-    """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
-    input items; else None. Only new text is decoded."""
+    """The decoded body, its weight and the text around its input, if `raw` is the body of `last` with more
+    input items. Only new text is decoded."""
     name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAYS[name].search(raw, 0, shared)
@@ -1289,7 +1251,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
         return None
     start, body, same = array.end() - 1, last.around.body, last.given[name]
     try:
-        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":   # more here, the end there
+        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":  # more here, the end there
             # Claude Code moves its cache marks, so its messages differ in the last one
             shared = raw.rfind(b',{"role":', start, shared)
             if shared < 0 or last.api == "responses":
@@ -1298,7 +1260,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
             same = same[:1 - len(changed)]
         text = "[0" + raw[shared:].decode()
         items, end = STRICT_DECODER.raw_decode(text)
-        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
+        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]  # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
     except (ValueError, RecursionError):
@@ -1312,10 +1274,9 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None,
                   api: str = "responses") -> ResponsesRequest:
-    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. `last` is the
-    conversation's previous request: the common part is neither decoded nor validated again."""
-    marks = (b",", b"[", b"{")
-    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
+    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. What it shares
+    with `last`, the conversation's previous request, is neither decoded nor validated again."""
+    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
     grown = last and last.api == api and grown_body(raw, last)
@@ -1327,8 +1288,8 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None,
         except ValueError as error:
             raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
         if not isinstance(body, dict):
-            raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
-                             code="invalid_json")
+            mistake = f"The body must be a JSON object, not {JSON_NAMES[type(body)]}."
+            raise BadRequest(mistake, code="invalid_json")
         last, weight, around = None, weigh_input(raw), AroundInput()
     try:
         if api != "responses":
@@ -1336,7 +1297,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None,
             return ResponsesRequest(fields, raw, fields["model"], fields.get("stream", False), "", [], [],
                                     weight, around, last.memo if last else {}, api, body)
         return validate_request(body, raw, weight, last, around)
-    except RecursionError:              # newer Pythons decode deeper than they call
+    except RecursionError:  # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
@@ -1368,24 +1329,11 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         if "tools" in ITEM_FIELDS.get(item["type"], ()):
             tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
-    return ResponsesRequest(
-        body, raw,
-        model=body["model"],
-        stream=bool(body.get("stream")),
-        instructions=instructions_text(body),
-        input=items,
-        tools=tools,
-        weight=weight,
-        around=around,
-        memo=last.memo if last else {},
-        given=body)
-
-
-def instructions_text(body: JSON) -> str:
-    given = body.get("instructions") or ""
-    if isinstance(given, str):
-        return given
-    return "\n\n".join(text_of(item.get("content")) for item in only_dicts(given))
+    instructions = body.get("instructions") or ""
+    if isinstance(instructions, list):
+        instructions = "\n\n".join(text_of(item.get("content")) for item in only_dicts(instructions))
+    return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions, items, tools,
+                            weight, around, last.memo if last else {}, given=body)
 
 
 def text_of(content: Any, separator: str = "") -> str:
@@ -1400,17 +1348,17 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
-MAX_ENVELOPE_BYTES = 4 << 20        # inflated; signed thinking blocks have below 200 KB
-MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
+MAX_ENVELOPE_BYTES = 4 << 20  # inflated; signed thinking blocks have below 200 KB
+MAX_ENVELOPES_BYTES = 32 << 20  # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
 @dataclass(slots=True)
 class Envelope:
-    """Data that a provider needs back with the next turn. The client carries it in `encrypted_content`:
+    """Data that a provider needs back with the next turn, carried by the client in `encrypted_content`:
     authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
-    inflated: int = 0                   # total size of all opened envelopes
+    inflated: int = 0  # total size of all opened envelopes
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
@@ -1432,20 +1380,17 @@ class Envelope:
         return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        bound = self.account.encode() + b"\0" + packed
-        return hmac.digest(self.secret, bound, "sha256")[:MAC_BYTES]
+        return hmac.digest(self.secret, self.account.encode() + b"\0" + packed, "sha256")[:MAC_BYTES]
 
 
-def unseal_items(items: list[JSON], envelope: Envelope,
-                 provider: str) -> tuple[list[JSON], list[str]]:
-    """The input items that `provider` may see, and the names of dropped ones: of another provider, or not
-    verified. `sealed_replay` holds the content of an envelope. Content without our prefix stays: only a
+def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
+    """The input items that `provider` may see, with the content of envelopes as `sealed_replay`, and the
+    names of dropped ones: of another provider, or not verified. Content without our prefix stays: only a
     Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
-    for given in items:
-        item = given
-        if "sealed_replay" in item:             # from a client: only content of an envelope is trusted
+    for item in items:
+        if "sealed_replay" in item:  # from a client: only content of an envelope is trusted
             item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
@@ -1464,31 +1409,21 @@ def unseal_items(items: list[JSON], envelope: Envelope,
 
 # --- 5.3 tools for providers that know only functions ---
 
-MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
-SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's names begin with a letter or _
+MAX_NAME = 64  # of OpenAI's functions; the strictest of all providers
+SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")  # Gemini's names begin with a letter or _
+UNSAFE = re.compile(r"^(?=\d)|^$|\W", re.ASCII)
 FREEFORM_PARAMETERS: JSON = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["input"],
+    "type": "object", "additionalProperties": False, "required": ["input"],
     "properties": {
-        "input": {"type": "string", "description": "The raw text, as the tool's description asks."},
-    },
+        "input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
 }
+COMMAND = {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."}
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
     "parameters": {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["command"],
+        "type": "object", "additionalProperties": False, "required": ["command"],
         "properties": {
-            "command": {
-                "type": "array",
-                "items": {"type": "string"},
-                "description": "The command and its arguments.",
-            },
-            "working_directory": {"type": "string"},
-            "timeout_ms": {"type": "integer"},
-        },
+            "command": COMMAND, "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}},
     },
 }
 
@@ -1498,7 +1433,7 @@ class Tool(NamedTuple):
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # renamed parameters: the client's name -> the provider's
+    fitted: Mapping[str, str] = {}  # renamed parameters: the client's name -> the provider's
 
 
 # valid names of a tool's parameters, from Anthropic's error and Google's reference; others accept any
@@ -1514,8 +1449,7 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     if not names:
         return arguments
     renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
-        names.get(key, key): value for key, value in holder.items()
-    })
+        names.get(key, key): value for key, value in holder.items()})
     return dumps(renamed)
 
 
@@ -1527,15 +1461,13 @@ def upstream_tool_name(name: str, namespace: str) -> str:
 
 def fit_name(name: str) -> str:
     """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
-    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
+    return f"{UNSAFE.sub('_', name)[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice, since nothing enforces it."""
     shape = tool.get("format") or {}
-    grammar = shape.get("definition")
-    if grammar:
+    if grammar := shape.get("definition"):
         grammar = f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}"
     advice = "Put the raw text into `input`: no markdown fence, no extra quoting."
     return "\n\n".join(filter(None, (tool.get("description"), grammar, advice)))
@@ -1546,8 +1478,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with `change`, which may alter its argument, applied to every schema object,
-    inner ones first."""
+    """A copy of a JSON schema with every schema object changed, inner ones first. `change` may alter its
+    argument."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1565,15 +1497,14 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
-    names: JSON = {}            # a set in order
+    names: JSON = {}  # a set in order
 
     def clean(schema: JSON) -> JSON:
-        if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
+        if isinstance(schema.get("encrypted"), bool):  # only in Codex (openai/codex#27331); others refuse it
             del schema["encrypted"]
-        # Codex sends `"required": null`: strict servers refuse it (cc-switch#7019)
-        if None in schema.values():
-            schema = {key: value for key, value in schema.items()
-                      if value is not None or key in ("default", "const")}
+        if None in schema.values():  # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
+            schema = {key: schema[key] for key in schema
+                      if schema[key] is not None or key in ("default", "const")}
         names.update(as_dict(schema.get("properties")))
         schemas.append(schema)
         return schema
@@ -1582,7 +1513,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     taken, fitted = set(names), {}
     for name in names:
         if not rule.fullmatch(name):
-            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            safe = UNSAFE.sub("_", name)[:MAX_NAME]
             fitted[name] = fit_name(name) if safe in taken else safe
             taken.add(safe)
     for schema in schemas if fitted else ():
@@ -1604,14 +1535,14 @@ class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
-        self.parameter_names = next(
-            rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
+        vendor = next(each for each in PARAMETER_NAMES if each in model.lower())
+        self.parameter_names = PARAMETER_NAMES[vendor]
         self.searches = searches
-        self.functions: list[JSON] = []  # the offered functions: name, description, parameters, strict?
-        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
-        self.dropped: list[str] = []            # the other tools, as "tools:TYPE"
+        self.functions: list[JSON] = []  # name, description, parameters, strict?
+        self.hosted: list[JSON] = []  # web_search tools, for a provider that `searches` itself
+        self.dropped: list[str] = []  # the other tools, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
-        self.by_name: dict[str, Tool | None] = {}       # also without a namespace, if the name is unique
+        self.by_name: dict[str, Tool | None] = {}  # also without a namespace, if the name is unique
         self._add(tools, "")
         self.by_name |= self.by_upstream_name
 
@@ -1636,7 +1567,7 @@ class ToolMap:
                 self._add_function("tool_search_call", kind, "", tool)
             elif kind == "local_shell":
                 self._add_function("local_shell_call", kind, "", LOCAL_SHELL)
-            elif kind.startswith("web_search") and self.searches:       # also _preview and dated names
+            elif kind.startswith("web_search") and self.searches:  # also _preview and dated names
                 self.hosted.append(tool)
             else:
                 self.dropped.append(f"tools:{kind}")
@@ -1647,32 +1578,25 @@ class ToolMap:
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
         tool = Tool(kind, name, namespace, fitted)
         first = self.by_upstream_name.setdefault(upstream_name, tool)
-        if first is not tool:                   # the first of two equal names wins
+        if first is not tool:  # the first of two equal names wins
             if first[:3] != tool[:3]:
                 self.dropped.append(f"tools:{upstream_name}")
             return
         self.by_name[name] = None if name in self.by_name else tool
-        function = {
-            "name": upstream_name,
-            "description": given.get("description") or "",
-            "parameters": parameters,
-        }
-        if given.get("strict") is not None:
-            function["strict"] = given["strict"]
-        self.functions.append(function)
+        description, strict = given.get("description") or "", given.get("strict")
+        function = {"name": upstream_name, "description": description, "parameters": parameters}
+        self.functions.append(function if strict is None else {**function, "strict": strict})
 
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
-    """The text, and half a surrogate pair at its end; the next fragment brings the other half."""
+    """The text, and half a surrogate pair at its end, whose other half comes next."""
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     return fix_surrogates(text.removesuffix(half)), half
 
 
 def fix_surrogates(text: str) -> str:
     """Joins surrogate pairs and replaces lone halves."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def unwrap(raw: str) -> str | None:
@@ -1681,7 +1605,7 @@ def unwrap(raw: str) -> str | None:
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        if raw.lstrip().startswith("{"):        # a truncated object is no input
+        if raw.lstrip().startswith("{"):  # a truncated object is no input
             return None
         value = raw
     members = value if isinstance(value, dict) else {"input": value}
@@ -1703,10 +1627,10 @@ CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 class Turn(NamedTuple):
     """Consecutive plain items of one role, and the outputs of its calls."""
-    role: str                   # "assistant", "user", "system" or "developer"
-    items: list[JSON]           # messages, and reasoning before the calls
-    calls: list[JSON]           # calls, and reasoning between them
-    results: list[JSON]         # an output for each call, in the order of the calls
+    role: str  # "assistant", "user", "system" or "developer"
+    items: list[JSON]  # messages, and reasoning before the calls
+    calls: list[JSON]  # calls, and reasoning between them
+    results: list[JSON]  # an output for each call, in the order of the calls
 
 
 class History(NamedTuple):
@@ -1716,10 +1640,8 @@ class History(NamedTuple):
     - reasoning {sealed_replay}
     - function_call {call_id, name, arguments}: an upstream name, arguments that are a JSON object
     - function_call_output {call_id, output: str | [part]}
-
-    `system` holds the leading instructions, in order.
     """
-    system: list[str]
+    system: list[str]  # the leading instructions
     turns: list[Turn]
 
     @property
@@ -1732,8 +1654,8 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """Instructions and unsealed items as a History; names lost content in `dropped`. Items that `memo` knows,
-    by identity, are not normalized again."""
+    """Instructions and unsealed items as a History; names lost content in `dropped`. `memo` keeps the plain
+    form of each item object."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
@@ -1741,7 +1663,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
         if known is None or known[:2] != (item, tool_map):
             names: list[str] = []
             known = item, tool_map, normalize_item(item, tool_map, names), names
-            if "sealed_replay" not in item:     # a different object in each request
+            if "sealed_replay" not in item:  # a different object in each request
                 memo[id(item)] = known
         *_, made, names = known
         dropped += names
@@ -1756,7 +1678,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
 
 
 def is_summary_only(item: JSON) -> bool:
-    """A reasoning item that is only a summary: its provider needs nothing back."""
+    """Reasoning of which the provider needs nothing back."""
     return item["type"] == "reasoning" and not (item.get("encrypted_content") or item.get("content"))
 
 
@@ -1764,8 +1686,8 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
     """Groups plain items into turns. Each call gets an output and a unique id: local servers begin at call_0
     in every turn. Later items change no id, so a growing history keeps its bytes."""
     turns: list[Turn] = []
-    role = ""                                   # of the current turn
-    numbers = collections.Counter[str]()        # call id -> number of renamed duplicates
+    role = ""  # of the current turn
+    numbers = collections.Counter[str]()  # call id -> number of renamed duplicates
     # call id -> results that still have no output
     waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)
     for item in items:
@@ -1795,27 +1717,17 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
             waiting[given].append(result)
         elif kind == "reasoning" and turn.calls:
             turn.calls.append(item)
-        else:               # text between a call and its output goes before the call (mlx-openai-server#268)
+        else:  # text between a call and its output goes before the call (mlx-openai-server#268)
             turn.items.append(item)
     return turns
 
 
-CALL_ARGUMENTS = {                  # the field of each call type, even if its tool is no longer offered
-    "function_call": "arguments",
-    "custom_tool_call": "input",
-    "tool_search_call": "arguments",
-    "local_shell_call": "action",
-    "shell_call": "action",
-    "apply_patch_call": "operation",
+CALL_ARGUMENTS = {  # the field of each call type, even if its tool is no longer offered
+    "function_call": "arguments", "custom_tool_call": "input", "tool_search_call": "arguments",
+    "local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation",
 }
-OUTPUT_TYPES = (
-    "function_call_output",
-    "custom_tool_call_output",
-    "tool_search_output",
-    "local_shell_call_output",
-    "shell_call_output",
-    "apply_patch_call_output",
-)
+OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", "tool_search_output",
+                "local_shell_call_output", "shell_call_output", "apply_patch_call_output")
 # our envelope, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
@@ -1829,12 +1741,9 @@ def normalize_item(item: JSON, tool_map: ToolMap, dropped: list[str]) -> JSON | 
         name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
         # the model must not see a misspelt name again
         tool = tool_map.resolve(upstream_tool_name(name, namespace) if namespace else name)
-        return {
-            "type": "function_call",
-            "call_id": call_id,
-            "name": upstream_tool_name(tool.name, tool.namespace),
-            "arguments": rename_keys(call_arguments(item), tool.fitted),
-        }
+        arguments = rename_keys(call_arguments(item), tool.fitted)
+        name = upstream_tool_name(tool.name, tool.namespace)
+        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
     if kind in OUTPUT_TYPES:
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
@@ -1853,7 +1762,7 @@ def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
     given = [text_block(content)] if isinstance(content, str) else only_dicts(content)
     parts = []
     for part in given:
-        encrypted = str(part.get("encrypted_content") or "")    # only OpenAI encrypts messages between agents
+        encrypted = str(part.get("encrypted_content") or "")  # of OpenAI's messages between agents
         if ENCRYPTED_TEXT.fullmatch(encrypted):
             dropped.append("content:encrypted_content")
         elif encrypted:
@@ -1903,39 +1812,29 @@ def call_output(item: JSON) -> Any:
 
 class Attachment(NamedTuple):
     """An image or a file: an address or bytes."""
-    mime: str                   # from the bytes, as declared, or from the extension; "": unknown
+    mime: str  # from the bytes, as declared, or from the extension; "": unknown
     name: str
-    detail: Any                 # of an image, as the client gave it
+    detail: Any  # of an image, as the client gave it
     url: str = ""
-    data: str = ""              # clean base64
-    text: str | None = None     # of a text file
+    data: str = ""  # clean base64
+    text: str | None = None  # of a text file
 
 
 MAGIC = {
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"(?s:RIFF....WEBP)",
-    "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
+    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s:RIFF....WEBP)", "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
     "application/pdf": rb"%PDF-",
 }
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known to every provider
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # known to every provider
 TYPE_BY_ENDING = {
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "gif": "image/gif",
-    "webp": "image/webp",
-    "heic": "image/heic",
-    "pdf": "application/pdf",
-    "txt": "text/plain",
-    "mp4": "video/mp4",
+    **{name: f"image/{name}" for name in ("png", "jpeg", "gif", "webp", "heic")},
+    "jpg": "image/jpeg", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4",
 }
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None if there is only its id at OpenAI, or invalid base64, which would
-    have every later turn refused."""
+    """The image or file in a part. None for a mere id at OpenAI, or invalid base64, which would have every
+    later turn refused."""
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
     if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
@@ -1959,33 +1858,27 @@ def read_attachment(part: JSON) -> Attachment | None:
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
-    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            mime, text = "text/plain", content.decode("utf-8-sig")
-    return Attachment(mime, name, detail, data=data, text=text)
+            return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
+    return Attachment(mime, name, detail, data=data)
 
 
 # --- 5.5 client profiles ---
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard."""
-    incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
-    refusal_as_text: bool = False       # the client shows only output_text
+    """How a client differs from the standard."""
+    incomplete_as_completed: bool = False  # a truncated answer ends as complete, without truncated calls
+    refusal_as_text: bool = False  # the client shows only output_text
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
-    echo_request: bool = True           # every response object repeats tools and instructions
-    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
+    echo_request: bool = True  # every response object repeats tools and instructions
+    final_failures: bool = False  # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
 CODEX = ClientProfile(
-    incomplete_as_completed=True,
-    refusal_as_text=True,
-    errors_as_events=True,
-    echo_request=False,
-)
-
+    incomplete_as_completed=True, refusal_as_text=True, errors_as_events=True, echo_request=False)
 CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
 
 
@@ -2002,36 +1895,26 @@ DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
 # the fields of a response object that repeat the request, with their defaults
 ECHO_DEFAULTS: JSON = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
+    **dict.fromkeys(("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id")),
+    **dict.fromkeys(("prompt_cache_key", "safety_identifier", "user")),
+    **dict.fromkeys(("store", "background"), False),
+    **dict.fromkeys(("temperature", "top_p"), 1),
+    **dict.fromkeys(("top_logprobs", "presence_penalty", "frequency_penalty"), 0),
     "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "service_tier": "default",
-    "store": False,
-    "background": False,
-    "temperature": 1,
-    "top_p": 1,
-    "top_logprobs": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
     "text": {"format": {"type": "text"}, "verbosity": "medium"},
     "tool_choice": "auto",
     "tools": [],
     "truncation": "disabled",
     "metadata": {},
-    "user": None,
 }
-FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}    # required by Open Responses
+FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}  # required by Open Responses
 
 
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
-    """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields["store"] = False                 # Pomex keeps nothing
+    fields["store"] = False  # Pomex keeps nothing
     for name in ("reasoning", "text"):
         given = {key: value for key, value in fields[name].items() if value is not None}
         fields[name] = {**ECHO_DEFAULTS[name], **given}
@@ -2039,10 +1922,8 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         fields["service_tier"] = "default"
     if not echo_request:
         fields |= {"instructions": None, "tools": []}
-    fields["tools"] = [
-        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
-        for tool in fields["tools"]
-    ]
+    fields["tools"] = [{**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
+                       for tool in fields["tools"]]
     return fields
 
 
@@ -2056,14 +1937,13 @@ class ClientAnswer:
     profile: ClientProfile
     # set later, if at all
     started = False
-    max_chars = 32 << 20    # of one attempt's output
+    max_chars = 32 << 20  # of one attempt's output
     max_items = 4096
-    estimated_input = 0     # tokens
-    secrets = re.compile(r"(?!)")   # a call id must not match it
+    estimated_input = 0  # tokens
+    secrets = re.compile(r"(?!)")  # a call id must not match it
 
     def start(self, attempt: Attempt | None = None) -> bytes:
-        """The frames that open the stream, or nothing if they have been sent; without an attempt, those that
-        need none."""
+        """The frames that open the stream, once; without an attempt, those that need none."""
         return b""
 
     def heartbeat(self) -> bytes:
@@ -2078,7 +1958,7 @@ class ClientAnswer:
         return b""
 
     def delta(self, item: Item, text: str) -> bytes:
-        """More text of the open part of an item, or of a call."""
+        """More text of the open part, or of a call."""
         return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
@@ -2086,7 +1966,7 @@ class ClientAnswer:
         return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        """A source of the open text; `item.annotations` has it, as the last one."""
+        """A source of the open text, now the last of `item.annotations`."""
         return b""
 
     def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
@@ -2094,7 +1974,7 @@ class ClientAnswer:
         return b""
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
-        """`rest`: the part of a call's `arguments` that no delta has brought; `json`: the whole item."""
+        """`rest`: what no delta has brought of a call's `arguments`; `json`: the whole item."""
         return b""
 
     def whole_item(self, index: int, json: str) -> bytes:
@@ -2112,7 +1992,7 @@ class ClientAnswer:
 
 class ResponsesAnswer(ClientAnswer):
     """Events of the Responses API, numbered."""
-    sequence = 0            # of the next event
+    sequence = 0  # of the next event
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2122,17 +2002,9 @@ class ResponsesAnswer(ClientAnswer):
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
         """The response object as JSON text, like `output`."""
         head = {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created_s,
-            "status": status,
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
+            "id": self.id, "object": "response", "created_at": self.created_s, "status": status,
             "model": self.request.model,
-            "usage": None,
-            **fields,
-        }
+            **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")), **fields}
         return f'{dumps(head)[:-1]},"output":{output},{self.echo_json}'
 
     def frame(self, kind: str, fields: str) -> bytes:
@@ -2140,6 +2012,9 @@ class ResponsesAnswer(ClientAnswer):
         number = self.sequence
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
+
+    def item_frame(self, step: str, index: int, json: str) -> bytes:
+        return self.frame(f"response.output_item.{step}", f'"output_index":{index},"item":{json}')
 
     def start(self, attempt: Attempt | None = None) -> bytes:
         if self.started:
@@ -2152,22 +2027,21 @@ class ResponsesAnswer(ClientAnswer):
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
     def begin_item(self, item: Item) -> bytes:
-        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        item.location = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_head = f'{item.location},"delta":'
             item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
-        fields = f'"output_index":{item.index},"item":{item.to_json("in_progress")}'
-        frames = [self.frame("response.output_item.added", fields)]
+        frames = self.item_frame("added", item.index, item.to_json("in_progress"))
         for step in HOSTED_STEPS.get(item.kind, ()):
-            frames.append(self.frame(f"response.{item.kind}.{step}", item.location_json))
-        return b"".join(frames)
+            frames += self.frame(f"response.{item.kind}.{step}", item.location)
+        return frames
 
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
         number = len(item.parts[shape.container])
-        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.part_location = f'{item.location},"{shape.container}_index":{number}'
         item.delta_event = f"{shape.delta}.delta"
-        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
-        return self.frame(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+        item.delta_head = f'{item.part_location}{shape.more},"delta":'
+        return self.frame(f"{shape.event}.added", f'{item.part_location},"part":{item.part_json(shape)}')
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.frame(item.delta_event, item.delta_head + json_string(text))
@@ -2180,33 +2054,29 @@ class ResponsesAnswer(ClientAnswer):
         return "".join(frames).encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        return self.frame("response.output_text.annotation.added",
-                          f'{item.part_location_json},"annotation_index":{len(item.annotations) - 1},'
-                          f'"annotation":{item.annotations[-1]}')
+        number = len(item.annotations) - 1
+        fields = f'{item.part_location},"annotation_index":{number},"annotation":{item.annotations[-1]}'
+        return self.frame("response.output_text.annotation.added", fields)
 
     def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
-        location_json = item.part_location_json
-        return (self.frame(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
-                + self.frame(f"{shape.event}.done", f'{location_json},"part":{part}'))
+        return (self.frame(f"{shape.delta}.done", f'{item.part_location},"{shape.text}":{text}{shape.more}')
+                + self.frame(f"{shape.event}.done", f'{item.part_location},"part":{part}'))
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
         frames = self.delta(item, rest) if rest else b""
         if item.kind in CALL_FIELD:
             name = CALL_FIELD[item.kind]
             more = f',"name":{json_string(item.tool.name)}' if item.tool and name == "arguments" else ""
-            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            fields = f'{item.location},"{name}":{json_string(arguments)}{more}'
             frames += self.frame(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
-            frames += self.frame(f"response.{item.kind}.completed", item.location_json)
-        return frames + self.frame("response.output_item.done", f'"output_index":{item.index},"item":{json}')
+            frames += self.frame(f"response.{item.kind}.completed", item.location)
+        return frames + self.item_frame("done", item.index, json)
 
     def whole_item(self, index: int, json: str) -> bytes:
-        fields = f'"output_index":{index},"item":{json}'
-        return (self.frame("response.output_item.added", fields)
-                + self.frame("response.output_item.done", fields))
+        return self.item_frame("added", index, json) + self.item_frame("done", index, json)
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
-        """The rest of the output, the terminal event, [DONE]."""
         frames, error, kind = self.start(attempt), attempt.error, attempt.status
         if error and not self.profile.errors_as_events:
             frames += self.frame("error", f'"error":{dumps(error.body()["error"])}')
@@ -2215,17 +2085,14 @@ class ResponsesAnswer(ClientAnswer):
         return frames + self.frame(f"response.{kind}", f'"response":{attempt.body(now_s)}') + DONE_FRAME
 
     def body(self, attempt: Attempt, now_s: int) -> str:
-        error, usage = attempt.error, attempt.usage
+        error, usage, status = attempt.error, attempt.usage, attempt.status
         assert usage is not None
         return self.response(
-            attempt.status,
-            attempt.output(),
-            completed_at=now_s if attempt.status == "completed" else None,
+            status, attempt.output(),
+            completed_at=now_s if status == "completed" else None,
             error={"code": error.code, "message": str(error)} if error else None,
-            incomplete_details=(
-                {"reason": attempt.incomplete_reason} if attempt.status == "incomplete" else None),
-            usage=usage_object(usage),
-        )
+            incomplete_details={"reason": attempt.incomplete_reason} if status == "incomplete" else None,
+            usage=usage_object(usage))
 
 
 def usage_object(usage: Usage) -> JSON:
@@ -2240,10 +2107,9 @@ def usage_object(usage: Usage) -> JSON:
 
 
 def usage_from(
-    given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
-) -> Usage | None:
+        given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
     """Reads `given`, the usage object of `answer`, in the fields of Responses or Chat Completions; None if it
-    has neither. `asked_12h` decides if the answer does not name the lifetime of its cache writes."""
+    has neither. `asked_12h`: the lifetime of cache writes where the answer names none."""
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
     if not {int, float} & set(map(type, totals)):
@@ -2282,24 +2148,24 @@ class Attempt(Sink):
     After any number of `feed`s comes one `finish`: `status`, `usage` and `error` hold the outcome, and
     `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
-    output_started = False   # too late for another target
-    upstream_done = False    # no more data will come
+    output_started = False  # too late for another target
+    upstream_done = False  # no more data will come
     ended = False
     usage: Usage | None = None
     stop: Stop | None = None
     error: GatewayError | None = None
     status = "in_progress"
     terminal_by = "gateway"  # "": the answer was an error's status, not a stream
-    output_chars = 0         # for estimates
-    unbilled = False         # the provider refused the request and will not bill it
-    estimated_input = 0      # tokens; 0 if no provider was called
-    opening = b""            # the upstream's own first event, where it passes
+    output_chars = 0  # for estimates
+    unbilled = False  # the provider refused the request and will not bill it
+    estimated_input = 0  # tokens; 0 if no provider was called
+    opening = b""  # the upstream's own first event, where it passes
 
     def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
         self.out: list[bytes] = []
-        self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
-        self.output_limit = answer.max_chars    # of output_chars; other held data lowers it
+        self.items: dict[int, str] = {}  # finished items as JSON text, by output_index
+        self.output_limit = answer.max_chars  # of output_chars; other held data lowers it
         self.items_left = answer.max_items
 
     @property
@@ -2314,14 +2180,12 @@ class Attempt(Sink):
 
     def emit(self, frames: Callable[..., bytes], *arguments: Any) -> None:
         """Adds frames of the answer, if it is streamed."""
-        answer = self.answer
-        if answer.request.stream:
-            self.out.append(answer.start(self))
-            self.out.append(frames(*arguments))
+        if self.answer.request.stream:
+            self.out += self.answer.start(self), frames(*arguments)
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
-        connection. If the client has left, no item is closed: that takes 20 ms for a long answer."""
+        connection. For a client that left, no item is closed: 20 ms for a long answer."""
         if self.ended:
             return
         self.ended = True
@@ -2329,7 +2193,7 @@ class Attempt(Sink):
         usage, reported = self.usage, self.error
         unbilled = self.unbilled or (reported is not None and not self.output_chars)
         self.error = reported or self.find_error(error)
-        if usage == Usage() and self.error is reported:     # the answer is not empty
+        if usage == Usage() and self.error is reported:  # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
@@ -2337,7 +2201,7 @@ class Attempt(Sink):
         if self.error is not None:
             self.status = "failed"
         counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
-        if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
+        if usage is None or usage.estimated:  # Anthropic counts input first, output at the end
             counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(counts)
 
@@ -2377,8 +2241,6 @@ class Attempt(Sink):
         self.error = error
         self.upstream_done = True
 
-    # the end
-
     def close_open_items(self) -> None:
         """Finishes or abandons the open items, before the status is decided."""
 
@@ -2401,65 +2263,57 @@ class Attempt(Sink):
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
-    event: str      # family of the part's own .added and .done
-    container: str  # the item's list of such parts; a part's number is its `{container}_index`
     type: str
-    text: str       # the field that holds the text
-    delta: str      # family of the text's .delta and .done
+    delta: str  # family of the text's .delta and .done
+    text: str = "text"  # the field that holds the text
     more: str = ""  # further fields of these events, required by the SDK's types
+    event: str = "response.content_part"  # family of the part's own .added and .done
+    container: str = "content"  # the item's list of such parts; a part's number is its `{container}_index`
 
 
 PARTS = {
-    "text": PartShape("response.content_part", "content", "output_text", "text",
-                      "response.output_text", ',"logprobs":[]'),
-    "refusal": PartShape("response.content_part", "content", "refusal", "refusal", "response.refusal"),
-    "summary": PartShape("response.reasoning_summary_part", "summary", "summary_text", "text",
-                         "response.reasoning_summary_text"),
-    "raw": PartShape("response.content_part", "content", "reasoning_text", "text", "response.reasoning_text"),
+    "text": PartShape("output_text", "response.output_text", more=',"logprobs":[]'),
+    "refusal": PartShape("refusal", "response.refusal", "refusal"),
+    "summary": PartShape("summary_text", "response.reasoning_summary_text",
+                         event="response.reasoning_summary_part", container="summary"),
+    "raw": PartShape("reasoning_text", "response.reasoning_text"),
 }
 ID_PREFIX = {
-    "message": "msg_",
-    "reasoning": "rs_",
-    "function_call": "fc_",
-    "custom_tool_call": "ctc_",
-    "tool_search_call": "tsc_",
-    "local_shell_call": "lsh_",
-    "web_search_call": "ws_",
+    "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_",
+    "tool_search_call": "tsc_", "local_shell_call": "lsh_", "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
 HOSTED_STEPS = {
-    "web_search_call": ("in_progress", "searching"),
-    "image_generation_call": ("in_progress", "generating"),
-}
-CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}       # their text
+    "web_search_call": ("in_progress", "searching"), "image_generation_call": ("in_progress", "generating")}
+CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}  # their text
 
 
 @dataclass
 class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
-    fields: JSON = field(default_factory=dict)  # fields that no part fills, e.g. {"phase": "commentary"}
+    fields: JSON = field(default_factory=dict)  # that no part fills, e.g. {"phase": "commentary"}
     # of a call
     call_id: str = ""
     tool: Tool | None = None
     arguments: list[str] = field(default_factory=list)  # or input, in pieces
-    held_back: bool = False     # sent as a whole: controls are escaped, parameters renamed, input unwrapped
+    held_back: bool = False  # sent as a whole: controls are escaped, parameters renamed, input unwrapped
     # since output_item.added
     id = ""
     index = -1
-    location_json = ""      # `"item_id":..,"output_index":..`
+    location = ""  # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
     # of the open part, or of a call
     shape: PartShape | None = None
-    upstream_part = 0       # the provider's number for it
+    upstream_part = 0  # the provider's number for it
     delta_event = ""
-    delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
-    delta_tail = ""         # what follows it
-    part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
+    delta_head = ""  # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
+    delta_tail = ""  # what follows it
+    part_location = ""  # `"item_id":..,"output_index":..,"content_index":..`
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
-    pending_surrogate: str = ""     # the first half of a pair
-    done = False            # the provider has ended the item
+    pending_surrogate: str = ""  # the first half of a pair
+    done = False  # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
         """The part as JSON text, like `text`: a long one is encoded only once."""
@@ -2475,9 +2329,9 @@ class Item:
             return unwrap(raw) if self.held_back else raw
         if self.tool is None:
             return raw
-        if self.held_back:      # models write raw line ends in strings, which strict readers refuse
+        if self.held_back:  # models write raw line ends in strings, which strict readers refuse
             raw = JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), raw)
-        if self.done and not raw.strip():       # a tool without arguments
+        if self.done and not raw.strip():  # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
             return None
@@ -2501,7 +2355,7 @@ class Assembler(Attempt):
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
-        self.open_items: dict[Any, Item] = {}   # by key
+        self.open_items: dict[Any, Item] = {}  # by key
         self.next_index = 0
         self.shapes = dict(PARTS)
         if answer.profile.refusal_as_text:
@@ -2541,7 +2395,7 @@ class Assembler(Attempt):
             return
         if not item.id:
             item.text.append(text)
-            if not text.strip():    # claude-opus-4-6 opens with "\n\n" before it thinks
+            if not text.strip():  # claude-opus-4-6 opens with "\n\n" before it thinks
                 self.check_limits(len(text))
                 return
             text = "".join(item.text)
@@ -2550,7 +2404,7 @@ class Assembler(Attempt):
         if self.output_chars > self.output_limit:
             self.check_limits()
         shape = self.shapes.get(channel)
-        if shape is None:   # a call
+        if shape is None:  # a call
             item.arguments.append(text)
             if channel == "arguments" and (item.kind == "custom_tool_call" or CONTROL.search(text)):
                 item.held_back = True
@@ -2585,7 +2439,7 @@ class Assembler(Attempt):
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
-        if item is None or not item.id:     # nothing but white space, or less
+        if item is None or not item.id:  # nothing but white space, or less
             self.open_items.pop(key, None)
             return
         item.done = True
@@ -2628,7 +2482,7 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        item.parts.setdefault(shape.container, [])      # reasoning may have content, too
+        item.parts.setdefault(shape.container, [])  # reasoning may have content, too
         item.shape, item.upstream_part = shape, upstream_part
         item.text, item.annotations = [], []
         self.emit(self.answer.begin_part, item, shape)
@@ -2644,7 +2498,6 @@ class Assembler(Attempt):
         item.shape = None
 
     def text_delta(self, item: Item, text: str) -> None:
-        """More text of the open part of an item, or of a call."""
         if not text:
             return
         item.text.append(text)
@@ -2660,12 +2513,10 @@ class Assembler(Attempt):
         self.close_part(item)
         rest = ""
         if item.tool and item.kind in CALL_FIELD:
-            rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
+            rest = arguments.removeprefix("".join(item.text))  # e.g. input without its fence
         text = item.to_json(status, arguments)
         self.emit(self.answer.end_item, item, rest, arguments, text)
         self.items[item.index] = text
-
-    # the end
 
     def close_open_items(self) -> None:
         self.open_items = {key: item for key, item in self.open_items.items() if item.id}
@@ -2713,13 +2564,11 @@ class Assembler(Attempt):
 
 
 def call_fields(tool: Tool, arguments: str) -> JSON:
-    """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
-        given = parse_object(arguments) or {}
-        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
+        return {"action": {"command": [], **(parse_object(arguments) or {}), "type": "exec", "env": {}}}
+    fields = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2732,7 +2581,7 @@ TEXTS: dict[str, tuple[PartType, str, str]] = {
     "summary_text": ("summary", "reasoning", "text"),
     "reasoning_summary_text": ("summary", "reasoning", "text"),
     "reasoning_text": ("raw", "reasoning", "text"),
-    "reasoning": ("raw", "reasoning", "text"),      # Open Responses uses this name
+    "reasoning": ("raw", "reasoning", "text"),  # of Open Responses
     "function_call_arguments": ("arguments", "call", "arguments"),
     "custom_tool_call_input": ("input", "call", "input"),
 }
@@ -2745,9 +2594,9 @@ class UpstreamText:
     channel: PartType
     pieces: list[str] = field(default_factory=list)
     index: int = 0
-    sent: bool = False          # the sink has everything so far
+    sent: bool = False  # the sink has everything so far
     done: bool = False
-    annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
+    annotations: list[JSON] = field(default_factory=list)  # of a snapshot's text
 
     def so_far(self) -> str:
         self.pieces[:] = ["".join(self.pieces)]
@@ -2757,19 +2606,19 @@ class UpstreamText:
 @dataclass(slots=True, eq=False)
 class UpstreamItem:
     """The current state of an item."""
-    kind: Any                   # "message", "reasoning", "call", or the type of another item
-    item: JSON                  # its newest snapshot
+    kind: Any  # "message", "reasoning", "call", or the type of another item
+    item: JSON  # its newest snapshot
     upstream_index: Any
-    index: int = -1             # ours
-    shown: bool = False         # the sink knows of it
-    done: bool = False          # the server called it done
-    closed: bool = False        # no further event is expected for it
-    annotation_count: int = 0   # from annotation events
+    index: int = -1  # ours
+    shown: bool = False  # the sink knows of it
+    done: bool = False  # the server called it done
+    closed: bool = False  # no further event is expected for it
+    annotation_count: int = 0  # from annotation events
     texts: list[UpstreamText] = field(default_factory=list)
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues or a `done` event, perhaps with another number, completes."""
+        """The text that a piece continues, or that a `done` event, perhaps with another number, completes."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2805,10 +2654,7 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    content = dict(item)
-    for name in ("id", "call_id", "status"):
-        content.pop(name, None)
-    return dumps(content)
+    return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -2825,16 +2671,15 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
         given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
-            break                               # some keys cost as much as their item
+            break  # some keys cost as much as their item
     return found
 
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
     distinguish items only by id (llama.cpp) or not at all, count from 1, or give all the same index. So any
-    key identifies an open item, and an event without one is about the newest of its kind. An `added` event,
-    or an event for a finished item, begins another item if a key differs."""
-
+    key identifies an open item; an event without one is about the newest of its kind. An `added` event, or
+    one for a finished item, begins another item if a key differs."""
     open_count = 0
 
     def __init__(self) -> None:
@@ -2845,7 +2690,7 @@ class UpstreamItems(list[UpstreamItem]):
         """The item of an event. For a text it may be an item of a kind whose texts are not read."""
         index = event.get("output_index")
         known = self.by_key.get((kind, event.get("item_id"), index))
-        if known and not known.done and "item" not in event:        # nearly always
+        if known and not known.done and "item" not in event:  # nearly always
             return known
         begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
@@ -2859,9 +2704,7 @@ class UpstreamItems(list[UpstreamItem]):
                 break
         else:
             known = self.by_key.get(kind if index is None else index)
-            if known and known.is_followed(
-                    event, kind, begins,
-                    other=known.is_other(item_id, call_id)):
+            if known and known.is_followed(event, kind, begins, other=known.is_other(item_id, call_id)):
                 known = None
         if known is None:
             return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
@@ -2885,8 +2728,8 @@ class UpstreamItems(list[UpstreamItem]):
             self.by_key[known.kind, item["id"], known.upstream_index] = known
 
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with its record: by id, by content, in order among its kind. No
-        call matches a finished one. New items take the following indices."""
+        """The items of a final response, each with its record: by id, by content, in order among its kind
+        (but no call matches a finished one). New items take the following indices."""
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
         found = pair(
             given, self,
@@ -2894,11 +2737,10 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
         used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
-        next_index = max([len(self) - 1, *used])
+        numbers = itertools.count(max([len(self) - 1, *used]) + 1)
         for new in given:
             if new not in found:
-                next_index += 1
-                new.upstream_index = next_index
+                new.upstream_index = next(numbers)
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -2939,12 +2781,11 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
             whole = unwrap(whole) or whole
         item[name] = whole or ("{}" if name == "arguments" else "")
         return True
-    parts = only_dicts(item.get("content"))
     if known.kind != "message" or has_text:
         return False
     shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
     filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
-    item["content"] = filled or parts
+    item["content"] = filled or only_dicts(item.get("content"))
     return True
 
 
@@ -2958,43 +2799,42 @@ def is_incomplete_call(item: JSON) -> bool:
 
 # --- 5.9 passthrough ---
 #
-# If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
+# If the upstream speaks the client's API, its events pass unchanged. A subclass for each wire has its
 # patterns, and a method for each type of parsed event: on_response_created for `response.created`.
 
-# possessive: otherwise the backtracking state takes 130 bytes for each byte
+# possessive: the backtracking state would take 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
 
 
 class Passthrough(Attempt):
     """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
-    API_EVENTS: bytes                       # occurs in every event of the API
-    OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
+    API_EVENTS: bytes  # occurs in every event of the API
+    OUTPUT_EVENTS: re.Pattern[bytes]  # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
-    PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: tuple[bytes, ...]      # one occurs in each unread event that may be needed later
-    whole: Callable[[bytes], None]          # takes a response that came as one JSON object
+    PLAIN_EVENTS: re.Pattern[bytes]  # a run of numbered events that pass unread, in the usual form
+    DEFERRED_EVENTS: tuple[bytes, ...]  # one occurs in each unread event that may be needed later
+    whole: Callable[[bytes], None]  # takes a response that came as one JSON object
 
     def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
-        self.decoder = decoder                  # reads the events too, for usage and evidence
-        self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
+        self.decoder = decoder  # reads the events too, for usage and evidence
+        self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # until output begins; for Chat also the end
+        self.withheld: list[bytes] = []  # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
-        self.final_response: JSON = {}          # the upstream's own object
+        self.final_response: JSON = {}  # the upstream's own object
 
     def feed(self, data: bytes) -> None:
         """Reads bytes of any length. UpstreamError if an event that must be read is not JSON."""
         block, at = self.events.split(data), 0
         while not self.upstream_done and (end := block.find(b"\n\n", at)) >= 0:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
-            if run:                             # nearly always
-                plain = run[0]
-                self.pass_unread(plain, len(plain))
+            if run:  # nearly always
+                self.pass_unread(run[0], len(run[0]))
                 at = run.end()
                 continue
             for event in self.events.parse(block[at:end]):
@@ -3010,7 +2850,7 @@ class Passthrough(Attempt):
             self.read(data, frame)
         elif self.API_EVENTS in frame:
             self.pass_unread(frame)
-        else:                                   # not an event of the API: an error counts in any form
+        else:  # not an event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
     def read(self, data: str, frame: bytes) -> None:
@@ -3019,7 +2859,7 @@ class Passthrough(Attempt):
             handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
             if handler:
                 handler(event, frame)
-            else:                               # the type was a nested one
+            else:  # the type was a nested one
                 self.forward(frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
@@ -3058,32 +2898,31 @@ class Passthrough(Attempt):
         """The body ended cleanly. If every item is done, that counts as an end."""
         for event in self.events.finish():
             self.take_event(event)
-        if not self.events.truncated:           # a truncated event may have contained anything
+        if not self.events.truncated:  # a truncated event may have contained anything
             self.decoder.end()
 
     def fail(self, error: GatewayError) -> None:
-        self.error = self.error or error        # its response.failed may follow, with usage
+        self.error = self.error or error  # its response.failed may follow, with usage
 
 
 class ResponsesPassthrough(Passthrough):
     """The first and terminal events are ours, and those of items that only the final response contains."""
     API_EVENTS = b'"response.'
-    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')  # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
         rb'|output_item\.added|output_item\.done))"')
     PLAIN_EVENTS = re.compile(
         rb'(?:event: response.++\n'
         rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
-    DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
-    streamed_items = math.inf                   # the number of items that came before the final response
+    DEFERRED_EVENTS = (b'.done"', b"_call_")  # whole texts, and the arguments of calls
+    streamed_items = math.inf  # the number of items that came before the final response
     answer: ResponsesAnswer
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        cache_options = self.answer.request.get("prompt_cache_options", {})
-        self.decoder.asked_12h = cache_options.get("ttl") == "12h"
-        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
+        self.decoder.asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}  # done events, for an incomplete answer
 
     def send(self, block: bytes, most: int) -> None:
         """Numbers the events, continuing from our last one."""
@@ -3097,7 +2936,7 @@ class ResponsesPassthrough(Passthrough):
     on_response_queued = on_response_in_progress = on_response_created
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
-        """Handles an item that is added or done. An item without content waits for the final response."""
+        """An item is added or done. One without content waits for the final response."""
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
@@ -3142,24 +2981,20 @@ class ResponsesPassthrough(Passthrough):
     def release_items(self) -> None:
         """Sends the items that waited for the final response, or that only it contains."""
         for known in self.decoder.items:
-            event = {
-                "type": "response.output_item.done",
-                "sequence_number": 0,
-                "output_index": known.upstream_index,
-                "item": known.item}
+            event = {"type": "response.output_item.done", "sequence_number": 0,
+                     "output_index": known.upstream_index, "item": known.item}
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
         """The frame of an item's event, with sealed encrypted content, and refusals as text where the client
         reads only that. Makes the frame if none is given."""
         item = event["item"]
-        if item.get("encrypted_content"):
-            item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
+        if encrypted := item.get("encrypted_content"):
+            item["encrypted_content"] = self.seal({"encrypted_content": encrypted})
             frame = b""
         for part in only_dicts(item.get("content")):
             if part.get("type") == "refusal" and self.answer.profile.refusal_as_text:
-                text = part.pop("refusal", "")
-                part.update(type="output_text", text=text, annotations=[])
+                part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
                 frame = b""
         return frame or sse_frame(event["type"], dumps(event))
 
@@ -3211,29 +3046,23 @@ class ResponsesPassthrough(Passthrough):
         elif reason == "content_filter" and self.has_no_message():
             self.decoder.add_final([{
                 "id": f"msg_{self.answer.id.removeprefix('resp_')}",
-                "type": "message",
-                "status": "completed",
-                "role": "assistant",
+                "type": "message", "status": "completed", "role": "assistant",
                 "content": [{"type": "output_text", "text": FILTERED, "annotations": []}]}])
             self.release_items()
 
     def body(self, now_s: int) -> str:
         """The upstream's own response, if any, with our id and model and the items sent."""
-        if self.status == "failed" or not self.final_response.get("object"):
+        answer, response = self.answer, self.final_response
+        if self.status == "failed" or not response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = as_dict(self.final_response.get("usage"))
-        response = {
-            **self.final_response,
-            "id": self.answer.id,
-            "created_at": self.answer.created_s,
-            "model": self.answer.request.model,
-            "status": self.status,
-            "usage": merge_counts(usage, usage_object(self.usage))}
+        usage = merge_counts(as_dict(response.get("usage")), usage_object(self.usage))
+        response = {**response, "id": answer.id, "created_at": answer.created_s,
+                    "model": answer.request.model, "status": self.status, "usage": usage}
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
-            response["completed_at"] = now_s            # by the clock of created_at
+            response["completed_at"] = now_s  # by the clock of created_at
         response.pop("output", None)
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
@@ -10438,38 +10267,32 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
 #
 # The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
-AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send after finish_reason
+AFTER_STOP_S = 5.0  # wait for the usage, which chat servers send after finish_reason
 STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-PACED_BYTES = 1 << 13           # a larger read is part of a burst, which costs the task no more than the pump
-MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
+PACED_BYTES = 1 << 13  # a larger read is part of a burst, which costs the task no more than the pump
+MAX_ANSWER_JSON_BYTES = 64 << 20  # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent|"
                              r"anthropic-(?:beta|version)|x-app|x-claude-code-session-id")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
-                  ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
+                  ("x-accel-buffering", "no")]  # an nginx in front must not buffer the stream
 
 
 # --- 10.1 names ---
 
 class Candidate(NamedTuple):
     """A target with one of its provider's keys. Retries and circuits are per candidate."""
-    provider: ProviderConfig    # with this one key
+    provider: ProviderConfig  # with this one key
     model: str
-    id: str                     # stable: made only of the configuration
-    origin: str                 # its name in envelopes
-    window: int = 0             # tokens; 0: unknown
+    id: str  # stable: made only of the configuration
+    origin: str  # its name in envelopes
+    window: int = 0  # tokens; 0: unknown
 
 
-# wire -> models whose sealed blocks only the account that made them can read (TRANSLATION.md 6)
+# wire -> models whose sealed blocks only the account that made them can read
 ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
-
-
-def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
-    """The provider with each of its keys, and a mark that tells the keys apart."""
-    return [(dataclasses.replace(provider, api_key=key), f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}")
-            for key in provider.api_keys] or [(provider, "")]
 
 
 class ModelCatalog:
@@ -10477,33 +10300,37 @@ class ModelCatalog:
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
-        listed = listed_names(config, found)
-        self.names = list(dict.fromkeys([*config.models, *listed]))
+        names = [*config.models]
         self.by_bare_name: dict[str, list[str]] = {}
-        for name in listed:
-            self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
-        self.keyed = {name: with_api_keys(provider) for name, provider in config.providers.items()}
+        self.keyed: dict[str, list[tuple[ProviderConfig, str]]] = {}  # with each key, and a mark that tells the keys apart
+        for name, provider in config.providers.items():
+            self.keyed[name] = [(dataclasses.replace(provider, api_key=key), f"#{sha256_hex(key)[:8]}")
+                                for key in provider.api_keys] or [(provider, "")]
+            for model in offered_models(provider, found.get(name, ())):
+                self.by_bare_name.setdefault(model, []).append(f"{name}/{model}")
+                names.append(f"{name}/{model}")
+        self.names = list(dict.fromkeys(names))
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """The (provider, model) pairs of a model's targets, in the order of the configuration."""
+        """The (provider, model) pairs of a model's targets, as configured."""
         return [each[:2] for tier in self.tiers(model) for each in tier]
 
     def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
         window = known_models(provider_name).get(model, ModelFacts()).context_window
         found = []
         for provider, mark in self.keyed[provider_name]:
-            bound = mark if mark and re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
+            bound = mark if re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
             found.append(Candidate(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
         return found
 
     def full_name(self, model: str) -> str:
-        """provider/model-name for a bare name: the one provider that lists the model, enabled or not, so that no outage moves
-        a name to another vendor; else the vendor that is known for it."""
+        """provider/model-name for a bare name: of the one provider that lists the model, enabled or not, so that no outage
+        moves a name to another vendor; else of the vendor that is known for it."""
         if "/" in model or model in self.config.models:
             return model
-        found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
-                                                 if model in known_models(vendor)]
+        vendors = (vendor for vendor in BUILTIN_PROVIDERS if model in known_models(vendor))
+        found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in vendors]
         if len(found) == 1:
             return found[0]
         reason = "several providers have this one" if found else f'no provider lists "{sanitize(model)}"'
@@ -10512,7 +10339,7 @@ class ModelCatalog:
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
         """The targets of a model by tier. BadRequest: the name is unknown, or its provider not configured."""
         configured = self.config.models.get(model)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return [[each for target in tier for each in self.candidates(*target, target.model)]
                     for tier in configured.targets]
         provider_name, _, name = model.partition("/")
@@ -10524,21 +10351,22 @@ class ModelCatalog:
                              code="provider_not_configured")
         if provider is None or not name or not matches_any(name, served_models(provider)):
             raise self.unknown(model, f'Model "{sanitize(model)}" not found.')
-        return [self.candidates(provider_name, name, "*")]     # names chosen by callers share one circuit
+        return [self.candidates(provider_name, name, "*")]  # names chosen by callers share one circuit
 
     def facts(self, name: str) -> ModelFacts:
         """The limits of a model: from the configuration, else from the built-in table by its first target."""
         configured = self.config.models.get(name)
-        if configured is not None and configured.context_window:
+        if configured and configured.context_window:
             return ModelFacts(configured.context_window)
         provider, model = self.first_target(name)
         return known_models(provider).get(model, ModelFacts())
 
     def first_target(self, name: str) -> tuple[str, str]:
         configured = self.config.models.get(name)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return configured.targets[0][0]
-        return name.partition("/")[0], name.partition("/")[2]
+        provider, _, model = name.partition("/")
+        return provider, model
 
     def unknown(self, model: str, sentence: str, meant: Sequence[str] = ()) -> BadRequest:
         guesses = " or ".join(meant) or self.closest(model)
@@ -10557,44 +10385,39 @@ class ModelCatalog:
 
 
 def sanitize(text: str, limit: int = 100) -> str:
-    """One short line for an error or the log, without control characters and marks that turn the direction of writing."""
+    """One short line for an error or the log, without control and writing direction characters."""
     if len(text) <= limit and text.isprintable():
         return text
     return "".join(each if each.isprintable() else "?" for each in text[:limit])
 
 
 def header_value(text: str, limit: int = 1000) -> str:
-    """`text` in ASCII, fit for a header's value."""
     return sanitize(text, limit).encode("ascii", "replace").decode()
 
 
 def served_models(provider: ProviderConfig) -> Collection[str]:
-    """Patterns of the model names that it serves."""
+    """Patterns of names."""
     return DEMO_MODELS if provider.wire_api == "demo" else provider.models
 
 
-def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
-    names: dict[str, None] = {}
-    for name, provider in config.providers.items():
-        patterns = served_models(provider)
-        plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
-        listed = [*plain, *found.get(name, ())]
-        if not plain:
-            listed += [known for known in known_models(name) if matches_any(known, patterns)]
-        names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
-    return list(names)
+def offered_models(provider: ProviderConfig, found: Sequence[str]) -> Iterable[str]:
+    """The names in its configuration, those `found` at the provider, or those in the built-in table."""
+    patterns = served_models(provider)
+    plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
+    known = [model for model in known_models(provider.name) if not plain and matches_any(model, patterns)]
+    return dict.fromkeys((*plain, *found, *known))
 
 
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models of one provider in the built-in table."""
-    return {name.partition("/")[2]: ModelFacts(int(window), int(output)) for name, (window, output, *_) in sorted(model_rows())
-            if name.partition("/")[0] == provider}
+    mine = f"{provider}/"
+    return {name.removeprefix(mine): ModelFacts(int(window), int(output))
+            for name, (window, output, *_) in sorted(model_rows()) if name.startswith(mine)}
 
 
 class ModelFacts(NamedTuple):
-    context_window: int = 0     # 0: unknown
+    context_window: int = 0  # 0: unknown
     max_output: int = 0
 
 
@@ -10602,35 +10425,35 @@ class ModelFacts(NamedTuple):
 #
 # Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
-MAX_ATTEMPTS = 6            # upstream calls of one request, including repairs and continuations
-BACKOFF_S = 0.2             # before the first retry, then doubled; with 50 % jitter
-MAX_RETRY_WAIT_S = 3.0            # with a longer Retry-After, another target is used, or the client has to wait
+MAX_ATTEMPTS = 6  # upstream calls of one request, including repairs and continuations
+BACKOFF_S = 0.2  # before the first retry, then doubled; with 50 % jitter
+MAX_RETRY_WAIT_S = 3.0  # with a longer Retry-After, another target is used, or the client has to wait
 
 
 class RetryPolicy(NamedTuple):
     """The reaction to one class of failure."""
-    retries: int            # if there is another target
-    retries_if_last: int    # if there is none
-    failover: str           # to "any" target, to one with a "larger" context window, "": to none
-    threshold: int          # consecutive failures that open the circuit; 0: not the target's fault
-    open_s: float           # the first time, then doubled each time
-    max_open_s: float
-    label: str              # for users
+    label: str  # for users
+    retries: int  # if there is another target
+    retries_if_last: int  # if there is none
+    threshold: int = 0  # consecutive failures that open the circuit; 0: not the target's fault
+    open_s: float = 0.0  # the first time, then doubled each time
+    max_open_s: float = 0.0
+    failover: str = "any"  # to "any" target, to one with a "larger" context window, "": to none
 
 
 RETRY_POLICIES: dict[str, RetryPolicy] = {
-    "rate_limit":      RetryPolicy(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
-    "quota":           RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
-    "overload":        RetryPolicy(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
-    "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
-    "network":         RetryPolicy(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
-    "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
-    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "no valid answer"),             # empty, HTML, garbage, cut
-    "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
-    "model_not_found": RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
-    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "invalid tool call"),
-    "context_length":  RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
-    "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
+    "rate_limit": RetryPolicy("rate limited", 1, 1, 2, 2, 60),
+    "quota": RetryPolicy("quota used up", 0, 0, 1, 600, 3600),
+    "overload": RetryPolicy("overloaded", 1, 2, 3, 5, 60),
+    "unreachable": RetryPolicy("no connection", 1, 2, 2, 5, 60),  # nothing was sent
+    "network": RetryPolicy("connection broken", 1, 1, 3, 5, 60),
+    "timeout": RetryPolicy("no answer in time", 0, 0, 2, 10, 120),
+    "no_answer": RetryPolicy("no valid answer", 1, 1, 3, 10, 120),  # empty, HTML, garbage, cut
+    "auth": RetryPolicy("credentials refused", 0, 0, 1, 600, 3600),
+    "model_not_found": RetryPolicy("no such model", 0, 0, 1, 300, 3600),
+    "tool_generation": RetryPolicy("invalid tool call", 1, 1),
+    "context_length": RetryPolicy("context too long", 0, 0, failover="larger"),
+    "bad_request": RetryPolicy("request refused", 0, 0, failover=""),
 }
 
 
@@ -10662,18 +10485,18 @@ def decide_retry(policy: RetryPolicy, shown: bool, tries: int, attempts: int, le
 @dataclass(slots=True)
 class Circuit:
     fault: str = ""
-    failures: int = 0       # in a row
-    times_open: int = 0     # in a row; 0: it is closed
-    until: float = 0.0      # open until then, afterwards one request may probe
-    probing: bool = False   # that request is in progress
-    recovering: bool = False    # that request has output: closed, unless it still fails
+    failures: int = 0  # in a row
+    times_open: int = 0  # in a row; 0: it is closed
+    until: float = 0.0  # open until then, afterwards one request may probe
+    probing: bool = False  # that request is in progress
+    recovering: bool = False  # that request has output: closed, unless it still fails
 
 
 class CircuitBreakers:
     """One circuit for each candidate, of this process alone. `now`: the monotonic clock."""
 
     def __init__(self) -> None:
-        self.circuits: dict[str, Circuit] = {}      # by Candidate.id, so bounded by the configuration
+        self.circuits: dict[str, Circuit] = {}  # by Candidate.id, so bounded by the configuration
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
@@ -10693,8 +10516,8 @@ class CircuitBreakers:
         return open_s
 
     def record_success(self, id: str, whole: bool = True) -> bool:
-        """Closes the circuit at the first output; resets the failures only at a `whole` answer, since a target may break every
-        stream that it begins. True if the circuit was open."""
+        """Closes the circuit at the first output; resets the failures only at a `whole` answer: a target may break every
+        stream. True if the circuit was open."""
         circuit = self.circuits.get(id)
         if circuit is None or not circuit.failures:
             return False
@@ -10732,11 +10555,11 @@ class CircuitBreakers:
 # --- 10.3 affinity ---
 #
 # A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
-# else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
-# a target is lost, only its conversations move.
+# else by the newest envelope in the input. Rendezvous hashing spreads new ones, the same in every process: if a target is
+# lost, only its conversations move.
 
 SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id", "x-claude-code-session-id")
-ENVELOPES_READ = 8          # newest first, until one verifies
+ENVELOPES_READ = 8  # newest first, until one verifies
 
 
 def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
@@ -10745,7 +10568,7 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
     if named:
         return named
     first = itertools.takewhile(lambda item: item["type"] == "message" and item.get("role") != "assistant", request.input)
-    return hashlib.sha256(dumps([request.model, request.instructions, *first]).encode()).hexdigest()
+    return sha256_hex(dumps([request.model, request.instructions, *first]))
 
 
 def rendezvous_score(conversation: str, target: Candidate) -> bytes:
@@ -10758,8 +10581,8 @@ def turn_state(envelope: Envelope, target: Candidate) -> str:
     return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{target.id}".encode())).decode().rstrip("=")
 
 
-def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON],
-                     ) -> Candidate | None:
+def sticky_candidate(
+        candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON]) -> Candidate | None:
     """The target that the conversation already has, if its request shows it."""
     for each in candidates if state.startswith("pmt1.") else ():
         if hmac.compare_digest(turn_state(envelope, each).encode(), state.encode("utf-8", "replace")):
@@ -10796,20 +10619,18 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
 class FailedAttempt(NamedTuple):
     """One failed try of a target, for the client and the log."""
     provider: str
-    brief: str              # "529 overloaded", "connection refused"
-    where: str              # host:port, if it failed below HTTP
-    fault: str              # of RETRY_POLICIES
+    brief: str  # "529 overloaded", "connection refused"
+    where: str  # host:port, if it failed below HTTP
+    fault: str  # of RETRY_POLICIES
     error: GatewayError
-    at_ms: int              # since the request began
+    at_ms: int  # since the request began
 
 
 def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
-    fault, where = fault_class(error), ""
-    label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
-    brief = f"{status} {label}" if status else label
-    if isinstance(error, TransportError):
-        brief, where = error.brief or label, error.where
-    return FailedAttempt(provider, brief, where, fault, error, at_ms)
+    fault = fault_class(error)
+    status = f"{error.upstream_status} " if error.upstream_status else ""
+    brief = error.brief or status + RETRY_POLICIES[fault].label
+    return FailedAttempt(provider, brief, error.where, fault, error, at_ms)
 
 
 def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
@@ -10834,20 +10655,20 @@ class ClientStream:
     def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
         self.streaming: bool = answer.request.stream
-        self.attempt = Attempt(answer)                  # the newest
+        self.attempt = Attempt(answer)  # the newest
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
-        self.writing = asyncio.Lock()                   # held while the client is slow
+        self.writing = asyncio.Lock()  # held while the client is slow
         self.timer: asyncio.TimerHandle | None = None
         self.beat: asyncio.Task[None] | None = None
         if self.streaming:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
-        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
+        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud."""
         fields, client = STREAM_HEADERS if self.streaming else JSON_HEADERS, self.client
-        if not early:                                   # a target has answered
+        if not early:  # a target has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
                    ("x-pomex-dropped", header_value(", ".join(dict.fromkeys(client.dropped)))),
@@ -10872,7 +10693,7 @@ class ClientStream:
             client, self.active = self.client, self.loop.time()
             if not client.status:
                 if not last:
-                    await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
+                    await self.reservation.ledger.recorded(self.answer.id)  # before the client sees a byte
                 answered = client.attempts > 0 if last else self.attempt.output_started
                 await client.start(200, self.headers(early=not answered))
             await (client.end if last else client.write)(block)
@@ -10882,14 +10703,14 @@ class ClientStream:
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.client.status else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
-            if not self.writing.locked():           # else the client is not reading
+            if not self.writing.locked():  # else the client is not reading
                 self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
-            if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
+        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):  # the request itself meets them, too
+            if self.timer is not None and not self.writing.locked():  # neither ended nor being written meanwhile
                 await self.send(self.answer.start() or self.answer.heartbeat())
 
     def stop(self) -> None:
@@ -10901,9 +10722,9 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
-COUNT_S = 10.0                  # how long a provider may take to count tokens
-LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
-SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
+COUNT_S = 10.0  # how long a provider may take to count tokens
+LARGE_BODY_BYTES = 1 << 18  # parsing or encoding a larger body takes milliseconds, in which streams would wait
+SWITCH_S = 0.001  # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -10933,19 +10754,19 @@ class DemoExchange(Exchange):
 class Router:
     """Tries the targets of a request until one gives output, or none is left."""
 
-    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[tuple[str, ...]]) -> None:
+    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[Strings]) -> None:
         """`counters` are the ledger's, of METRICS by name and labels."""
         self.upstream, self.counters = upstream, counters
         self.health = CircuitBreakers()
 
-    def metrics(self, now: float) -> dict[tuple[str, ...], int]:
+    def metrics(self, now: float) -> dict[Strings, int]:
         """(metric, label values...) -> value."""
         return {("pomex_circuit_state", id): ("closed", "half-open", "open").index(state)
                 for id, state, _, _ in self.health.rows(now)}
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
         """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
-        tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
+        tries = collections.Counter[str]()  # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
         try:
             while target is not None:
@@ -10958,7 +10779,7 @@ class Router:
             task = asyncio.current_task()
             if down.client.gone or task is None:
                 raise
-            task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
+            task.uncancel()  # the gateway stops: the client is still there, and gets its terminal event
             down.attempt.finish(overloaded(STOPPING, code="server_error"))
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
@@ -10985,9 +10806,8 @@ class Router:
         other = self.health.choose(others, now)
         shown = down.streaming and down.attempt.output_started
         decision, wait_s = decide_retry(
-            policy, shown, tries[target.id], client.attempts, down.due - now,
-            getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
-            random.random())            # noqa: S311 - jitter, no secret
+            policy, shown, tries[target.id], client.attempts, down.due - now, error.retry_after_s, other is not None,
+            target.id in is_open, random.random())  # noqa: S311 - jitter, no secret
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
@@ -10999,13 +10819,13 @@ class Router:
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """Counts it in the target's circuit, unless the client chose a model that is unknown or not permitted."""
         fault = fault_class(error)
-        unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
+        unknown = fault == "model_not_found" or error.upstream_status == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
-            if isinstance(error, ProviderError):        # so the target works
+            if isinstance(error, ProviderError):  # so the target works
                 self.on_success(target)
-        elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
+        elif open_s := self.health.record_failure(target.id, fault, error.retry_after_s, now):
             log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
     def on_success(self, target: Candidate, whole: bool = True) -> None:
@@ -11030,9 +10850,9 @@ class Router:
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
-        except ConnectionError:         # the client's: those of providers are GatewayErrors
+        except ConnectionError:  # the client's: those of providers are GatewayErrors
             raise
-        except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
+        except Exception as error:  # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
@@ -11043,7 +10863,7 @@ class Router:
                 explanation = self.upstream.secrets.sub("[redacted]", stop.explanation)
                 down.attempt.stop = dataclasses.replace(stop, explanation=explanation)
             down.attempt.finish(failure and without_traceback(failure))
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
@@ -11187,9 +11007,8 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failed attempt instead of one whose end raised an exception, with the same output and usage."""
     failed = Attempt(attempt.answer)
-    failed.out, failed.output_started = attempt.out, attempt.output_started
-    failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
-    failed.estimated_input = attempt.estimated_input
+    for name in ("out", "output_started", "usage", "output_chars", "estimated_input"):
+        setattr(failed, name, getattr(attempt, name))
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
@@ -11201,8 +11020,8 @@ def failed_copy(attempt: Attempt) -> Attempt:
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
-    "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}    # reasoning models take their time
-METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, help, labels
+    "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}  # reasoning models take their time
+METRICS: dict[str, tuple[str, str, Strings]] = {  # name -> type, help, labels
     "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
     "pomex_streams_open": ("gauge", "requests in flight", ()),
     "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
@@ -11213,21 +11032,21 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_refusals_total": ("counter", "requests refused before any provider was asked", ("code",)),
     "pomex_upstream_attempts_total": ("counter", "attempts at targets, by result", ("provider", "result")),
     "pomex_failovers_total": ("counter", "failovers to another target, by cause", ("provider", "fault")),
-    "pomex_circuit_state": ("gauge", "circuits of targets that ever failed: 0 closed, 1 half-open, 2 open",
-                            ("target", "worker")),
+    "pomex_circuit_state": (
+        "gauge", "circuits of targets that ever failed: 0 closed, 1 half-open, 2 open", ("target", "worker")),
     "pomex_terminal_fallbacks_total": ("counter", "streams ended by the gateway", ("provider", "status")),
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
-OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
+OUTCOMES = frozenset((  # codes of ours; any other is a provider's choice, or says nothing of how it went
     *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
     "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
-def count_request(counters: collections.Counter[tuple[str, ...]], known_models: Collection[str],
-                  rows: Sequence[UsageRow]) -> None:
+def count_request(
+        counters: collections.Counter[Strings], known_models: Collection[str], rows: Sequence[UsageRow]) -> None:
     """Counts a settled request. Unknown models count as "other": a client cannot create series."""
     row = rows[-1]
     model = row.model if row.model in known_models else "other"
@@ -11246,7 +11065,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
             counters[name, row.provider, model, "sum"] += value_ms
 
 
-def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
+def metrics_text(samples: Mapping[Strings, float], worker: Sequence[str]) -> str:
     """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():

@@ -4480,8 +4480,8 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
-MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
-MAX_SOURCE_TEXT = 65536         # characters of it that are searched for configured secrets
+MAX_UPSTREAM_TEXT = 300  # characters of a provider's message that the client gets
+MAX_SOURCE_TEXT = 65536  # characters of it that are searched for configured secrets
 MAX_RETRY_AFTER_S = 60.0
 
 # keys, tokens and paths
@@ -4513,8 +4513,8 @@ class ProviderError(UpstreamError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
-        upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
-        source_text: str = "",          # the provider's text before `redacted` shortened it
+        upstream_status: int = 0,  # 0: an error inside a stream, or no answer at all
+        source_text: str = "",  # the provider's text before `redacted` shortened it
     ) -> None:
         shown = ERROR_CLASSES[kind]
         status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
@@ -4547,7 +4547,7 @@ def classify_error(
     message = redacted(source) or f"The provider {answered} without a reason."
     if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
-        source = ""                     # remarks on our key are not for the client
+        source = ""  # remarks on our key are not for the client
     code, param = str(fields["code"] or ""), fields.get("param")
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
@@ -4570,7 +4570,7 @@ def error_object(decoded: Any) -> JSON:
     `detail`, and the error of OpenRouter's provider."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
-        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
+        if isinstance(decoded, list):  # Gemini wraps one in an array; FastAPI lists several
             texts = [each for each in decoded if isinstance(each, str)]
             decoded = "; ".join(texts) or decoded[0]
             continue
@@ -4600,7 +4600,7 @@ def decode_error(text: str) -> Any:
 
 def error_names(fields: JSON) -> list[str]:
     """The provider's own names for the failure, in lower case."""
-    names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
+    names = ["tool_use_failed"] if "failed_generation" in fields else []  # Groq
     holders = [fields, object_in(fields, "metadata")]
     for detail in objects_in(fields, "details"):
         holders += [detail, *objects_in(detail, "violations")]
@@ -4636,7 +4636,7 @@ def value_text(value: Any) -> str:
 
 def plain_text(text: str) -> str:
     """The title of an HTML page, else the text of a body that is not JSON."""
-    text = text[:8192]          # both patterns search for an end from every start
+    text = text[:8192]  # both patterns search for an end from every start
     title = HTML_TITLE.search(text)
     words = title[1] if title else HTML_TAG.sub(" ", text)
     return " ".join(words.split())
@@ -4659,7 +4659,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 
 # --- the time to wait
 
-NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"  # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -4836,7 +4836,7 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, 
 class TurnEncoder:
     """A History as the messages of a provider. A subclass has a method for each type of plain items and one
     for files."""
-    PARTS = "content"           # the field of a message for its parts
+    PARTS = "content"  # the field of a message for its parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
@@ -4927,11 +4927,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
     body = request.body
-    envelopes: dict[bytes, bytes] = {}      # envelope -> its content
+    envelopes: dict[bytes, bytes] = {}  # envelope -> its content
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
-            if not dropped:         # otherwise the two lists do not match
+            if not dropped:  # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
@@ -5036,26 +5036,26 @@ def responses_error(error: Any) -> GatewayError:
 
 class TextDelta(NamedTuple):
     """An event with a piece of an open item's text, and nothing else."""
-    field: str              # the field with the piece
-    pieces: list[str]       # the decoder's list of them
-    key: Any                # for the sink
+    field: str  # the field with the piece
+    pieces: list[str]  # the decoder's list of them
+    key: Any  # for the sink
     channel: PartType
 
 
 class Decoder:
     """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
     sink: Sink
-    delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    delta: TextDelta | None = None  # of the last event; none for Responses, which numbers its events
     failed = False
-    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
+    paused: list[JSON] = []  # of a paused turn: the blocks to return to the provider
 
-    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+    items_begun = 0  # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None  # perhaps an error: reported if nothing else follows
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
-        self.settings = settings        # the known properties of the model or the server
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.settings = settings  # the known properties of the model or the server
+        self.prefix = prefix  # for call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
@@ -5136,7 +5136,7 @@ class Decoder:
 class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
-    asked_12h = False       # of the prompt cache
+    asked_12h = False  # of the prompt cache
     ended = False
 
     def __init__(self, *given: Any) -> None:
@@ -5225,7 +5225,7 @@ class ResponsesDecoder(Decoder):
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
         """Extends a text. Empty arguments wait: `{}` may be a placeholder for later ones."""
-        if not known.shown and known.kind != "call":    # late `added` (litellm#22102); a call needs a name
+        if not known.shown and known.kind != "call":  # late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -5283,13 +5283,13 @@ class ResponsesDecoder(Decoder):
         if not known.texts:
             self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                         # the sink closes it at the end of the answer
+            known.closed = True  # the sink closes it at the end of the answer
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
         for text in known.texts:
-            if not text.sent and text.so_far():         # the start of the arguments
+            if not text.sent and text.so_far():  # the start of the arguments
                 self.sink.add(known.index, text.so_far(), text.channel, text.index)
         known.closed = True
         item = known.item
@@ -5297,7 +5297,7 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+        if sealed and isinstance(sealed, str):  # Copilot's is bound to the id: "item_id did not match"
             fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
@@ -5335,7 +5335,7 @@ class ResponsesDecoder(Decoder):
             elif call and complete and item.get("name") and known.texts:
                 text = known.texts[0]
                 if text.channel == "input" or parse_object(text.so_far()) is not None:
-                    self._finish(known, {**item, "status": "completed"})    # only its `done` is missing
+                    self._finish(known, {**item, "status": "completed"})  # only its `done` is missing
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -5394,31 +5394,31 @@ class Dialect(NamedTuple):
     """The properties of one kind of chat server: values only."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # the reasoning's field
-    replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
-    efforts: Mapping[str, JSON] = {}        # by a part of the model's name: the first match counts
-    think_tags: bool = False        # an answer may begin with <think>
-    system_anywhere: bool = False   # system messages may be anywhere
+    replay_always: bool = False  # calls without it are refused, even if empty: "must be passed back"
+    efforts: Mapping[str, JSON] = {}  # by a part of the model's name: the first match counts
+    think_tags: bool = False  # an answer may begin with <think>
+    system_anywhere: bool = False  # system messages may be anywhere
     strict_tools: bool = False
-    tool_parts: bool = False        # tool results may contain images
-    files: bool = False             # {"type": "file"} parts are supported
-    json_schema: bool = True        # response_format may be a schema
-    forced_choice: bool = True      # tool_choice may force a call
-    short_ids: bool = False         # call ids must be nine letters or digits
+    tool_parts: bool = False  # tool results may contain images
+    files: bool = False  # {"type": "file"} parts are supported
+    json_schema: bool = True  # response_format may be a schema
+    forced_choice: bool = True  # tool_choice may force a call
+    short_ids: bool = False  # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens include the reasoning even if its count is larger
     tool_stream: bool = False  # arguments are streamed only on request; otherwise minutes pass in silence
     passthrough_fields: Sequence[str] = ()
 
 
-DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
+DIALECTS: dict[str, Dialect] = {}  # filled in layer 14
 
 
 # --- the request
 
 SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
-CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
+CALL_ID = re.compile(".{0,40}", re.DOTALL)  # OpenAI: "Expected a string with maximum length 40"
 
 
-SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()  # of all servers
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
@@ -5449,11 +5449,11 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     tools = []
     for given in ctx.tool_map.functions:
         function = {**given}
-        if not ctx.settings.strict_tools:       # most servers refuse a tool with it
+        if not ctx.settings.strict_tools:  # most servers refuse a tool with it
             function.pop("strict", None)
         tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None                          # like auto: every server's default
+    choice: Any = None  # like auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
     elif names:
@@ -5478,7 +5478,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     return None if kind == "text" else {"type": kind}, ""
 
 
-EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for a value
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # the request fields for a value
     "effort": lambda value: {"reasoning_effort": value},
     "reasoning": lambda value: {"reasoning": {"effort": value}},
     "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
@@ -5513,7 +5513,7 @@ class ChatMessages(TurnEncoder):
                     self.message(item)
         # Mistral and Claude behind a router refuse a final assistant message
         self.add_fillers(may_begin=True)
-        for message in self.out:                # joined once: merging neighbours one by one is quadratic
+        for message in self.out:  # joined once: merging neighbours one by one is quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
@@ -5563,7 +5563,7 @@ class ChatMessages(TurnEncoder):
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
-        images: list[JSON] = []         # for the user message after them
+        images: list[JSON] = []  # for the user message after them
         for result in results:
             output = result["output"]
             parts = [] if isinstance(output, str) else self.encode_parts(output)
@@ -5571,7 +5571,7 @@ class ChatMessages(TurnEncoder):
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
-            elif others:                # elsewhere a tool message is only text
+            elif others:  # elsewhere a tool message is only text
                 images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
                 content = content or "The images follow."
             self.out.append({
@@ -5593,7 +5593,7 @@ class ChatMessages(TurnEncoder):
         url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
             image = {"url": url}
-            if file.detail in ("low", "high"):      # auto is the default; other values are unknown
+            if file.detail in ("low", "high"):  # auto is the default; other values are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
@@ -5603,10 +5603,10 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
+scan_string = vars(json.decoder)["scanstring"]  # unknown to type checkers
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one text may come in two of them
 TEXT_CHANNELS: dict[str, PartType] = {
     "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
@@ -5620,17 +5620,17 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 class ChatCall:
     """A tool call that is being streamed."""
     name: str
-    id: str = ""                    # from the provider, "" if missing
-    item_key: int | None = None     # None: neither its name nor its item has arrived
+    id: str = ""  # from the provider, "" if missing
+    item_key: int | None = None  # None: neither its name nor its item has arrived
     closed: bool = False
-    streamed: bool = False          # its arguments arrived after its item
-    next_name: str = ""             # its name, if a piece without arguments repeated it
+    streamed: bool = False  # its arguments arrived after its item
+    next_name: str = ""  # its name, if a piece without arguments repeated it
     arguments: io.StringIO = field(default_factory=io.StringIO)
-    last: str = ""                  # their last character that is not blank
-    held: str = ""                  # a piece whose meaning depends on the next one
-    scanned: int = 0                # number of their characters scanned for braces
+    last: str = ""  # their last character that is not blank
+    held: str = ""  # a piece whose meaning depends on the next one
+    scanned: int = 0  # number of their characters scanned for braces
     depth: float = 0
-    quote: str = ""                 # of an open string
+    quote: str = ""  # of an open string
 
     @property
     def text(self) -> str:
@@ -5646,7 +5646,7 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+        if self.last and length <= 2 * len(piece):  # a shorter piece repeats nothing
             rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
@@ -5674,14 +5674,14 @@ class ChatCall:
         unquoted = "".join(parts[::2])
         self.depth += unquoted.count("{") - unquoted.count("}")
         if self.depth == 0 and parse_object(self.text) is None:
-            self.depth = math.inf    # it can never become JSON
+            self.depth = math.inf  # it can never become JSON
         return self.depth == 0
 
     def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
         """Does a piece with this call's key begin another call? Ollama and many shims number all calls 0."""
         if name and self.name and name != self.name:
             return True
-        if call_id and self.id:    # an id that only rotates comes without a name, or with the same name
+        if call_id and self.id:  # an id that only rotates comes without a name, or with the same name
             if call_id == self.id:
                 return False
             is_bare = not self.name or not self.arguments.tell()
@@ -5712,9 +5712,9 @@ class ThinkTags:
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
         self.place = "start" if expected else ""
-        self.held = ""    # may be the beginning of a tag
+        self.held = ""  # may be the beginning of a tag
         self.waiting: list[str] = []
-        self.reasoning = reasoning    # everything from fields and tags; the decoder adds to it
+        self.reasoning = reasoning  # everything from fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
         """The reasoning and the text of a piece of content."""
@@ -5762,22 +5762,22 @@ class ChatDecoder(Decoder):
     Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
     complete. Only calls may be open together: some servers mix the pieces of parallel ones.
     """
-    open_item = ""                  # "message" or "reasoning"
-    sealed_texts = 0                # number of texts["summary"] that belong to ended reasoning items
+    open_item = ""  # "message" or "reasoning"
+    sealed_texts = 0  # number of texts["summary"] that belong to ended reasoning items
     cited = False
-    streamed = False                # after a delta, a message is a snapshot
+    streamed = False  # after a delta, a message is a snapshot
     stop: Stop | None = None
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
-        self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
+        self.details: dict[Any, tuple[JSON, list[str]]] = {}  # of the open reasoning item
         self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
-        self.changed: list[ChatCall] = []    # since complete ones were last ended
-        self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
-        self.counts: JSON = {}    # of all usages
+        self.changed: list[ChatCall] = []  # since complete ones were last ended
+        self.by_key: dict[Any, ChatCall] = {}  # the newest of an index or an id; "" is the newest of all
+        self.counts: JSON = {}  # of all usages
 
     def whole(self, body: Any) -> None:
         super().whole(body)
@@ -5790,7 +5790,7 @@ class ChatDecoder(Decoder):
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
         usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
-        if usage:    # OpenRouter's reasoning is sometimes one more
+        if usage:  # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
@@ -5798,14 +5798,14 @@ class ChatDecoder(Decoder):
             raise classify_error(errors or chunk)
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = classify_error(chunk)
-        for choice in choices:    # Copilot splits text and calls of one answer into two choices
+        for choice in choices:  # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             self._finish(choice)
         if len(choices) == 1:
             self._note_delta(chunk, choices[0])
-        elif usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
+        elif usage and self.stop and not choices:  # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _note_delta(self, chunk: JSON, choice: JSON) -> None:
@@ -5822,7 +5822,7 @@ class ChatDecoder(Decoder):
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed |= not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
+        known: dict[PartType, str] = {}  # the texts that the snapshot has yet to repeat
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
@@ -5837,13 +5837,13 @@ class ChatDecoder(Decoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in objects_in(message, "images"):    # from OpenRouter
+        for image in objects_in(message, "images"):  # from OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
                 self.cited = True
-                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                citation = object_in(annotation, "url_citation")  # from OpenAI's and OpenRouter's search
                 self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
@@ -5856,7 +5856,7 @@ class ChatDecoder(Decoder):
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
         elif channel == "summary" and self.tags.place == "inside":
-            if any(map(str.strip, self.texts[channel])):    # the tags carry it
+            if any(map(str.strip, self.texts[channel])):  # the tags carry it
                 return
             self.tags.place = "waiting"
         self._add(channel, text)
@@ -5869,7 +5869,7 @@ class ChatDecoder(Decoder):
         kind = "reasoning" if channel == "summary" else "message"
         if self.open_item != kind:
             self._end_text()
-            if kind == "reasoning" or text.strip():    # Kimi sends blanks around its calls
+            if kind == "reasoning" or text.strip():  # Kimi sends blanks around its calls
                 self._end_calls()
             self.open_item = kind
             self._new_key()
@@ -5894,7 +5894,7 @@ class ChatDecoder(Decoder):
         _, comma, data = url.partition(";base64,")
         if not comma:
             self._take("text", url)
-        elif data not in self.images:    # the whole message may repeat it
+        elif data not in self.images:  # the whole message may repeat it
             self.images.add(data)
             self._end_items()
             self._image(data)
@@ -5911,12 +5911,12 @@ class ChatDecoder(Decoder):
         call_id = str(given.get("id") or "")
         key = given.get("index")
         if not isinstance(key, int):
-            key = object() if whole else call_id    # a whole call continues no other
+            key = object() if whole else call_id  # a whole call continues no other
         call = self._find_call(key, call_id, name, arguments, place)
         call.id = call.id or call_id
         call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
-        if call.closed:    # some servers repeat a call when it is done
+        if call.closed:  # some servers repeat a call when it is done
             return
         new = ""
         if arguments:
@@ -5929,7 +5929,7 @@ class ChatDecoder(Decoder):
             new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
-        self.changed.append(call)    # after the calls that its beginning ended
+        self.changed.append(call)  # after the calls that its beginning ended
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
@@ -5955,7 +5955,7 @@ class ChatDecoder(Decoder):
         self._end_items()
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
-        if signature:    # from Gemini's OpenAI endpoint
+        if signature:  # from Gemini's OpenAI endpoint
             self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
         self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
@@ -6012,7 +6012,7 @@ class ChatDecoder(Decoder):
         if outcome in ERROR_CLASSES:
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
-        results = object_in(choice, "content_filter_results")      # from Azure
+        results = object_in(choice, "content_filter_results")  # from Azure
         filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
         explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
@@ -6037,11 +6037,11 @@ class ChatDecoder(Decoder):
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
     """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    details = objects_in(message, "reasoning_details")  # Snowflake sends only them
     shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))
-    content = message.get("content")        # Mistral sends an array
+    content = message.get("content")  # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
@@ -6061,23 +6061,23 @@ class AnthropicModel(NamedTuple):
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     # the type; "": no `thinking` at all
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
-    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": none
-    max_tokens: int = 128_000       # the model's limit; 0: unknown
-    default_max_tokens: int = 0     # used if the client names no limit; 0: max_tokens
-    sampling: bool = False          # accepts temperature or top_p
-    forced_choice: bool = False     # a tool may be forced, but never with a thinking budget
+    efforts: str = "low low low medium high xhigh max"  # for each of EFFORTS; "": none
+    max_tokens: int = 128_000  # the model's limit; 0: unknown
+    default_max_tokens: int = 0  # used if the client names no limit; 0: max_tokens
+    sampling: bool = False  # accepts temperature or top_p
+    forced_choice: bool = False  # a tool may be forced, but never with a thinking budget
     json_schema: bool = True
     # honours system messages among the others (claude-sonnet-5 accepts and ignores them)
     system_anywhere: bool = False
-    prefill: bool = False           # the last turn may be the assistant's
-    always_show_thinking: bool = False      # its thinking contains the texts between calls
-    binds_thinking: bool = False    # refuses thinking of a changed conversation, unless asked to drop it
-    web_search: str = "web_search_20260209"     # its type; "": no search of its own
+    prefill: bool = False  # the last turn may be the assistant's
+    always_show_thinking: bool = False  # its thinking contains the texts between calls
+    binds_thinking: bool = False  # refuses thinking of a changed conversation, unless asked to drop it
+    web_search: str = "web_search_20260209"  # its type; "": no search of its own
 
 
-ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}        # filled in layer 14
+ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}  # filled in layer 14
 
-THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"      # tokens, for each of EFFORTS
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"  # tokens, for each of EFFORTS
 LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
@@ -6094,9 +6094,9 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     return [without_empty({
         "type": settings.web_search,
         "name": "web_search",
-        "allowed_callers": ["direct"] if dynamic else None,     # called from code, it gives no citations
+        "allowed_callers": ["direct"] if dynamic else None,  # called from code, it gives no citations
         "allowed_domains": allowed,
-        "blocked_domains": None if allowed else filters.get("blocked_domains"),     # never both
+        "blocked_domains": None if allowed else filters.get("blocked_domains"),  # never both
         "user_location": place and {"type": "approximate", **place},
     })]
 
@@ -6139,7 +6139,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     if settings.sampling and kind not in ("enabled", "adaptive"):
         body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
-            if name in ctx.fields and "temperature" not in body:        # never both
+            if name in ctx.fields and "temperature" not in body:  # never both
                 body[name] = min(ctx.take(name), 1)
     if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
@@ -6253,7 +6253,7 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
-STRICT_VALUES = {       # for other keywords
+STRICT_VALUES = {  # for other keywords
     "minItems": (0, 1),
     "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
 }
@@ -6263,7 +6263,7 @@ def strict_schema(schema: JSON) -> Any:
     """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
     description. ValueError if that would lose something: an object with members of any name."""
     def change(made: JSON) -> JSON:
-        if "$ref" in made:                      # no other keyword is allowed beside it
+        if "$ref" in made:  # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
         is_map = made.pop("additionalProperties", None) or made.get("patternProperties")
         made.pop("$schema", None)
@@ -6290,8 +6290,8 @@ class MessagesTurns(TurnEncoder):
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_reasoning: list[JSON] = []     # waits for other blocks: no turn may end with it
-        self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
+        self.pending_reasoning: list[JSON] = []  # waits for other blocks: no turn may end with it
+        self.pending_system: list[str] = []  # waits for the end of the user's turn, its only place
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
@@ -6300,7 +6300,7 @@ class MessagesTurns(TurnEncoder):
         self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
         if self.last_role() == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
+            last["text"] = last["text"].rstrip()  # trailing whitespace is refused there
         self._place_system()
         return self.out
 
@@ -6360,7 +6360,7 @@ class MessagesTurns(TurnEncoder):
         self.add("user", [result])
 
     def text_part(self, text: str) -> JSON:
-        return text_block(text) if text.strip() else {}     # a blank text is a 400
+        return text_block(text) if text.strip() else {}  # a blank text is a 400
 
     def encode_part(self, part: JSON) -> JSON | None:
         block = super().encode_part(part)
@@ -6401,7 +6401,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
 
 
 BINDING_BETA = "thinking-binding-controls-2026-08-01"
-INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thinking between calls, for models with a budget
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"  # thinking between calls, for models with a budget
 DROP_STALE = {"prefix_mismatch_behavior": "drop_block"}
 
 
@@ -6429,7 +6429,7 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        if isinstance(message["content"], list):        # a client may send a string
+        if isinstance(message["content"], list):  # a client may send a string
             message["content"] = [
                 block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if object_in(body, "thinking").get("type") == "enabled":
@@ -6445,7 +6445,7 @@ MESSAGES_REPAIRS: Repairs = {
 
 # --- the answer
 
-MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
+MAX_PAUSES = 5  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text",
     "thinking_delta": "thinking",
@@ -6458,10 +6458,10 @@ BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "t
 @dataclass(slots=True)
 class Block:
     """A content block that is being streamed."""
-    content: JSON       # completed by its signature and citations, at its end by its text or input
+    content: JSON  # completed by its signature and citations, at its end by its text or input
     item_key: int
-    channel: Any        # PartType, or None: the client sees no text of it
-    pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
+    channel: Any  # PartType, or None: the client sees no text of it
+    pieces: list[str] = field(default_factory=list)  # of its text, thinking or arguments
 
 
 class MessagesDecoder(Decoder):
@@ -6473,15 +6473,15 @@ class MessagesDecoder(Decoder):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.id: str | None = None              # of the current message
-        self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.length = 0                         # of the open message's finished blocks
+        self.id: str | None = None  # of the current message
+        self.blocks: dict[int, Block] = {}  # the open ones, by the provider's index
+        self.length = 0  # of the open message's finished blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: list[int] = []           # web searches without results so far; those come in order
-        self.counts: JSON = {}                  # usage of this stream
-        self.earlier = self.usage = Usage()     # of earlier streams; of all streams
-        self.content: list[JSON] = []           # finished blocks, for a resumption
+        self.searches: list[int] = []  # web searches without results so far; those come in order
+        self.counts: JSON = {}  # usage of this stream
+        self.earlier = self.usage = Usage()  # of earlier streams; of all streams
+        self.content: list[JSON] = []  # finished blocks, for a resumption
         self.pauses = 0
         self.stop = Stop()
 
@@ -6503,7 +6503,7 @@ class MessagesDecoder(Decoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = object_in(message, "usage")           # the output is counted at the end
+            usage = object_in(message, "usage")  # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
@@ -6517,7 +6517,7 @@ class MessagesDecoder(Decoder):
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
-            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
+            self.id, self.earlier, self.counts = None, self.usage, {}  # the next stream continues the turn
             self.sink.done()
         elif reason:
             explanation = object_in(delta, "stop_details").get("explanation") or ""
@@ -6567,7 +6567,7 @@ class MessagesDecoder(Decoder):
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
-        self._text(block, content.get(kind) or "")              # of a text or thinking block
+        self._text(block, content.get(kind) or "")  # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
         block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
@@ -6602,12 +6602,12 @@ class MessagesDecoder(Decoder):
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
+            content["input"] = parse_object(text) or {}  # the API refuses null, even for a truncated call
         if kind == "text":
             start = self.length
             self.length += len(text)
             for citation in objects_in(content, "citations"):
-                self._annotate(start, self.length, citation)    # no client knows the file of a document
+                self._annotate(start, self.length, citation)  # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -6618,13 +6618,13 @@ class MessagesDecoder(Decoder):
             query = object_in(content, "input").get("query") or ""
             self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
-        if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
+        if self.tool_map.hosted and kind and content.get("text") != "":  # only hosted tools pause a turn
             self.content.append(content)
 
     def _finish_call(self, block: Block) -> None:
         """Ends a call unless its arguments are truncated, or so may be because they are empty."""
         given = block.content.get("input")
-        if given and not block.pieces:          # some servers send the whole input at once
+        if given and not block.pieces:  # some servers send the whole input at once
             self._text(block, dumps(given))
         arguments = "".join(block.pieces)
         if not arguments.strip():
@@ -6668,15 +6668,15 @@ class GeminiModel(NamedTuple):
     """The known properties of a series of models. The defaults are the newest generation's."""
     # a request with both is refused
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
-    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"       # of thinking_param, for each of EFFORTS
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # of thinking_param, for each of EFFORTS
     # accepts functions with googleSearch or a response schema, media inside a function's result
     combines_tools: bool = True
     web_search: bool = True
-    max_tokens: int = 0             # of a streamed answer, others have half; 0: unknown
+    max_tokens: int = 0  # of a streamed answer, others have half; 0: unknown
 
 
-NEVER_THINKS = "none -"       # without thinking_param only `none` is no loss
-GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
+NEVER_THINKS = "none -"  # without thinking_param only `none` is no loss
+GEMINI_MODELS: dict[str, GeminiModel] = {}  # filled in layer 14
 
 
 # --- the request
@@ -6728,7 +6728,7 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         tools.append({"googleSearch": {}})
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
         if functions:
-            config["includeServerSideToolInvocations"] = True       # required for both together
+            config["includeServerSideToolInvocations"] = True  # required for both together
     return {"tools": tools, "toolConfig": config}
 
 
@@ -6762,7 +6762,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
         thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
-        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
+        ctx.dropped.append("parallel_tool_calls")  # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
         **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
@@ -6789,9 +6789,9 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
     def change(made: JSON) -> JSON:
         for key in made.keys() & unknown:
             del made[key]
-        if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
+        if "definitions" in made:  # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
-        if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
+        if "$ref" in made:  # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
@@ -6811,14 +6811,14 @@ class GeminiContents(TurnEncoder):
     PARTS = "parts"
 
     def encode(self) -> list[JSON]:
-        self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
-        self.signatures: dict[str, str] = {}        # by call_id
+        self.calls: dict[str, JSON] = {}  # by call_id: the fields of a call that its result repeats
+        self.signatures: dict[str, str] = {}  # by call_id
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
         self.encode_items()
         self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # a result's media go after all results
+            if content["role"] == "user":  # a result's media go after all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
                 continue
             content["role"] = "model"
@@ -6834,7 +6834,7 @@ class GeminiContents(TurnEncoder):
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        if "part" in replay and self.settings.combines_tools:       # older models refuse a server's tool
+        if "part" in replay and self.settings.combines_tools:  # older models refuse a server's tool
             self.add("assistant", [replay["part"]])
         elif not signature:
             self.dropped.append("reasoning:foreign")
@@ -6879,7 +6879,7 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        inside, outside = [], []                    # the media in the result itself, and after all results
+        inside, outside = [], []  # the media in the result itself, and after all results
         for part in parts:
             mime = part.get("inlineData", {}).get("mimeType")
             if mime in RESULT_MEDIA and self.settings.combines_tools:
@@ -6941,7 +6941,7 @@ GEMINI_ENDS = {
     **END_REASONS,
     "stop": "",
     "other": "tool_generation",
-    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
+    "missing_thought_signature": "bad_request"}  # caused by our request: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
@@ -6955,13 +6955,13 @@ class GeminiDecoder(Decoder):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.prefix += "g"
-        self.open: PartType | None = None       # "text" or "summary": of the open item
-        self.texts: list[str] = []              # of the open item
-        self.signature: JSON = {}               # of its last part; the item after it carries it
-        self.counts: JSON = {}                  # the newest of each count, and the model
+        self.open: PartType | None = None  # "text" or "summary": of the open item
+        self.texts: list[str] = []  # of the open item
+        self.signature: JSON = {}  # of its last part; the item after it carries it
+        self.counts: JSON = {}  # the newest of each count, and the model
         self.grounding: JSON = {}
-        self.searched = False                   # a web_search_call has been sent
-        self.finished = False                   # there was output, then a finishReason
+        self.searched = False  # a web_search_call has been sent
+        self.finished = False  # there was output, then a finishReason
 
     def on_event(self, event: Any) -> None:
         """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
@@ -6994,7 +6994,7 @@ class GeminiDecoder(Decoder):
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
-        if self.finished:                       # after the end only higher counts are used
+        if self.finished:  # after the end only higher counts are used
             given = {
                 name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
@@ -7026,7 +7026,7 @@ class GeminiDecoder(Decoder):
             self._close_texts()
             self._image(str(media.get("data")))
         else:
-            return          # there is no item for audio, or for code that Google ran
+            return  # there is no item for audio, or for code that Google ran
         if signature and not thought:
             if self.signature:
                 self._close_texts()
@@ -7035,7 +7035,7 @@ class GeminiDecoder(Decoder):
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
             return
-        if channel != self.open or self.signature:      # a signed part accepts no more text
+        if channel != self.open or self.signature:  # a signed part accepts no more text
             self._close_texts()
             self._new_key()
             self.open = channel
@@ -7062,7 +7062,7 @@ class GeminiDecoder(Decoder):
 
     def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
-        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
+        in_pieces = given.get("partialArgs") or given.get("willContinue")  # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -7084,7 +7084,7 @@ class GeminiDecoder(Decoder):
             code = "invalid_prompt" if outcome == "bad_request" else None
             raise ProviderError(message, kind=outcome, code=code)
         self._close_texts()
-        self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
+        self.finished = self.items_begun > 0  # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
         explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
@@ -7125,7 +7125,7 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
     """Gemini counts thoughts and the input of its tools separately. It bills each search query; Gemini 2
     bills one per answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
-        return None                         # Vertex sends {"trafficType": ...} until the end
+        return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     queries = grounding.get("webSearchQueries")
@@ -7154,7 +7154,7 @@ DEMO_MODELS = {
     "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000        # characters of repeated text: the demo is no file server
+MAX_DEMO_TEXT = 2000  # characters of repeated text: the demo is no file server
 # tools of Codex and its relatives; others are second choice
 DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
@@ -7189,7 +7189,7 @@ def demo_answer(ctx: EncodeContext) -> list[JSON]:
     if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
         says, content = "The command printed: ", items[-1]["output"]
     elif ctx.model == "tools" and functions:
-        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # or the first
         properties = object_in(tool["parameters"], "properties")
         arguments = {
             name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
@@ -7205,14 +7205,14 @@ def demo_answer(ctx: EncodeContext) -> list[JSON]:
 # --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
-MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
+MAX_TEMPLATES = 8  # consecutive templates without a match: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
     """The constant parts of a stream's events that differ only in one text: they need no JSON parser."""
-    before: str = ""        # up to the quote that opens the text; "" matches no event
-    after: str = ""         # from the quote that closes it
-    counts: str = ""        # the rest of the event, in which only numbers differ
+    before: str = ""  # up to the quote that opens the text; "" matches no event
+    after: str = ""  # from the quote that closes it
+    counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
         """The texts of the matching events from `at` on, and the end of these events. If there are counts,
@@ -7227,7 +7227,7 @@ class DeltaTemplate(NamedTuple):
             except ValueError:
                 break
             if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
-                break       # no match, or perhaps half a surrogate pair
+                break  # no match, or perhaps half a surrogate pair
             end += len(after) - 1
             if counts:
                 start, end = end, block.find("\n\n", end) + 2
@@ -7259,7 +7259,7 @@ class TranslatedStream(Assembler):
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
         super().__init__(ctx.answer, ctx.seal)
         self.decoder = decoder
-        self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
+        self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder()
         self.template = DeltaTemplate()
         self.templates_left = MAX_TEMPLATES
@@ -7309,17 +7309,17 @@ class EncodeContext:
     """One request for one target: the input of an encoder, and of a decoder after it."""
     answer: ClientAnswer
     envelope: Envelope
-    provider: str               # its name in envelopes
-    model: str                  # the provider's own name for it
-    passthrough: bool           # an upstream that speaks the client's API gets its own bytes
+    provider: str  # its name in envelopes
+    model: str  # the provider's own name for it
+    passthrough: bool  # an upstream that speaks the client's API gets its own bytes
     dialect: str
-    prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
+    prompt_cache: str = "5m"  # how long a messages provider keeps the prompt
     # overrides of the known properties of models, by prefix
     overrides: Mapping[str, JSON] = field(default_factory=dict)
-    calls: int = 1              # the request's upstream calls, including this one
+    calls: int = 1  # the request's upstream calls, including this one
     # set by WireApi.call
-    dropped: list[str] = field(init=False)      # fields that the target cannot carry: encoders add to it
-    settings: Any = None        # the known properties of the model
+    dropped: list[str] = field(init=False)  # fields that the target cannot carry: encoders add to it
+    settings: Any = None  # the known properties of the model
     tool_map: ToolMap = field(init=False)
     history: History = field(init=False)
     fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
@@ -7350,9 +7350,9 @@ class UpstreamCall(NamedTuple):
     path: str
     body: bytes
     attempt: Passthrough | TranslatedStream
-    dropped: list[str]                      # reported in x-pomex-dropped
+    dropped: list[str]  # reported in x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
-    frames: Iterable[bytes] = ()            # demo: the answer itself
+    frames: Iterable[bytes] = ()  # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
@@ -7389,12 +7389,12 @@ class WireApi(NamedTuple):
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[ToolMap, Any, str], Decoder]
-    models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
+    models: Mapping[str, Any] = {}  # known properties, by dialect or by prefix; "" for unknown ones
     repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
-    vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
+    vendor: str = ""  # the vendor whose rule for parameter names applies; "": the model's name decides
     # for clients that speak this API: their own body with little changed, and the reader of the answer
     relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
@@ -7453,7 +7453,7 @@ class WireApi(NamedTuple):
         for item in request.input:
             parts = only_dicts(item.get("content") or item.get("output"))
             ctx.dropped += unknown_keys("content", parts)
-            if item["type"] == "configuration_update":      # the last one counts
+            if item["type"] == "configuration_update":  # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         body = self.encode(ctx)

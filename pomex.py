@@ -8181,7 +8181,7 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
-KEY_CHECK = 4    # of a checksum over those
+KEY_CHECK = 4  # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
@@ -8206,12 +8206,12 @@ class Key:
     account_id: int
     models: str  # patterns of the models it may use, separated by spaces; "": any
     budget_nanos: int | None
-    period: str          # of the budget: day | week | month | total
-    rpm: int             # requests a minute; 0: any number, as below
-    tpm: int             # tokens a minute
-    concurrent: int      # requests open at once
+    period: str  # of the budget: day | week | month | total
+    rpm: int  # requests a minute; 0: any number, as below
+    tpm: int  # tokens a minute
+    concurrent: int  # requests open at once
     allow_unpriced: int  # 1: models without a price are served in spite of its budget
-    account: str         # its account's name, and what that says
+    account: str  # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -8228,7 +8228,7 @@ class Key:
 
 
 KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
-KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
+KEY_SETTINGS = KEY_COLUMNS[5:]  # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
 NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
@@ -8242,40 +8242,40 @@ class UsageRow(NamedTuple):
     started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str        # as the client asked for it
+    model: str  # as the client asked for it
     attempt: int = 0  # its number, from 1
-    final: int = 1    # 0: a failed attempt that is billed all the same
+    final: int = 1  # 0: a failed attempt that is billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""     # the model that the answer names, where it is another
+    served_model: str = ""  # the model that the answer names, where it is another
     status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""           # of its request, one of RESULTS
+    result: str = ""  # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                # the reason of a failure, in words
+    error: str = ""  # the reason of a failure, in words
     terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
-    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
-    tier: str = ""                 # the service tier, as the provider says
-    session: str = ""              # the client's name of the conversation
-    client: str = ""               # its User-Agent
-    input: int = 0                 # tokens, as in Usage
+    estimated: str = ""  # why the tokens are not the provider's own count, if they are not
+    tier: str = ""  # the service tier, as the provider says
+    session: str = ""  # the client's name of the conversation
+    client: str = ""  # its User-Agent
+    input: int = 0  # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    price: str = ""  # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0   # by the cache
-    asked_ms: int = 0      # from the request: to the newest upstream call,
+    saved_nanos: int = 0  # by the cache
+    asked_ms: int = 0  # from the request: to the newest upstream call,
     answering_ms: int = 0  # to the head of its answer,
-    first_ms: int = 0      # to the first output; 0: none came
-    total_ms: int = 0      # and to the end
-    attempts: int = 0      # requests sent upstream
+    first_ms: int = 0  # to the first output; 0: none came
+    total_ms: int = 0  # and to the end
+    attempts: int = 0  # requests sent upstream
     upstream_id: str = ""  # the provider's request id
-    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
+    detail: str = ""  # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -8669,9 +8669,9 @@ def take_over_old_tables(tx: Transaction) -> None:
 # A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
 # thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1
+ONE = 1_000_000  # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # defaults for all models of a provider; a row of the table overrides them
+USUAL = {  # defaults for all models of a provider; a row of the table overrides them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
@@ -8723,9 +8723,9 @@ class PriceSchedule(NamedTuple):
     over: int = 0  # with more input than this a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
-    ends: str = ""                             # the day its provider retires the model
-    source: str = ""                           # where it is defined, for people
+    factors: Mapping[str, str] = {}  # of service tiers, regions and peak hours
+    ends: str = ""  # the day its provider retires the model
+    source: str = ""  # where it is defined, for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -8936,17 +8936,17 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+RESERVED_STEP = 4096  # output tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256  # tokens: with room for fewer a request is refused
 WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str     # nanos | requests | tokens | open
+    owner: str  # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str  # nanos | requests | tokens | open
     maximum: int  # 0 for prepaid credit, whose bound is its balance
-    kind: str     # key | account | credit | open | rate
+    kind: str  # key | account | credit | open | rate
     since_day: int  # of a meter: it counts what was spent since then
 
 
@@ -9032,17 +9032,17 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 # --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25       # between two attempts of a failing ledger to write
+GATHER_S = 0.005  # between two commits while requests are open: more of them join each one
+RETRY_S = 0.25  # between two attempts of a failing ledger to write
 SETTLE_WAIT_S = 2.0  # how long an answer waits for it
-BEAT_S = 10.0        # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0        # without a beat a process of another host is dead
+BEAT_S = 10.0  # how often a process with open requests says that it lives
+KEYS_AT_ONCE = 100  # keys applied per step of the loop: half a millisecond
+DEAD_S = 60.0  # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
+OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row of an open request when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
@@ -9077,12 +9077,12 @@ class Ledger:
 
     `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
     healthy = True
-    trouble = ""                # why the keys could not be read last time; "" if they could
-    secret = b""                # authenticates what clients carry for us
-    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
-    revision = 0                # of the keys
+    trouble = ""  # why the keys could not be read last time; "" if they could
+    secret = b""  # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()  # providers that an administrator disabled
+    revision = 0  # of the keys
     flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
-    flushed_at = 0.0            # when the one before was begun
+    flushed_at = 0.0  # when the one before was begun
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     maintaining: asyncio.Task[None] | None = None
@@ -9099,7 +9099,7 @@ class Ledger:
         # what one commit of each half second writes
         self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
-        self.notes: dict[str, str] = {}                # settings: the last error of each provider
+        self.notes: dict[str, str] = {}  # settings: the last error of each provider
         self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
 
     @classmethod
@@ -9505,18 +9505,18 @@ class Reservation:
     started_ms: int
     named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
     asked_tier: str = ""
-    reserved_output = 0      # output tokens whose cost is reserved
-    charged_output = 0       # output tokens charged to a rate
-    max_output_tokens = 0    # of the answer
-    exhausted = False        # the last extension failed or was cut short
-    max_price = ""           # the price that reservations are made at
+    reserved_output = 0  # output tokens whose cost is reserved
+    charged_output = 0  # output tokens charged to a rate
+    max_output_tokens = 0  # of the answer
+    exhausted = False  # the last extension failed or was cut short
+    max_price = ""  # the price that reservations are made at
     first = "", "", Usage()  # the target that is asked first, and what goes into it
 
     def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(self.key, self.started_ms // DAY_MS)
-        self.held = collections.Counter[Limit]()            # what is reserved
-        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
+        self.held = collections.Counter[Limit]()  # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}  # what acquire() said of each
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""

@@ -12843,22 +12843,22 @@ ROUTES: dict[str, Handler] = {
 # Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
 # handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
-LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
-LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections accepted in one turn of the loop
-REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
-REFUSED_WAIT_S = 1.0        # for their request
-IDLE_SAFE_S = 5.0           # a connection idle for less is not closed for a new one: its request may be on the way
-SHARES = {                  # resource -> its limit for the process, and for one address or key
+BACKLOG = 4096  # a burst of clients after a restart
+PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16  # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20  # dropped after an early answer, for LINGER_S: closing with unread bytes resets the connection
+LINGER_S = 2.0  # before the client has read it (RFC 9112 9.6)
+ACCEPT_STEP = 8  # connections accepted in one turn of the loop
+REFUSED_CONNECTIONS = 64  # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
+REFUSED_WAIT_S = 1.0  # for their request
+IDLE_SAFE_S = 5.0  # a connection idle for less is not closed for a new one: its request may be on the way
+SHARES = {  # resource -> its limit for the process, and for one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # open files kept free for /health, the ledger and the log
-IDLE_GRACE_S = 0.25         # while draining, a connection stays open after its last answer
-FIRST_GRACE_S = 2.0         # and one that has had no request yet
-GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
-CLIENT_LEFT = 499           # nginx's status, for the log
+OWN_FILES = 128  # open files kept free for /health, the ledger and the log
+IDLE_GRACE_S = 0.25  # while draining, a connection stays open after its last answer
+FIRST_GRACE_S = 2.0  # and one that has had no request yet
+GRACE_S = 5.0  # for cancelled handlers to settle and write their terminal event
+CLIENT_LEFT = 499  # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
@@ -12868,32 +12868,32 @@ class ClientGone(ConnectionError):
 class Client:
     """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
     to answer it: body() first, then answer(), or start(), write()s and end()."""
-    status = 0                          # of the answer; 0 before it is known
-    note = ""                           # of its handler, for the access line
+    status = 0  # of the answer; 0 before it is known
+    note = ""  # of its handler, for the access line
     # the record of its targets
-    provider, model = "", ""            # of the newest attempt
-    tries = 0                           # of targets: one may need several upstream calls
-    attempts = 0                        # upstream calls
-    turn_state = ""                     # names the target, for Codex
-    upstream_id = ""                    # its provider's request id
-    asked_ms, answering_ms = 0, 0       # when the newest call began, and when the head of its answer came
-    first_ms = 0                        # when the first output left
+    provider, model = "", ""  # of the newest attempt
+    tries = 0  # of targets: one may need several upstream calls
+    attempts = 0  # upstream calls
+    turn_state = ""  # names the target, for Codex
+    upstream_id = ""  # its provider's request id
+    asked_ms, answering_ms = 0, 0  # when the newest call began, and when the head of its answer came
+    first_ms = 0  # when the first output left
     # the answer
     sent_bytes = 0
-    ended = False                       # the whole answer was handed over
-    pending = b""                       # the answer's head, which goes out with the first bytes of its body
+    ended = False  # the whole answer was handed over
+    pending = b""  # the answer's head, which goes out with the first bytes of its body
     chunked = False
-    data: bytes | None = None           # the request's body
-    held = 0                            # bytes of it that are counted
-    holders: Sequence[str] = ()         # for whom
+    data: bytes | None = None  # the request's body
+    held = 0  # bytes of it that are counted
+    holders: Sequence[str] = ()  # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.keep = head.keep_alive                     # may the connection carry another request?
-        self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.dropped: list[str] = []                    # fields that the target cannot carry
+        self.keep = head.keep_alive  # may the connection carry another request?
+        self.failures: list[FailedAttempt] = []  # the tries that failed
+        self.dropped: list[str] = []  # fields that the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -13011,11 +13011,11 @@ class Connection(StreamConnection):
     """One client connection and the task that answers its requests."""
     http: RequestReader
 
-    body_done = True                        # the current request was read to its end
-    client: Client | None = None            # whose handler runs
-    gone = False                            # nothing more will come, and nobody reads what is sent
-    holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
-    served = False                          # it has sent a request
+    body_done = True  # the current request was read to its end
+    client: Client | None = None  # whose handler runs
+    gone = False  # nothing more will come, and nobody reads what is sent
+    holders: Sequence[str] = ()  # for whom it counts; none: it may only ask for /health
+    served = False  # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
@@ -13041,18 +13041,18 @@ class Connection(StreamConnection):
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.http.idle:
-                    await asyncio.sleep(0)      # answering pipelined requests may never wait
+                    await asyncio.sleep(0)  # answering pipelined requests may never wait
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
-        except GatewayError as error:       # before there was a request
-            if self.holders:                # there may be thousands of refused ones
+        except GatewayError as error:  # before there was a request
+            if self.holders:  # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await Client(self, NO_REQUEST).fail(error)
                 await self.linger()
-        except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
+        except (OSError, asyncio.CancelledError):  # ClientGone, TimeoutError: nobody waits for this task
             pass
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
             self.close()
@@ -13065,7 +13065,7 @@ class Connection(StreamConnection):
             if isinstance(error, OSError):
                 log.info("connection of %s: %s", self.peer, describe_error(error))
             self.abort()
-            self.server.release(self)       # asyncio does not call connection_lost
+            self.server.release(self)  # asyncio does not call connection_lost
             raise
 
     async def next_head(self) -> RequestHead | None:
@@ -13080,7 +13080,7 @@ class Connection(StreamConnection):
                 async with asyncio.timeout(self.idle_s()) as self.waiting:
                     came = await self.receive()
             except TimeoutError:
-                came = self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
+                came = self.protocol.unread > 0 and await self.receive()  # received in the same turn of the loop
             finally:
                 self.waiting = None
             if not came:
@@ -13125,8 +13125,8 @@ class Connection(StreamConnection):
         except asyncio.CancelledError:
             if self.gone or client.status or not server.closing:
                 raise
-            await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
-        except Exception as error:       # noqa: BLE001 - our own bug
+            await client.fail(overloaded(STOPPING, code="server_error"))  # its request was still coming in
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
@@ -13145,7 +13145,7 @@ class Connection(StreamConnection):
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return b"".join(pieces)     # of one piece: itself
+                return b"".join(pieces)  # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -13204,7 +13204,7 @@ class Connection(StreamConnection):
             async with asyncio.timeout(self.server.config.write_timeout_s):
                 await self.writer.drain()
         except TimeoutError:
-            self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
+            self.gone = asyncio.current_task() is self.task  # a heartbeat's: connection_lost cancels the handler
             self.abort()
             raise ClientGone("the client takes nothing") from None
         except ConnectionError:
@@ -13238,7 +13238,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
-    except OSError as error:        # ssl.SSLError is one too
+    except OSError as error:  # ssl.SSLError is one too
         raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
@@ -13261,7 +13261,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
             port = sockets[0].getsockname()[1]
         except OSError as error:
             failure = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # like ::1 without IPv6
                 for made in sockets:
                     made.close()
                 raise
@@ -13273,21 +13273,21 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
     address = ("", 0)
-    sockets: Sequence[socket.socket] = ()   # that listen
+    sockets: Sequence[socket.socket] = ()  # that listen
     open_requests = 0
-    draining = False                        # takes no new connections, and closes idle ones
-    closing = False                         # draining, and handlers are no longer waited for
+    draining = False  # takes no new connections, and closes idle ones
+    closing = False  # draining, and handlers are no longer waited for
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.listeners: list[asyncio.Server] = []       # one for each of them
-        self.connections: set[Connection] = set()       # all with an open socket, also during TLS setup
-        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # by resource and holder; "": the process
-        self.idle: dict[Connection, float] = {}         # without a request: since when, the longest first
-        self.refused: dict[Connection, float] = {}      # beyond the limits: since when, the oldest first
-        self.empty = asyncio.Event()                    # draining, and the last connection is gone
+        self.listeners: list[asyncio.Server] = []  # one for each of them
+        self.connections: set[Connection] = set()  # all with an open socket, also during TLS setup
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()  # by resource and holder; "": the process
+        self.idle: dict[Connection, float] = {}  # without a request: since when, the longest first
+        self.refused: dict[Connection, float] = {}  # beyond the limits: since when, the oldest first
+        self.empty = asyncio.Event()  # draining, and the last connection is gone
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
@@ -13308,7 +13308,7 @@ class Server:
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
             self.listeners.append(await loop.create_server(self.new_protocol, sock=listening, backlog=at_once))
-            listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
+            listening.listen(BACKLOG)  # `backlog` is also how many asyncio accepts at a time
 
     def new_protocol(self) -> StreamProtocol:
         return StreamProtocol(PIPELINE_BYTES, self.connected)
@@ -13317,7 +13317,7 @@ class Server:
         """Admits a new connection; beyond the limits only for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
         assert isinstance(transport, asyncio.Transport)
-        if not address:             # it has gone again
+        if not address:  # it has gone again
             transport.abort()
             return
         connection = Connection(self, protocol, writer, str(address[0]))
@@ -13332,7 +13332,7 @@ class Server:
         self.connections.add(connection)
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
-            transport.pause_reading()       # until the handshake reads
+            transport.pause_reading()  # until the handshake reads
 
     def holders(self, peer: str) -> list[str]:
         """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
@@ -13383,9 +13383,9 @@ class Server:
         """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
         checked also where any name is allowed."""
         name = head.headers.get("host").lower()
-        if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
+        if ":" in name and name[-1] != "]":  # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
-        if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
+        if name in self.hosts or not (dashboard or name):  # without a name: an HTTP/1.0 client, so not a browser
             return
         with contextlib.suppress(ValueError):
             if self.any_host and (not dashboard or ipaddress.ip_address(name.strip("[]"))):
@@ -13411,17 +13411,17 @@ class Server:
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
         """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
-        with contextlib.suppress(NotImplementedError):          # Windows
+        with contextlib.suppress(NotImplementedError):  # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
-            await asyncio.sleep(0)      # asyncio reports those it has accepted
+            await asyncio.sleep(0)  # asyncio reports those it has accepted
         for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
@@ -13506,7 +13506,7 @@ def merge_reloadable(old: Config, new: Config) -> Config:
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
-ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
+ACCESS_LOG_S = 0.05  # a log record for each request costs as much as parsing it
 
 
 class GatewayServer(Server):
@@ -13515,7 +13515,7 @@ class GatewayServer(Server):
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
         self.gateway = gateway
-        self.lines: list[tuple[float, str]] = []        # of the access log: time and text, logged in blocks
+        self.lines: list[tuple[float, str]] = []  # of the access log: time and text, logged in blocks
 
     async def drain(self, timeout_s: float | None) -> None:
         await super().drain(timeout_s)
@@ -13524,7 +13524,7 @@ class GatewayServer(Server):
     def log_request(self, client: Client, status: int) -> None:
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
-            return                  # an open dashboard asks every few seconds
+            return  # an open dashboard asks every few seconds
         if not self.lines:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush_access_log)
         self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
@@ -13537,11 +13537,11 @@ class GatewayServer(Server):
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
         """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
         old = self.gateway
-        if self.context is not None:        # a renewed certificate is used, a broken one refused
+        if self.context is not None:  # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
-        old.upstream.contexts.clear()       # ca_file may be new, too
+        old.upstream.contexts.clear()  # ca_file may be new, too
         self.use(fresh.config.server)
         self.gateway, self.handler = fresh, fresh.handle
 

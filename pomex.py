@@ -4405,8 +4405,8 @@ def api_of(path: str) -> str:
 
 # === 6. providers ===
 #
-# One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
-# that is fed one event at a time and calls a Sink. Then the table.
+# One block per wire API: an encoder of the whole request, and a decoder that is fed one event at a time and
+# calls a Sink. Then the table.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
@@ -4414,14 +4414,14 @@ def object_in(holder: JSON, name: str) -> JSON:
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
-    """The objects in the member of this name, which should be an array."""
+    """The objects in the array of this name."""
     return only_dicts(holder.get(name))
 
 
 # --- 6.0 errors of providers ---
 #
-# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
-# because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
+# Routing decides by the kind of a failure, because the status misleads: Gemini answers a bad key with 400,
+# and llama.cpp refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -4448,8 +4448,7 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
-# message.
+# The first match decides: a name of the failure (error_names, the HTTP status), or its message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
@@ -4491,7 +4490,7 @@ SECRET = re.compile(
     r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# the places of errors of all forms, and the names of their fields
+# where errors of all forms stand, and their fields
 ERROR_FIELDS = "error base_resp errors ret detail".split()
 MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
 CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
@@ -4529,14 +4528,13 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    """The failure in an HTTP answer."""
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
+    """Without an HTTP status the one in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -4565,9 +4563,8 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
-    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
-    `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost wins: in `error` (or a
+    string), MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's `detail`."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
         if isinstance(decoded, list):  # Gemini wraps one in an array; FastAPI lists several
@@ -4611,8 +4608,7 @@ def error_names(fields: JSON) -> list[str]:
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
-    count; a code that means success never does."""
+    """Is an event, or a `whole` answer with 200, an error? With content only for `error` and `base_resp`."""
     if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
@@ -4635,7 +4631,7 @@ def value_text(value: Any) -> str:
 
 
 def plain_text(text: str) -> str:
-    """The title of an HTML page, else the text of a body that is not JSON."""
+    """The title of an HTML page, else its text."""
     text = text[:8192]  # both patterns search for an end from every start
     title = HTML_TITLE.search(text)
     words = title[1] if title else HTML_TAG.sub(" ", text)
@@ -4667,9 +4663,9 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """The wait in seconds that the provider requests, at most 60, or None. The first source above 0 counts
-    (Azure sends `retry-after-ms: 0` beside `retry-after: 1`); among exhausted limits the longest counts.
-    Points in time are relative to the answer's Date, else to `now_s`."""
+    """The provider's wait, at most 60 s, or None. The first source above 0 counts (Azure sends
+    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are relative
+    to the answer's Date, else to `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
@@ -4687,8 +4683,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other
-    text."""
+    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; else 0."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
     if re.fullmatch(NUMBER, text):
@@ -4697,7 +4692,7 @@ def wait_s(text: str, date_s: float) -> float:
 
 
 def parse_time_s(text: str) -> float:
-    """Seconds since 1970 for an HTTP date or an RFC 3339 time; 0 for anything else."""
+    """The Unix time of an HTTP date or an RFC 3339 time; else 0."""
     for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
         try:
             return read(text).timestamp()
@@ -4711,7 +4706,7 @@ def parse_time_s(text: str) -> float:
 # the gateway answers these itself, or every wire carries them as far as it can
 CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
 stream stream_options store background metadata client_metadata prompt_cache_key""".split())
-# values that request only the default behavior
+# values that request the default
 NEUTRAL: dict[str, list[Any]] = {
     "text.verbosity": ["medium"],
     "service_tier": ["auto", "default"],
@@ -4722,7 +4717,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
-# keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
+# keys that are carried or have no effect; other types are carried or reported as a whole
 KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -4749,7 +4744,7 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields of a request that are not null; nested fields by their paths."""
+    """The fields that are not null; nested ones by their paths."""
     fields: JSON = {}
     for name, value in body.items():
         nested = isinstance(value, dict) and name in ("reasoning", "text")
@@ -4779,7 +4774,7 @@ def bare_model_name(name: str) -> str:
 
 
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
-    """The entry for the longest matching prefix of the model's name; None if no prefix matches."""
+    """The entry of the longest prefix of the model's name, or None."""
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
@@ -4788,15 +4783,15 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
 
 
 def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
-    """Adds the rows of a table in layer 14, each for several names; omitted fields have the usual values."""
+    """Adds a table of layer 14, whose rows are for several names and omit what is `usual`."""
     for names, fields in json.loads(text).items():
         base = table.get(fields.pop("like", None), usual)
         table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
+    """tool_choice: "none", "auto" or "required", and the only tools that may be called, if any are named.
+    Every wire can force one tool; in `subset_modes` it accepts several names."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -4821,7 +4816,7 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
 
 
 def without_empty(fields: JSON) -> JSON:
-    """Removes the fields that have no effect: null, "", [] and {}."""
+    """Without the fields that are null, "", [] or {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
@@ -4834,8 +4829,7 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, 
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. A subclass has a method for each type of plain items and one
-    for files."""
+    """A History as a provider's messages. Subclasses have a method for each type of items, and for files."""
     PARTS = "content"  # the field of a message for its parts
     encode_file: Callable[[Attachment], JSON | None]
 
@@ -4858,7 +4852,7 @@ class TurnEncoder:
             self.add_system(text_of(parts, "\n\n"))
 
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Merges neighbours of one role into one message: many servers require alternating roles."""
+        """Merges neighbours of one role: many servers require alternating ones."""
         if parts and role == self.last_role():
             self.out[-1][self.PARTS] += parts
         elif parts:
@@ -4868,7 +4862,7 @@ class TurnEncoder:
         return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
-        """Adds a system message after the leading ones: few servers have a place for it."""
+        """For a system message after the leading ones: few servers have a place for it."""
         if text:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
@@ -4880,7 +4874,7 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
+        """The provider's parts, without empty texts; those that it cannot take are named."""
         if isinstance(content, str):
             return [part for part in [self.text_part(content)] if part]
         parts = []
@@ -5003,8 +4997,8 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
-# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
+# Patterns of refusals that every later turn would meet, and the change of the body for each, called with the
+# pattern's groups. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
 def drop_reasoning(body: JSON, *refused: str) -> None:
     """The model does not reason, or not at this effort."""
@@ -5043,7 +5037,7 @@ class TextDelta(NamedTuple):
 
 
 class Decoder:
-    """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
+    """Reads one upstream stream and calls its sink."""
     sink: Sink
     delta: TextDelta | None = None  # of the last event; none for Responses, which numbers its events
     failed = False
@@ -5059,8 +5053,7 @@ class Decoder:
         self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
-        alone may mark an error."""
+        """Ignores unknown events; UpstreamError for an unreadable one. The name alone may mark an error."""
         data = data.strip()
         if name == "error":
             error = parse_object(data) or {"message": plain_text(data)}
@@ -5085,17 +5078,17 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
+        """Calls the method for the event's type, if any. ProviderError: it reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
 
     def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        """Reads an answer that was not streamed; Gemini's may be an array."""
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        """Handles a clean end of the body, which is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
             self.sink.fail(self.notice)
 
@@ -5125,12 +5118,8 @@ class Decoder:
         """Adds the source of a span of characters of the open message, if it has an address."""
         if isinstance(source.get("url"), str):
             self.sink.annotate({
-                "type": "url_citation",
-                "start_index": start,
-                "end_index": end,
-                "url": source["url"],
-                "title": source.get("title") or "",
-            })
+                "type": "url_citation", "start_index": start, "end_index": end,
+                "url": source["url"], "title": source.get("title") or ""})
 
 
 class ResponsesDecoder(Decoder):
@@ -5157,7 +5146,7 @@ class ResponsesDecoder(Decoder):
         return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the last event of a stream."""
+        """Like the last event of a stream."""
         response = as_dict(body)
         error, status = response.get("error"), response.get("status")
         if not isinstance(response.get("output"), list) and not error:
@@ -5167,8 +5156,7 @@ class ResponsesDecoder(Decoder):
         self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
-        """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
-        1)."""
+        """If every item is done, the model had finished, but not after reasoning alone."""
         kinds = {known.kind for known in self.items}
         if not self.ended and not self.items.open_count and not kinds <= {"reasoning"}:
             incomplete = any(known.item.get("status") == "incomplete" for known in self.items)
@@ -5203,7 +5191,6 @@ class ResponsesDecoder(Decoder):
             self._extend(known, text, "")
 
     def _text(self, event: JSON, name: str, step: str) -> None:
-        """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
@@ -5344,7 +5331,7 @@ class ResponsesDecoder(Decoder):
 
 
 def event_type(event: JSON) -> Any:
-    """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    """Without a type it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
     if event.get("type") is None:
         return "error" if states_error(event) else ""
     return event["type"]
@@ -5379,28 +5366,27 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects ---
 #
-# One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
-# accepts every server's stream differences, so it has hardly a branch by dialect.
+# One wire API for some forty kinds of server: DIALECTS has the differences of requests. The decoder accepts
+# every server's stream.
 
 class EffortRule(NamedTuple):
-    """How models accept a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any.
-    `always` is part of every request."""
+    """One of EFFORT_FORMS, a value for each of EFFORTS, if any, and what is `always` part of a request."""
     form: str = "effort"
     values: str = ""
     always: Mapping[str, Any] = {}
 
 
 class Dialect(NamedTuple):
-    """The properties of one kind of chat server: values only."""
+    """The properties of one kind of chat server."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # the reasoning's field
     replay_always: bool = False  # calls without it are refused, even if empty: "must be passed back"
     efforts: Mapping[str, JSON] = {}  # by a part of the model's name: the first match counts
     think_tags: bool = False  # an answer may begin with <think>
-    system_anywhere: bool = False  # system messages may be anywhere
+    system_anywhere: bool = False
     strict_tools: bool = False
     tool_parts: bool = False  # tool results may contain images
-    files: bool = False  # {"type": "file"} parts are supported
+    files: bool = False  # {"type": "file"} parts
     json_schema: bool = True  # response_format may be a schema
     forced_choice: bool = True  # tool_choice may force a call
     short_ids: bool = False  # call ids must be nine letters or digits
@@ -5422,7 +5408,6 @@ SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalt
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
-    """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
@@ -5460,10 +5445,8 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
         choice = {"type": "function", "function": {"name": names[0]}}
     elif mode != "auto":
         choice = mode
-    return {
-        "tools": tools,
-        "tool_choice": choice,
-        "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
+    parallel = ctx.request.get("parallel_tool_calls")
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
@@ -5500,8 +5483,7 @@ def chat_thinking(ctx: EncodeContext) -> JSON:
 
 
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: an assistant's turn is one message, followed by the results of its
-    calls."""
+    """An assistant's turn is one message, followed by the results of its calls."""
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` ends the system message."""
@@ -5539,10 +5521,8 @@ class ChatMessages(TurnEncoder):
                 replays.append(item["sealed_replay"])
             else:
                 calls[item["call_id"]] = {
-                    "id": self._call_id(item["call_id"]),
-                    "type": "function",
-                    "function": {"name": item["name"], "arguments": item["arguments"]},
-                }
+                    "id": self._call_id(item["call_id"]), "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]}}
         text = text_of(parts, "\n\n")
         if not text and not calls:
             return
@@ -5574,11 +5554,8 @@ class ChatMessages(TurnEncoder):
             elif others:  # elsewhere a tool message is only text
                 images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
                 content = content or "The images follow."
-            self.out.append({
-                "role": "tool",
-                "tool_call_id": self._call_id(result["call_id"]),
-                "content": content,
-            })
+            call_id = self._call_id(result["call_id"])
+            self.out.append({"role": "tool", "tool_call_id": call_id, "content": content})
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
@@ -5661,7 +5638,7 @@ class ChatCall:
         return text
 
     def is_complete(self) -> bool:
-        """Are the arguments one JSON object? Each piece is scanned once, so every piece may ask."""
+        """Are the arguments one JSON object? Each piece is scanned once."""
         if self.held:
             return parse_object(self.text) is not None
         if self.last != "}":
@@ -5688,8 +5665,7 @@ class ChatCall:
             return self.is_complete() or bool(name and is_bare)
         if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
-        # without an id, it may be the snapshot of a call that was streamed or has an id; whole calls may be
-        # identical
+        # without an id: perhaps the snapshot of a call that was streamed or has one; whole calls may be alike
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
         return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
@@ -5706,8 +5682,8 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ThinkTags:
-    """Separates content from reasoning in leading <think> tags. If a field carries the reasoning too, the
-    second copy is dropped; therefore the text of tags after a field waits for their end."""
+    """Separates content from reasoning in leading <think> tags. Where a field carries the reasoning too, the
+    text in the tags waits for their end: a second copy is dropped."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
@@ -5757,11 +5733,8 @@ class ThinkTags:
 
 
 class ChatDecoder(Decoder):
-    """One chat stream, or one whole answer.
-
-    Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
-    complete. Only calls may be open together: some servers mix the pieces of parallel ones.
-    """
+    """Chat never marks the end of an item: it ends when another begins, a call when its arguments are
+    complete. Only calls may be open together: some servers mix the pieces of parallel ones."""
     open_item = ""  # "message" or "reasoning"
     sealed_texts = 0  # number of texts["summary"] that belong to ended reasoning items
     cited = False
@@ -5862,8 +5835,7 @@ class ChatDecoder(Decoder):
         self._add(channel, text)
 
     def _add(self, channel: PartType, text: str, begins: bool = False) -> None:
-        """Adds to the message or the reasoning item, or begins it. An empty text only begins it, if
-        `begins`."""
+        """Adds to the message or the reasoning item, or begins it, with an empty text only if it `begins`."""
         if not text and not begins:
             return
         kind = "reasoning" if channel == "summary" else "message"
@@ -5877,8 +5849,7 @@ class ChatDecoder(Decoder):
         self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
-        """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
-        index."""
+        """OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the index."""
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
@@ -5933,8 +5904,8 @@ class ChatDecoder(Decoder):
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (by index, else by id, else the newest) or begins, or that a
-        snapshot repeats (by id, else by place)."""
+        """The call that a piece continues (by index, id, or the newest) or begins, or that a snapshot repeats
+        (by id or place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -5965,8 +5936,7 @@ class ChatDecoder(Decoder):
         text = "".join(self.texts["summary"][self.sealed_texts:])
         details = [
             {**fields, name: "".join(pieces)} if pieces else fields
-            for (name, *_), (fields, pieces) in self.details.items()
-        ]
+            for (name, *_), (fields, pieces) in self.details.items()]
         replays = {
             "reasoning_content": text,
             "reasoning_details": details,
@@ -6052,12 +6022,11 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic ---
 #
-# ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
-# return byte for byte: each is one reasoning item with the block in its envelope.
+# Thinking comes in blocks that the next turn must return byte for byte: each is one reasoning item with the
+# block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the strictest, so an unknown model gets no
-    request that it could refuse."""
+    """The defaults are the strictest, so that an unknown model refuses no request."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     # the type; "": no `thinking` at all
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
@@ -6107,7 +6076,7 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
 def encode_messages(ctx: EncodeContext) -> JSON:
-    """The body of POST /messages. It always asks for a stream: long answers are refused otherwise."""
+    """Always asks for a stream: long answers are refused otherwise."""
     settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
@@ -6200,17 +6169,14 @@ def messages_tool(function: JSON) -> JSON:
     schema = function["parameters"]
     # the old name from zod-to-json-schema
     defs = object_in(schema, "definitions") | object_in(schema, "$defs")
-    return without_empty({
-        "name": function["name"],
-        "description": function["description"],
-        "input_schema": object_root(schema, defs),
-    })
+    tool = {"name": function["name"], "description": function["description"]}
+    return without_empty({**tool, "input_schema": object_root(schema, defs)})
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
-    """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
-    their branches become one object, which requires the fields that all of them require. Each of `defs` is
-    used only at its first mention: two mentions in each of n would make 2 ** n."""
+    """A tool's schema with `type: object` at its root, where anyOf, oneOf, allOf and $ref are not allowed:
+    their branches become one object, which requires what all of them require. Each of `defs` is used only at
+    its first mention: two mentions in each of n would make 2 ** n."""
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
@@ -6254,9 +6220,7 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
 STRICT_VALUES = {  # for other keywords
-    "minItems": (0, 1),
-    "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
-}
+    "minItems": (0, 1), "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()}
 
 
 def strict_schema(schema: JSON) -> Any:
@@ -6269,8 +6233,7 @@ def strict_schema(schema: JSON) -> Any:
         made.pop("$schema", None)
         lost = {
             key: made.pop(key) for key, value in [*made.items()]
-            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())
-        }
+            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())}
         if lost:
             texts = filter(None, (made.get("description"), dumps(lost)))
             made["description"] = "\n\n".join(texts)
@@ -6286,7 +6249,7 @@ TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as Anthropic's messages: reasoning before its consequences, results before text."""
+    """Reasoning goes before its consequences, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
@@ -6295,7 +6258,7 @@ class MessagesTurns(TurnEncoder):
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
-        """The messages; `closing` is added at their end. A model that thinks begins its turn itself."""
+        """`closing` is added at the end. A model that thinks begins its turn itself."""
         self.add_system(closing)
         self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
@@ -6343,11 +6306,8 @@ class MessagesTurns(TurnEncoder):
 
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
-            "type": "tool_use",
-            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
-            "name": item["name"],
-            "input": json.loads(item["arguments"]),
-        }])
+            "type": "tool_use", "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
+            "name": item["name"], "input": json.loads(item["arguments"])}])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
@@ -6382,9 +6342,8 @@ class MessagesTurns(TurnEncoder):
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
-    system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
-    would miss the first)."""
+    """Marks what the provider should cache, unless the client did: the last tool and system block, the ends
+    of the last turn and of the user turn before it (a step of over 20 blocks would miss the first)."""
     messages = body["messages"]
     blocks = [block for message in messages for block in message["content"]]
     inner = [part for block in blocks for part in objects_in(block, "content")]
@@ -6447,11 +6406,8 @@ MESSAGES_REPAIRS: Repairs = {
 
 MAX_PAUSES = 5  # a turn that is still paused after this many resumptions counts as truncated
 DELTA_FIELDS = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "input_json_delta": "partial_json",
-    "signature_delta": "signature",
-    "citations_delta": "citation"}
+    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+    "signature_delta": "signature", "citations_delta": "citation"}
 BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
 
 
@@ -6465,11 +6421,8 @@ class Block:
 
 
 class MessagesDecoder(Decoder):
-    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
-
-    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
-    example those of compaction, fallback and code execution.
-    """
+    """After a pause the next stream continues the same items. Adjacent texts form one message: citations
+    split a sentence into blocks. Unknown blocks are ignored: of compaction, fallback, code execution."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -6489,7 +6442,6 @@ class MessagesDecoder(Decoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -6648,24 +6600,17 @@ def messages_usage(counts: JSON) -> Usage:
     kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     return Usage(
-        input=fresh + read + written,
-        cached=read,
-        cache_write=written,
-        output=output,
-        reasoning=min(reasoning, output),
-        cache_write_1h=min(kept_long, written),
-        **billing_facts(counts))
+        input=fresh + read + written, cached=read, cache_write=written, output=output,
+        reasoning=min(reasoning, output), cache_write_1h=min(kept_long, written), **billing_facts(counts))
 
 
 # --- 6.4 gemini: Google's generateContent ---
 #
-# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
-# further parts. A thought signature belongs to one part and must come back on that very part: it travels in
-# its own reasoning item, before the call that it signs or after the message. GEMINI_MODELS holds all
-# differences between models.
+# Every event of a stream is a whole answer with a few further parts. A thought signature must come back on
+# its very part: it travels in a reasoning item of its own, before its call or after its message.
 
 class GeminiModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the newest generation's."""
+    """The defaults are the newest generation's."""
     # a request with both is refused
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
     values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # of thinking_param, for each of EFFORTS
@@ -6684,13 +6629,12 @@ GEMINI_MODELS: dict[str, GeminiModel] = {}  # filled in layer 14
 # ai.google.dev, thought-signatures
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
 MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # ids made by GeminiDecoder: Gemini does not know them
-# the media types that functionResponse.parts may hold; the ones for a content
+# the media types of functionResponse.parts; those of a content
 RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
 def encode_gemini(ctx: EncodeContext) -> JSON:
-    """The body of POST /models/MODEL:generateContent."""
     system = [{"text": text} for text in ctx.history.system if text]
     return without_empty({
         "systemInstruction": without_empty({"parts": system}),
@@ -6713,10 +6657,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     mode, names = resolve_tool_choice(ctx, modes)
     if functions:
         tools.append({"functionDeclarations": [{
-            "name": function["name"],
-            "description": function["description"],
-            "parametersJsonSchema": gemini_schema(function["parameters"]),
-        } for function in functions]})
+            "name": function["name"], "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"])} for function in functions]})
         if names or mode != "auto":
             calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
             config["functionCallingConfig"] = without_empty(calling)
@@ -6733,14 +6675,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
 
 
 GEMINI_SAMPLING = {
-    "temperature": "temperature",
-    "top_p": "topP",
-    "top_k": "topK",
-    "stop": "stopSequences",
-    "seed": "seed",
-    "presence_penalty": "presencePenalty",
-    "frequency_penalty": "frequencyPenalty",
-}
+    "temperature": "temperature", "top_p": "topP", "top_k": "topK", "stop": "stopSequences", "seed": "seed",
+    "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty"}
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
@@ -6807,7 +6743,7 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 # --- its contents
 
 class GeminiContents(TurnEncoder):
-    """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
+    """User and model in turn, the results of one turn's calls together in the next."""
     PARTS = "parts"
 
     def encode(self) -> list[JSON]:
@@ -6844,8 +6780,7 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty
-        part."""
+        """Signs the last `characters` of text since the last signature; 0: an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters:
             if not parts or "inlineData" not in parts[-1]:
@@ -6946,11 +6881,8 @@ UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIE
 
 
 class GeminiDecoder(Decoder):
-    """One Gemini stream, or one whole answer.
-
-    Parts follow each other, so only one item is open at a time. The message stays open after its signature,
-    because its citations come with the last event.
-    """
+    """Parts follow each other, so only one item is open at a time. The message stays open after its
+    signature, because its citations come with the last event."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -6971,9 +6903,7 @@ class GeminiDecoder(Decoder):
     def _chunk(self, chunk: JSON) -> None:
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
-        self._count({
-            **object_in(chunk, "usageMetadata"),
-            "model": chunk.get("modelVersion")})
+        self._count({**object_in(chunk, "usageMetadata"), "model": chunk.get("modelVersion")})
         if states_error(chunk):
             raise classify_error(chunk)
         if self.finished:
@@ -7135,13 +7065,9 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         searches = min(searches, 1)
     tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower()
     return Usage(
-        input=inputs,
-        cached=min(count(given, "cachedContentTokenCount"), inputs),
-        output=count(given, "candidatesTokenCount") + thoughts,
-        reasoning=thoughts,
-        web_searches=searches,
-        tier=tier.removeprefix("on_demand_"),
-        model=model[:200])
+        input=inputs, cached=min(count(given, "cachedContentTokenCount"), inputs),
+        output=count(given, "candidatesTokenCount") + thoughts, reasoning=thoughts,
+        web_searches=searches, tier=tier.removeprefix("on_demand_"), model=model[:200])
 
 
 # --- 6.5 demo: a provider that works offline ---
@@ -7158,13 +7084,11 @@ MAX_DEMO_TEXT = 2000  # characters of repeated text: the demo is no file server
 # tools of Codex and its relatives; others are second choice
 DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
-    "array": ["echo", "hello from pomex"],
-    "number": 1, "integer": 1, "boolean": True, "object": {},
-}
+    "array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
 
 
 def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
-    """The answer of a demo model, as chat completion chunks."""
+    """Chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     deltas = demo_answer(ctx)

@@ -4429,7 +4429,7 @@ ErrorKind: TypeAlias = Literal[
 
 
 class ErrorClass(NamedTuple):
-    """The client's error for one kind of failure. Status 0: the provider's own if it is a 4xx, else 400."""
+    """The client's error. Status 0: the provider's own if it is a 4xx, else 400."""
     status: int
     type: str = "server_error"
     code: str = "server_error"
@@ -4479,8 +4479,8 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
-MAX_UPSTREAM_TEXT = 300  # characters of a provider's message that the client gets
-MAX_SOURCE_TEXT = 65536  # characters of it that are searched for configured secrets
+MAX_UPSTREAM_TEXT = 300  # characters of a message that the client gets
+MAX_SOURCE_TEXT = 65536  # characters searched for configured secrets
 MAX_RETRY_AFTER_S = 60.0
 
 # keys, tokens and paths
@@ -4490,7 +4490,6 @@ SECRET = re.compile(
     r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# where errors of all forms stand, and their fields
 ERROR_FIELDS = "error base_resp errors ret detail".split()
 MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
 CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
@@ -4512,8 +4511,8 @@ class ProviderError(UpstreamError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
-        upstream_status: int = 0,  # 0: an error inside a stream, or no answer at all
-        source_text: str = "",  # the provider's text before `redacted` shortened it
+        upstream_status: int = 0,  # 0: in a stream, or no answer at all
+        source_text: str = "",  # before `redacted` shortened it
     ) -> None:
         shown = ERROR_CLASSES[kind]
         status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
@@ -4575,7 +4574,7 @@ def error_object(decoded: Any) -> JSON:
         text, code = (
             next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
         fields |= without_empty({**level, "message": value_text(text), "code": code})
-        if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
+        if isinstance(level.get("loc"), list):  # FastAPI
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
         raw = object_in(level, "metadata").get("raw")
@@ -4596,7 +4595,7 @@ def decode_error(text: str) -> Any:
 
 
 def error_names(fields: JSON) -> list[str]:
-    """The provider's own names for the failure, in lower case."""
+    """The provider's names for the failure, in lower case."""
     names = ["tool_use_failed"] if "failed_generation" in fields else []  # Groq
     holders = [fields, object_in(fields, "metadata")]
     for detail in objects_in(fields, "details"):
@@ -4645,7 +4644,7 @@ def redacted(text: str) -> str:
 
 
 def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Removes the configured secrets from a provider's text, even one that `redacted` cut in two."""
+    """Removes the configured secrets, even one that `redacted` cut in two."""
     source = getattr(error, "source_text", "") or str(error)
     if configured.search(f"{source} {error.code} {error.param}"):
         error.args = (redacted(configured.sub("[redacted]", source)),)
@@ -4706,7 +4705,7 @@ def parse_time_s(text: str) -> float:
 # the gateway answers these itself, or every wire carries them as far as it can
 CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
 stream stream_options store background metadata client_metadata prompt_cache_key""".split())
-# values that request the default
+# values that mean the default
 NEUTRAL: dict[str, list[Any]] = {
     "text.verbosity": ["medium"],
     "service_tier": ["auto", "default"],
@@ -4717,7 +4716,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
-# keys that are carried or have no effect; other types are carried or reported as a whole
+# carried or without effect; other types are carried or reported as a whole
 KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -4732,7 +4731,7 @@ KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
 
 
 def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
-    """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
+    """Keys that no wire carries, as PREFIX:TYPE.KEY."""
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
@@ -4744,7 +4743,7 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields that are not null; nested ones by their paths."""
+    """Those that are not null; nested ones by their paths."""
     fields: JSON = {}
     for name, value in body.items():
         nested = isinstance(value, dict) and name in ("reasoning", "text")
@@ -4756,8 +4755,8 @@ EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The value for `effort`: `values` has one for each of EFFORTS, and the last covers all that follow. ""
-    for "-" and without an effort. An unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """`values` has one for each of EFFORTS, the last for all that follow; "" for "-" and without an effort.
+    An unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
@@ -4769,12 +4768,12 @@ VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
 
 @functools.lru_cache(1000)
 def bare_model_name(name: str) -> str:
-    """A model's name without its vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
+    """Without the vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
     return VENDOR.sub("", name).replace(".", "-")
 
 
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
-    """The entry of the longest prefix of the model's name, or None."""
+    """The entry of the model's longest prefix, or None."""
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
@@ -4810,18 +4809,16 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         return "auto", []
     if mode in subset_modes or (mode == "required" and len(names) == 1):
         return mode, names
-    if not offered.keys() <= set(names):  # all tools stay offered, because prompt caches begin with them
+    if not offered.keys() <= set(names):  # all stay offered: prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
     return mode, []
 
 
 def without_empty(fields: JSON) -> JSON:
-    """Without the fields that are null, "", [] or {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
-    """The id if the provider accepts it, else a digest of it."""
     return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
@@ -4830,7 +4827,7 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, 
 
 class TurnEncoder:
     """A History as a provider's messages. Subclasses have a method for each type of items, and for files."""
-    PARTS = "content"  # the field of a message for its parts
+    PARTS = "content"  # the field for parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
@@ -4862,7 +4859,7 @@ class TurnEncoder:
         return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
-        """For a system message after the leading ones: few servers have a place for it."""
+        """After the leading ones few servers have a place for it."""
         if text:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
@@ -4874,7 +4871,7 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """The provider's parts, without empty texts; those that it cannot take are named."""
+        """Without empty texts; parts that the provider cannot take are named."""
         if isinstance(content, str):
             return [part for part in [self.text_part(content)] if part]
         parts = []
@@ -4904,9 +4901,9 @@ LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
 def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
-    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    """The client's own bytes with `model` replaced and fields added, and whether that is exact."""
     named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    # a NUL, which JSON cannot contain, takes the place of a long input
     raw, around = request.raw, request.around
     start, end = around.start or len(raw), len(raw) - around.behind
     outside, models = MODEL_FIELD.subn(
@@ -4921,7 +4918,7 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
     body = request.body
-    envelopes: dict[bytes, bytes] = {}  # envelope -> its content
+    envelopes: dict[bytes, bytes] = {}
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
@@ -4946,7 +4943,7 @@ reasoning.summary truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
-    """The body for a server that knows messages, functions and reasoning, and refuses everything else."""
+    """For a server that knows messages, functions and reasoning, and refuses everything else."""
     history, functions = ctx.history, ctx.tool_map.functions
     body: JSON = {"model": ctx.model}
     if history.system:
@@ -4966,7 +4963,7 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 
 
 def responses_item(item: JSON, index: int) -> JSON:
-    """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
+    """In the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
         return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
@@ -5022,15 +5019,14 @@ REFUSED = re.compile(r"invalid_\w+|\w*image\w*|\w+_policy(_violation)?")
 
 
 def responses_error(error: Any) -> GatewayError:
-    """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
     return classify_error(error)
 
 
 class TextDelta(NamedTuple):
-    """An event with a piece of an open item's text, and nothing else."""
-    field: str  # the field with the piece
+    """A piece of an open item's text, and nothing else."""
+    field: str
     pieces: list[str]  # the decoder's list of them
     key: Any  # for the sink
     channel: PartType
@@ -5041,15 +5037,15 @@ class Decoder:
     sink: Sink
     delta: TextDelta | None = None  # of the last event; none for Responses, which numbers its events
     failed = False
-    paused: list[JSON] = []  # of a paused turn: the blocks to return to the provider
+    paused: list[JSON] = []  # of a paused turn: to be returned to the provider
 
     items_begun = 0  # by the helpers, on wires whose items have no number of their own
-    notice: ProviderError | None = None  # perhaps an error: reported if nothing else follows
+    notice: ProviderError | None = None  # reported if nothing else follows
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
-        self.settings = settings  # the known properties of the model or the server
-        self.prefix = prefix  # for call ids made here: unique in the conversation
+        self.settings = settings  # of the model or the server
+        self.prefix = prefix  # of call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
@@ -5067,7 +5063,7 @@ class Decoder:
         """Handles [DONE], which only a chat stream needs."""
 
     def read(self, event: Any) -> Any:
-        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        """For Responses, returns the UpstreamItem that the event begins or ends."""
         try:
             return self.on_event(event)
         except ProviderError as error:
@@ -5078,7 +5074,7 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any. ProviderError: it reports an error."""
+        """Calls the method for its type, if any. ProviderError: it reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
@@ -5088,7 +5084,7 @@ class Decoder:
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body, which is no evidence that the model had finished."""
+        """A clean end of the body is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
             self.sink.fail(self.notice)
 
@@ -5097,7 +5093,7 @@ class Decoder:
         return self.items_begun - 1
 
     def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
+        """The provider's, or one made here if it is missing or was used before."""
         call_id = str(given or f"{self.prefix}{item_key}")
         if call_id in self.call_ids:
             call_id = f"{call_id}_{item_key}"
@@ -5115,7 +5111,7 @@ class Decoder:
         self.sink.done(result=data)
 
     def _annotate(self, start: int, end: int, source: JSON) -> None:
-        """Adds the source of a span of characters of the open message, if it has an address."""
+        """Adds the source of some characters of the open message, if it has an address."""
         if isinstance(source.get("url"), str):
             self.sink.annotate({
                 "type": "url_citation", "start_index": start, "end_index": end,
@@ -5133,7 +5129,7 @@ class ResponsesDecoder(Decoder):
         self.items = UpstreamItems()
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
-        """The failure in data that is not an event of this API, by the event's name or in any form."""
+        """The failure in data that is not an event of this API."""
         body = parse_object(data) or {}
         if not named and not states_error(body, whole):
             return None
@@ -5174,7 +5170,7 @@ class ResponsesDecoder(Decoder):
     on_output_item_added = on_output_item_done
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
-        """Begins the item for the sink. Kinds without texts are sent whole, once done."""
+        """Kinds without texts are sent whole, once done."""
         if known.shown:
             return
         known.shown = True
@@ -5211,7 +5207,7 @@ class ResponsesDecoder(Decoder):
     on_reasoning_summary_part_done = on_content_part_done
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
-        """Extends a text. Empty arguments wait: `{}` may be a placeholder for later ones."""
+        """Empty arguments wait: `{}` may be a placeholder for later ones."""
         if not known.shown and known.kind != "call":  # late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
@@ -5227,13 +5223,13 @@ class ResponsesDecoder(Decoder):
             self.sink.add(known.index, piece, text.channel, text.index)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds the part of a whole text beyond its pieces. An item's last text may grow, none may shrink."""
+        """Adds what is beyond the pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
-        """Adds the content of an item's snapshot beyond its events."""
+        """Adds what is beyond the item's events."""
         texts = item_texts(snapshot)
         found = pair(
             texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
@@ -5360,7 +5356,6 @@ END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
 
 
 def search_action(queries: list[str]) -> JSON:
-    """The action of a web_search_call item."""
     return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
@@ -5461,7 +5456,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     return None if kind == "text" else {"type": kind}, ""
 
 
-EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # the request fields for a value
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # value -> request fields
     "effort": lambda value: {"reasoning_effort": value},
     "reasoning": lambda value: {"reasoning": {"effort": value}},
     "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
@@ -5473,7 +5468,6 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # the request fields for a v
 
 
 def chat_thinking(ctx: EncodeContext) -> JSON:
-    """The request fields about reasoning."""
     name = ctx.model.lower()
     fitting = (rule for part, rule in ctx.settings.efforts.items() if part in name)
     rule = EffortRule(**next(fitting, {}))
@@ -5595,17 +5589,16 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 @dataclass(slots=True)
 class ChatCall:
-    """A tool call that is being streamed."""
     name: str
-    id: str = ""  # from the provider, "" if missing
-    item_key: int | None = None  # None: neither its name nor its item has arrived
+    id: str = ""  # "" if missing
+    item_key: int | None = None  # None: neither name nor item has arrived
     closed: bool = False
     streamed: bool = False  # its arguments arrived after its item
     next_name: str = ""  # its name, if a piece without arguments repeated it
     arguments: io.StringIO = field(default_factory=io.StringIO)
-    last: str = ""  # their last character that is not blank
-    held: str = ""  # a piece whose meaning depends on the next one
-    scanned: int = 0  # number of their characters scanned for braces
+    last: str = ""  # the last that is not blank
+    held: str = ""  # a piece whose meaning the next one shows
+    scanned: int = 0  # characters scanned for braces
     depth: float = 0
     quote: str = ""  # of an open string
 
@@ -5614,8 +5607,8 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns the new part of it: some servers repeat pieces. An ambiguous piece is held
-        until the next one; the empty piece is the last."""
+        """Returns what is new in a piece: some servers repeat pieces. An ambiguous one is held until the
+        next; the empty one is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -5671,7 +5664,7 @@ class ChatCall:
 
 
 def rest_of_snapshot(text: str, snapshot: str) -> str | None:
-    """The part of a snapshot of arguments beyond `text`; None if it does not repeat it in any spelling."""
+    """What a snapshot has beyond `text`; None if it does not repeat it in any spelling."""
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
@@ -5688,12 +5681,11 @@ class ThinkTags:
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
         self.place = "start" if expected else ""
-        self.held = ""  # may be the beginning of a tag
+        self.held = ""  # perhaps the beginning of a tag
         self.waiting: list[str] = []
-        self.reasoning = reasoning  # everything from fields and tags; the decoder adds to it
+        self.reasoning = reasoning  # of fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
-        """The reasoning and the text of a piece of content."""
         text, self.held = self.held + content, ""
         reasoning = ""
         if self.place == "start":
@@ -5736,7 +5728,7 @@ class ChatDecoder(Decoder):
     """Chat never marks the end of an item: it ends when another begins, a call when its arguments are
     complete. Only calls may be open together: some servers mix the pieces of parallel ones."""
     open_item = ""  # "message" or "reasoning"
-    sealed_texts = 0  # number of texts["summary"] that belong to ended reasoning items
+    sealed_texts = 0  # how many texts["summary"] ended items have
     cited = False
     streamed = False  # after a delta, a message is a snapshot
     stop: Stop | None = None
@@ -5748,8 +5740,8 @@ class ChatDecoder(Decoder):
         self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
-        self.changed: list[ChatCall] = []  # since complete ones were last ended
-        self.by_key: dict[Any, ChatCall] = {}  # the newest of an index or an id; "" is the newest of all
+        self.changed: list[ChatCall] = []  # since complete ones were ended
+        self.by_key: dict[Any, ChatCall] = {}  # the newest of an index or an id; "": of all
         self.counts: JSON = {}  # of all usages
 
     def whole(self, body: Any) -> None:
@@ -5782,7 +5774,7 @@ class ChatDecoder(Decoder):
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _note_delta(self, chunk: JSON, choice: JSON) -> None:
-        """Remembers a chunk with one text and nothing else of interest."""
+        """Remembers a chunk with one text and nothing else."""
         delta = object_in(choice, "delta")
         fields = {**chunk, **choice, **delta}
         name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
@@ -5795,7 +5787,7 @@ class ChatDecoder(Decoder):
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed |= not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}  # the texts that the snapshot has yet to repeat
+        known: dict[PartType, str] = {}  # what the snapshot has yet to repeat
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
@@ -5810,13 +5802,13 @@ class ChatDecoder(Decoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in objects_in(message, "images"):  # from OpenRouter
+        for image in objects_in(message, "images"):  # OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
                 self.cited = True
-                citation = object_in(annotation, "url_citation")  # from OpenAI's and OpenRouter's search
+                citation = object_in(annotation, "url_citation")  # of OpenAI's and OpenRouter's search
                 self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
@@ -5926,7 +5918,7 @@ class ChatDecoder(Decoder):
         self._end_items()
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
-        if signature:  # from Gemini's OpenAI endpoint
+        if signature:  # Gemini's OpenAI endpoint
             self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
         self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
@@ -5950,7 +5942,7 @@ class ChatDecoder(Decoder):
         self.open_item = ""
 
     def _end_calls(self, last: bool = False) -> None:
-        """Ends the complete calls; at the `last` end also the ones without arguments."""
+        """Ends the complete calls; at the `last` end those without arguments too."""
         for call in self.calls if last else self.changed:
             if call.item_key is None or call.closed:
                 continue
@@ -5982,7 +5974,7 @@ class ChatDecoder(Decoder):
         if outcome in ERROR_CLASSES:
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
-        results = object_in(choice, "content_filter_results")  # from Azure
+        results = object_in(choice, "content_filter_results")  # Azure
         filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
         explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
@@ -6006,7 +5998,6 @@ class ChatDecoder(Decoder):
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
-    """The texts of a delta or a message, in order."""
     details = objects_in(message, "reasoning_details")  # Snowflake sends only them
     shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
@@ -6031,17 +6022,17 @@ class AnthropicModel(NamedTuple):
     # the type; "": no `thinking` at all
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
     efforts: str = "low low low medium high xhigh max"  # for each of EFFORTS; "": none
-    max_tokens: int = 128_000  # the model's limit; 0: unknown
-    default_max_tokens: int = 0  # used if the client names no limit; 0: max_tokens
-    sampling: bool = False  # accepts temperature or top_p
-    forced_choice: bool = False  # a tool may be forced, but never with a thinking budget
+    max_tokens: int = 128_000  # 0: unknown
+    default_max_tokens: int = 0  # if the client names none; 0: max_tokens
+    sampling: bool = False  # temperature or top_p
+    forced_choice: bool = False  # but never with a thinking budget
     json_schema: bool = True
     # honours system messages among the others (claude-sonnet-5 accepts and ignores them)
     system_anywhere: bool = False
     prefill: bool = False  # the last turn may be the assistant's
     always_show_thinking: bool = False  # its thinking contains the texts between calls
     binds_thinking: bool = False  # refuses thinking of a changed conversation, unless asked to drop it
-    web_search: str = "web_search_20260209"  # its type; "": no search of its own
+    web_search: str = "web_search_20260209"  # "": none
 
 
 ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}  # filled in layer 14
@@ -6117,7 +6108,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
+    """A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -6167,7 +6158,7 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    # the old name from zod-to-json-schema
+    # the old name, of zod-to-json-schema
     defs = object_in(schema, "definitions") | object_in(schema, "$defs")
     tool = {"name": function["name"], "description": function["description"]}
     return without_empty({**tool, "input_schema": object_root(schema, defs)})
@@ -6289,7 +6280,7 @@ class MessagesTurns(TurnEncoder):
             super().add_system(text)
 
     def _place_system(self) -> None:
-        """Places a system message right after a user turn, and before the assistant's or at the end."""
+        """Goes right behind a user's turn, and before the assistant's or to the end."""
         role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
@@ -6404,7 +6395,7 @@ MESSAGES_REPAIRS: Repairs = {
 
 # --- the answer
 
-MAX_PAUSES = 5  # a turn that is still paused after this many resumptions counts as truncated
+MAX_PAUSES = 5  # a turn that is still paused after so many resumptions counts as truncated
 DELTA_FIELDS = {
     "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
     "signature_delta": "signature", "citations_delta": "citation"}
@@ -6413,11 +6404,10 @@ BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "t
 
 @dataclass(slots=True)
 class Block:
-    """A content block that is being streamed."""
     content: JSON  # completed by its signature and citations, at its end by its text or input
     item_key: int
     channel: Any  # PartType, or None: the client sees no text of it
-    pieces: list[str] = field(default_factory=list)  # of its text, thinking or arguments
+    pieces: list[str] = field(default_factory=list)  # of text, thinking or arguments
 
 
 class MessagesDecoder(Decoder):
@@ -6427,14 +6417,14 @@ class MessagesDecoder(Decoder):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.id: str | None = None  # of the current message
-        self.blocks: dict[int, Block] = {}  # the open ones, by the provider's index
-        self.length = 0  # of the open message's finished blocks
+        self.blocks: dict[int, Block] = {}  # open ones, by the provider's index
+        self.length = 0  # of the open message's ended blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: list[int] = []  # web searches without results so far; those come in order
-        self.counts: JSON = {}  # usage of this stream
+        self.searches: list[int] = []  # without results so far; those come in order
+        self.counts: JSON = {}  # of this stream
         self.earlier = self.usage = Usage()  # of earlier streams; of all streams
-        self.content: list[JSON] = []  # finished blocks, for a resumption
+        self.content: list[JSON] = []  # for a resumption
         self.pauses = 0
         self.stop = Stop()
 
@@ -6496,7 +6486,7 @@ class MessagesDecoder(Decoder):
         self.sink.set_stop(stop)
 
     def _count(self, given: JSON, estimated: bool) -> None:
-        """Adds the usage of this stream to the usage of earlier ones."""
+        """Adds the usage of earlier streams."""
         now = messages_usage(merge_counts(self.counts, given))
         totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
@@ -6590,8 +6580,8 @@ class MessagesDecoder(Decoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
-    own sum covers only the last one."""
+    """Cached input is counted separately. After several passes (compaction, fallback, an advisor) the sum
+    covers only the last one."""
     passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -6613,7 +6603,7 @@ class GeminiModel(NamedTuple):
     """The defaults are the newest generation's."""
     # a request with both is refused
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
-    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # of thinking_param, for each of EFFORTS
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # for each of EFFORTS
     # accepts functions with googleSearch or a response schema, media inside a function's result
     combines_tools: bool = True
     web_search: bool = True
@@ -6628,8 +6618,8 @@ GEMINI_MODELS: dict[str, GeminiModel] = {}  # filled in layer 14
 
 # ai.google.dev, thought-signatures
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
-MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # ids made by GeminiDecoder: Gemini does not know them
-# the media types of functionResponse.parts; those of a content
+MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # made by GeminiDecoder
+# in functionResponse.parts; in a content
 RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
@@ -6680,7 +6670,6 @@ GEMINI_SAMPLING = {
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
-    """generationConfig."""
     settings: GeminiModel = ctx.settings
     functions, shape = ctx.tool_map.functions, ctx.take("text.format", {})
     asks_json = shape.get("type", "text") != "text"
@@ -6718,8 +6707,7 @@ JSON_TYPES = {
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
-    """A JSON schema without `refused` and the keywords that Gemini refuses; a string's format goes into its
-    description."""
+    """Without `refused` and what Gemini refuses; a string's format goes into its description."""
     unknown = {*UNKNOWN_KEYWORDS, refused}
 
     def change(made: JSON) -> JSON:
@@ -6747,7 +6735,7 @@ class GeminiContents(TurnEncoder):
     PARTS = "parts"
 
     def encode(self) -> list[JSON]:
-        self.calls: dict[str, JSON] = {}  # by call_id: the fields of a call that its result repeats
+        self.calls: dict[str, JSON] = {}  # by call_id: what a result repeats
         self.signatures: dict[str, str] = {}  # by call_id
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
@@ -6814,7 +6802,7 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        inside, outside = [], []  # the media in the result itself, and after all results
+        inside, outside = [], []  # of the result, and behind all results
         for part in parts:
             mime = part.get("inlineData", {}).get("mimeType")
             if mime in RESULT_MEDIA and self.settings.combines_tools:
@@ -6858,7 +6846,7 @@ def replace_signatures(body: JSON) -> None:
 
 
 def drop_keyword(body: JSON, keyword: str) -> None:
-    """Drops the keyword that an "Unknown name" error quotes, from all schemas and from their holders."""
+    """Drops the keyword that an "Unknown name" error quotes from all schemas and their holders."""
     for holder, name in ((body, "tools"), (body.get("generationConfig", {}), "responseJsonSchema")):
         if name in holder:
             holder[name] = gemini_schema(holder[name], keyword)
@@ -6876,7 +6864,7 @@ GEMINI_ENDS = {
     **END_REASONS,
     "stop": "",
     "other": "tool_generation",
-    "missing_thought_signature": "bad_request"}  # caused by our request: no other target may be tried
+    "missing_thought_signature": "bad_request"}  # our request's fault: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
@@ -6890,13 +6878,13 @@ class GeminiDecoder(Decoder):
         self.open: PartType | None = None  # "text" or "summary": of the open item
         self.texts: list[str] = []  # of the open item
         self.signature: JSON = {}  # of its last part; the item after it carries it
-        self.counts: JSON = {}  # the newest of each count, and the model
+        self.counts: JSON = {}  # the newest of each, and the model
         self.grounding: JSON = {}
         self.searched = False  # a web_search_call has been sent
         self.finished = False  # there was output, then a finishReason
 
     def on_event(self, event: Any) -> None:
-        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
+        """A chunk, or an array of them: without alt=sse even a stream is one array."""
         for chunk in only_dicts(event if isinstance(event, list) else [event]):
             self._chunk(chunk)
 
@@ -7022,7 +7010,7 @@ class GeminiDecoder(Decoder):
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
-    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
+    """Start, end and source. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
     sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
@@ -7042,7 +7030,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
-    """A sentence for the user: why the provider gave no answer."""
+    """For the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
     for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
@@ -7052,8 +7040,8 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and the input of its tools separately. It bills each search query; Gemini 2
-    bills one per answer."""
+    """Thoughts and the input of tools are counted separately. Each search query is billed; Gemini 2 bills one
+    an answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
@@ -7080,8 +7068,8 @@ DEMO_MODELS = {
     "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000  # characters of repeated text: the demo is no file server
-# tools of Codex and its relatives; others are second choice
+MAX_DEMO_TEXT = 2000  # characters: the demo is no file server
+# of Codex and its relatives; others are second choice
 DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
     "array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
@@ -7106,7 +7094,7 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 
 def demo_answer(ctx: EncodeContext) -> list[JSON]:
-    """The deltas of the answer: the words of a text, or a call."""
+    """The words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
     sent = [item["content"] for item in items if item.get("role") == "user"]
     says, content = "You sent: ", sent[-1] if sent else ""
@@ -7129,7 +7117,7 @@ def demo_answer(ctx: EncodeContext) -> list[JSON]:
 # --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
-MAX_TEMPLATES = 8  # consecutive templates without a match: the events of some streams always differ
+MAX_TEMPLATES = 8  # in a row without a match: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
@@ -7139,8 +7127,8 @@ class DeltaTemplate(NamedTuple):
     counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the matching events from `at` on, and the end of these events. If there are counts,
-        the last event stays: only its counts matter."""
+        """The texts of the matching events from `at` on, and their end. With counts the last event stays:
+        only its counts matter."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -7178,7 +7166,7 @@ def field_template(event: str, name: str) -> DeltaTemplate:
 
 
 class TranslatedStream(Assembler):
-    """An attempt over a provider's stream: bytes become events, and the decoder's calls become frames."""
+    """Bytes become events, and the decoder's calls become frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
         super().__init__(ctx.answer, ctx.seal)
@@ -7208,7 +7196,6 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
         if event and not self.upstream_done:
             self.decoder.feed(event.data, event.event)
@@ -7230,23 +7217,23 @@ class TranslatedStream(Assembler):
 
 @dataclass(slots=True)
 class EncodeContext:
-    """One request for one target: the input of an encoder, and of a decoder after it."""
+    """One request for one target: the input of an encoder, then of a decoder."""
     answer: ClientAnswer
     envelope: Envelope
     provider: str  # its name in envelopes
-    model: str  # the provider's own name for it
+    model: str  # the provider's own name
     passthrough: bool  # an upstream that speaks the client's API gets its own bytes
     dialect: str
-    prompt_cache: str = "5m"  # how long a messages provider keeps the prompt
-    # overrides of the known properties of models, by prefix
+    prompt_cache: str = "5m"  # how long, at a messages provider
+    # of the known properties of models, by prefix
     overrides: Mapping[str, JSON] = field(default_factory=dict)
-    calls: int = 1  # the request's upstream calls, including this one
+    calls: int = 1  # upstream, including this one
     # set by WireApi.call
-    dropped: list[str] = field(init=False)  # fields that the target cannot carry: encoders add to it
-    settings: Any = None  # the known properties of the model
+    dropped: list[str] = field(init=False)  # what the target cannot carry: encoders add to it
+    settings: Any = None  # known properties of the model
     tool_map: ToolMap = field(init=False)
     history: History = field(init=False)
-    fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
+    fields: JSON = field(init=False)  # by path: encoders remove theirs, the rest is reported
 
     @property
     def request(self) -> ResponsesRequest:
@@ -7260,7 +7247,7 @@ class EncodeContext:
         return self.fields.pop(path, default)
 
     def take_effort(self, values: str) -> str:
-        """effort_value of the requested effort; an effort without a value is reported as dropped."""
+        """An effort without a value is reported as dropped."""
         asked = self.take("reasoning.effort")
         value = effort_value(values, asked)
         if asked and not value:
@@ -7274,7 +7261,7 @@ class UpstreamCall(NamedTuple):
     path: str
     body: bytes
     attempt: Passthrough | TranslatedStream
-    dropped: list[str]  # reported in x-pomex-dropped
+    dropped: list[str]  # for x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
     frames: Iterable[bytes] = ()  # demo: the answer itself
 
@@ -7294,7 +7281,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that continues a paused turn in the same attempt."""
+        """Continues a paused turn in the same attempt."""
         paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
         if not paused:
             return None
@@ -7309,7 +7296,6 @@ class UpstreamCall(NamedTuple):
 
 
 class WireApi(NamedTuple):
-    """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[ToolMap, Any, str], Decoder]
@@ -7318,8 +7304,8 @@ class WireApi(NamedTuple):
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
-    vendor: str = ""  # the vendor whose rule for parameter names applies; "": the model's name decides
-    # for clients that speak this API: their own body with little changed, and the reader of the answer
+    vendor: str = ""  # whose rule for parameter names applies; "": the model's name decides
+    # for clients of this API: their own body with little changed, and the reader of the answer
     relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
@@ -8095,11 +8081,10 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ===
 #
-# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
-# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
-# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
-# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
-# So no answered request is without its row, and none has two. What waits to be written is committed together.
+# One database, shared by all processes. `usage` has a row for each attempt that a provider bills, the last of a request marked
+# `final`; the same transaction adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request is recorded before the client sees its
+# first byte, and becomes a row marked interrupted if its process dies: no answered request is without its row, none has two.
 #
 # Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
@@ -8108,7 +8093,7 @@ KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
 KEY_CHECK = 4  # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or Unix milliseconds; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
@@ -8128,7 +8113,7 @@ class Key:
     expires_s: int  # 0: never
     revoked_s: int  # 0: active
     account_id: int
-    models: str  # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns, separated by spaces; "": any
     budget_nanos: int | None
     period: str  # of the budget: day | week | month | total
     rpm: int  # requests a minute; 0: any number, as below
@@ -8155,7 +8140,7 @@ KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
 KEY_SETTINGS = KEY_COLUMNS[5:]  # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a change: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -8168,18 +8153,18 @@ class UsageRow(NamedTuple):
     endpoint: str
     model: str  # as the client asked for it
     attempt: int = 0  # its number, from 1
-    final: int = 1  # 0: a failed attempt that is billed all the same
+    final: int = 1  # 0: a failed attempt, billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""  # the model that the answer names, where it is another
+    served_model: str = ""  # as the answer names it, where it is another
     status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
     result: str = ""  # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""  # the reason of a failure, in words
+    error: str = ""  # in words
     terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
-    estimated: str = ""  # why the tokens are not the provider's own count, if they are not
-    tier: str = ""  # the service tier, as the provider says
+    estimated: str = ""  # why the tokens are not the provider's own count
+    tier: str = ""  # as the provider says
     session: str = ""  # the client's name of the conversation
     client: str = ""  # its User-Agent
     input: int = 0  # tokens, as in Usage
@@ -8219,7 +8204,6 @@ def result_of(status: str, terminal_by: str, attempts: int) -> str:
 # --- 8.1 keys ---
 
 def key_check(body: str) -> str:
-    """The last characters of a key whose random part is `body`."""
     number = zlib.crc32(body.encode("utf-8", "replace"))
     return "".join(BASE62[number // 62 ** place % 62] for place in range(KEY_CHECK))
 
@@ -8259,7 +8243,7 @@ def day_text(day: int) -> str:
 
 
 def day_of(text: str) -> int:
-    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    """2026-11-30 as a day since 1970; ValueError for another text."""
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
@@ -8308,7 +8292,7 @@ NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not co
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5
-APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the header: no other program's file is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
 STRING = "TEXT NOT NULL DEFAULT ''"
@@ -8348,10 +8332,10 @@ SCHEMA = (
     f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -8360,7 +8344,7 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write; used by one thread at a time."""
+    """Used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
@@ -8377,7 +8361,7 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction, which is rolled back if it raises."""
+        """Rolls back what `run` did if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
@@ -8390,7 +8374,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -8402,7 +8386,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """The message does not disclose the file's folder."""
+    """Does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
         reason = error.strerror or ""  # str() would give the path
@@ -8451,17 +8435,16 @@ class Database:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in a transaction, which is rolled back if it raises."""
+        """Rolls back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """The same on the calling thread, without a running loop."""
+        """On the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
@@ -8477,7 +8460,7 @@ class Database:
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
+        """A complete copy or none, while servers run; overwrites nothing."""
         part = path + ".part"
         with database_errors(path):
             with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
@@ -8494,7 +8477,7 @@ class Database:
                     os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it."""
+        """Upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -8517,7 +8500,7 @@ class Database:
         self.commit(create_tables)
 
     def use_wal(self) -> None:
-        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
+        """Several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -8529,7 +8512,6 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema and moves the rows of an older one into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
@@ -8595,7 +8577,7 @@ def take_over_old_tables(tx: Transaction) -> None:
 
 ONE = 1_000_000  # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {  # defaults for all models of a provider; a row of the table overrides them
+USUAL = {  # of all models of a provider; rows override them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
@@ -8618,7 +8600,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -8628,13 +8610,13 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000  # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # per thousand, tokens per million
     return Price(*picos)
 
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
+    """Each token price times its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -8644,12 +8626,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0  # with more input than this a request costs `long`; 0: none does
+    over: int = 0  # input tokens above which a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
     factors: Mapping[str, str] = {}  # of service tiers, regions and peak hours
     ends: str = ""  # the day its provider retires the model
-    source: str = ""  # where it is defined, for people
+    source: str = ""  # for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -8676,7 +8658,6 @@ def model_rows() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -8696,7 +8677,7 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
-    """The same from [prices."provider/model"]."""
+    """Of [prices."provider/model"]."""
     def text(prefix: str) -> str:
         values = [*(getattr(prices, prefix + name) for name in Price._fields[:5]), prices.search_per_1000]
         return " ".join("-" if value is None else format(value, "f") for value in values)
@@ -8725,7 +8706,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """Pico-dollars times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -8785,7 +8766,7 @@ ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.att
 
 
 def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    """Adds rows to the rollups and meters, or subtracts them."""
     rollups, meters = [], []
     for row in rows:
         unpriced = row.final and not row.price and row.input + row.output > 0
@@ -8803,7 +8784,7 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Returns them as stored."""
+    """As stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
@@ -8815,8 +8796,8 @@ def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
-    the true one replaces `interrupted`."""
+    """The ids whose rows were inserted. A request's first settlement counts, unless it was a guess: the true one replaces
+    `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
@@ -8839,13 +8820,13 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The row of an open request whose process died, billed for its estimated input."""
+    """Of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles the open requests of dead or unregistered processes."""
+    """Of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
@@ -8860,8 +8841,8 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096  # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256  # tokens: with room for fewer a request is refused
+RESERVED_STEP = 4096  # tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256  # with room for fewer tokens a request is refused
 WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
@@ -8884,7 +8865,7 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
+    """Its first day (since 1970, UTC), and the next one's; (0, 0) for total."""
     day, now = int(now_s // 86400), time.gmtime(now_s)
     monday, first = day - now.tm_wday, day - now.tm_mday + 1
     month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
@@ -8911,12 +8892,12 @@ def is_owner(owner: str) -> str:
 
 
 def select_spent(owner: str) -> str:
-    """SQL of what a key or an account has spent since a time."""
+    """SQL of what an owner has spent since a time."""
     return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """The state of its meter, which is created if needed."""
+    """Of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8958,15 +8939,15 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005  # between two commits while requests are open: more of them join each one
+GATHER_S = 0.005  # between two commits, while requests are open: more join
 RETRY_S = 0.25  # between two attempts of a failing ledger to write
 SETTLE_WAIT_S = 2.0  # how long an answer waits for it
-BEAT_S = 10.0  # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100  # keys applied per step of the loop: half a millisecond
+BEAT_S = 10.0  # how often a process says that it lives
+KEYS_AT_ONCE = 100  # per step of the loop: half a millisecond
 DEAD_S = 60.0  # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row of an open request when it is written
+OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
@@ -8997,16 +8978,15 @@ def has_ended(pid: int, start: str) -> bool:
 
 
 class Ledger:
-    """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
-
-    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    """Called on the loop's thread; the database has its own. While rows cannot be written `healthy` is False: `begin` refuses,
+    settled rows are kept in memory and tried again."""
     healthy = True
-    trouble = ""  # why the keys could not be read last time; "" if they could
+    trouble = ""  # why the keys could not be read last time
     secret = b""  # authenticates what clients carry for us
-    disabled: frozenset[str] = frozenset()  # providers that an administrator disabled
+    disabled: frozenset[str] = frozenset()  # providers, by an administrator
     revision = 0  # of the keys
     flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
-    flushed_at = 0.0  # when the one before was begun
+    flushed_at = 0.0  # when the one before began
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     maintaining: asyncio.Task[None] | None = None
@@ -9024,7 +9004,7 @@ class Ledger:
         self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
         self.notes: dict[str, str] = {}  # settings: the last error of each provider
-        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -9046,7 +9026,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads what any process has changed of keys, and which providers are disabled."""
+        """What any process changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -9061,7 +9041,7 @@ class Ledger:
             self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
-        """The key of an Authorization header, or Unauthorized with what to do."""
+        """Unauthorized says what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
@@ -9088,7 +9068,6 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Starts the background work of a server."""
         self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
@@ -9100,7 +9079,7 @@ class Ledger:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
-        """Returns when the open request survives the end of this process; LedgerError where it cannot."""
+        """When the open request survives the end of this process; LedgerError: it cannot."""
         if not await self.is_written(response_id):
             raise self.unavailable()
 
@@ -9189,7 +9168,7 @@ class Ledger:
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
+        """Until nothing is asked for. Requests whose commit fails wait for the next."""
         try:
             while self.flushed is not None:
                 if self.pending or not self.healthy:  # others may join, or the database may heal
@@ -9250,7 +9229,6 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -9301,7 +9279,7 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles those of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -9350,7 +9328,7 @@ class Ledger:
                         notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
-        """The counters of all processes together."""
+        """Of all processes together."""
         await self.save_counts()
         found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
@@ -9359,7 +9337,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Commits a change together with its row of the audit log."""
+        """Commits a change with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -9369,7 +9347,7 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account; BadRequest where its name is malformed or taken."""
+        """BadRequest: the name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
@@ -9383,7 +9361,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
+        """The new key is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -9392,7 +9370,7 @@ class Ledger:
         return await self.edit_key(name, who, "key revoked", revoked_s=int(now_s))
 
     async def edit_key(self, name: str, who: str = "", action: str = "key edited", **settings: Any) -> Key:
-        """Changes an active key; running servers know within a second."""
+        """Of an active key; running servers know within a second."""
         await self.refresh()
         key = next((key for key in self.keys.values() if key.name == name and not key.revoked_s), None)
         if key is None:
@@ -9404,7 +9382,7 @@ class Ledger:
         return self.keys[key.id]
 
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
-        """Enables or disables a provider, in every process."""
+        """In every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
@@ -9429,18 +9407,18 @@ class Reservation:
     started_ms: int
     named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
     asked_tier: str = ""
-    reserved_output = 0  # output tokens whose cost is reserved
-    charged_output = 0  # output tokens charged to a rate
+    reserved_output = 0  # tokens whose cost is reserved
+    charged_output = 0  # tokens charged to a rate
     max_output_tokens = 0  # of the answer
     exhausted = False  # the last extension failed or was cut short
-    max_price = ""  # the price that reservations are made at
-    first = "", "", Usage()  # the target that is asked first, and what goes into it
+    max_price = ""  # that reservations are made at
+    first = "", "", Usage()  # the target asked first, and what goes into it
 
     def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(self.key, self.started_ms // DAY_MS)
         self.held = collections.Counter[Limit]()  # what is reserved
-        self.states: dict[Limit, tuple[int, float]] = {}  # what acquire() said of each
+        self.states: dict[Limit, tuple[int, float]] = {}  # as acquire() said
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
@@ -9488,7 +9466,7 @@ class Reservation:
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
+        """Money for the input and for as much of the output as there is money for, and rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -9513,7 +9491,7 @@ class Reservation:
         self.charged_output += charged
 
     def covers(self, written: int) -> bool:
-        """Whether the reservation is ahead of `written` characters of output."""
+        """Is the reservation ahead of `written` characters of output?"""
         return not self.limits or self._tokens_ahead(written) <= min(self.reserved_output, self.charged_output)
 
     def _tokens_ahead(self, written: int) -> int:
@@ -9536,13 +9514,13 @@ class Reservation:
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
-        """A row for an attempt that was given up, if its provider will bill it."""
+        """A row if the provider will bill it."""
         if usage.input or usage.output:
             self.failed_attempts.append(self.row(provider, model, usage, attempt=attempt, final=0, status="lost",
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request and releases what it had reserved."""
+        """Releases what was reserved, too."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens = sum(row.input + row.output for row in rows)
         rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
@@ -9653,7 +9631,7 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
-    """The sums of some days by one column, the dearest first (days in order)."""
+    """The sums by one column, the dearest first (days in order)."""
     found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, "? IN (0, account_id)",
                              [account_id])
     rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
@@ -9661,7 +9639,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
+    """Of 2026-11, as days since 1970; ValueError for another text."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -9682,13 +9660,13 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum."""
+    """In units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
-    """Every row, in the order in which requests were settled."""
+    """In the order in which requests were settled."""
     last_id = 0
     while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
@@ -9738,7 +9716,7 @@ async def prune(ledger: Ledger, before_day: int) -> int:
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
-    """A page of the audit log, newest first."""
+    """A page, newest first."""
     names = ("id", "time_ms", "who", "action", "name", "before", "after")
     rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
                          before_id, since_ms, limit)
@@ -12772,13 +12750,13 @@ PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler r
 REST_BYTES = 2**16  # an unread body up to this size is dropped, to keep the connection
 LINGER_BYTES = 2**20  # dropped after an early answer, for LINGER_S: closing with unread bytes resets the connection
 LINGER_S = 2.0  # before the client has read it (RFC 9112 9.6)
-ACCEPT_STEP = 8  # connections accepted in one turn of the loop
-REFUSED_CONNECTIONS = 64  # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
+ACCEPT_STEP = 8  # connections in one turn of the loop
+REFUSED_CONNECTIONS = 64  # beyond max_connections: all but /health is answered with 503; the oldest is closed first
 REFUSED_WAIT_S = 1.0  # for their request
 IDLE_SAFE_S = 5.0  # a connection idle for less is not closed for a new one: its request may be on the way
-SHARES = {  # resource -> its limit for the process, and for one address or key
+SHARES = {  # resource -> limit of the process, of one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128  # open files kept free for /health, the ledger and the log
+OWN_FILES = 128  # kept free for /health, the ledger and the log
 IDLE_GRACE_S = 0.25  # while draining, a connection stays open after its last answer
 FIRST_GRACE_S = 2.0  # and one that has had no request yet
 GRACE_S = 5.0  # for cancelled handlers to settle and write their terminal event
@@ -12790,9 +12768,9 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
-    to answer it: body() first, then answer(), or start(), write()s and end()."""
-    status = 0  # of the answer; 0 before it is known
+    """One request: its record, to which every layer adds, and the way to answer it: body() first, then answer(), or start(),
+    write()s and end()."""
+    status = 0  # 0 before it is known
     note = ""  # of its handler, for the access line
     # the record of its targets
     provider, model = "", ""  # of the newest attempt
@@ -12800,24 +12778,24 @@ class Client:
     attempts = 0  # upstream calls
     turn_state = ""  # names the target, for Codex
     upstream_id = ""  # its provider's request id
-    asked_ms, answering_ms = 0, 0  # when the newest call began, and when the head of its answer came
+    asked_ms, answering_ms = 0, 0  # when the newest call began, and when its answer's head came
     first_ms = 0  # when the first output left
     # the answer
     sent_bytes = 0
     ended = False  # the whole answer was handed over
-    pending = b""  # the answer's head, which goes out with the first bytes of its body
+    pending = b""  # the head, which goes out with the body's first bytes
     chunked = False
     data: bytes | None = None  # the request's body
-    held = 0  # bytes of it that are counted
+    held = 0  # bytes of it that count
     holders: Sequence[str] = ()  # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.keep = head.keep_alive  # may the connection carry another request?
-        self.failures: list[FailedAttempt] = []  # the tries that failed
-        self.dropped: list[str] = []  # fields that the target cannot carry
+        self.keep = head.keep_alive  # the connection, for another request
+        self.failures: list[FailedAttempt] = []
+        self.dropped: list[str] = []  # what the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -12827,14 +12805,14 @@ class Client:
         return max(1, int((time.monotonic() - self.started) * 1000))
 
     def count_attempt(self) -> bool:
-        """Counts an upstream call; False if the request has used all of them."""
+        """False if the request has used all of its upstream calls."""
         if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
+        """Decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -12860,12 +12838,12 @@ class Client:
         self.held = size
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        """The whole answer in one write."""
+        """In one write."""
         await self.start(status, headers, len(body))
         await self.end(body)
 
     async def start(self, status: int, headers: list[tuple[str, str]], size: int | None = None) -> None:
-        """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
+        """Of `size` bytes, or of unknown length. The head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
         if api_of(self.head.path) == "messages":
@@ -12904,12 +12882,12 @@ class Client:
             await self.connection.drain()
 
     async def end(self, data: bytes = b"") -> None:
-        """Ends a started answer, with a last piece of it in the same write."""
+        """With a last piece of the answer in the same write."""
         self.ended = True
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """Answers with the error; if a part of another answer was sent, closes the connection."""
+        """If a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if self.sent_bytes:
             return
@@ -12925,7 +12903,7 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id_for(wanted: str) -> str:
-    """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
+    """The client's own if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
@@ -13031,7 +13009,7 @@ class Connection(StreamConnection):
             raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
-        """Has one request answered; True if the connection may carry another."""
+        """True if the connection may carry another request."""
         server, self.client = self.server, client
         server.open_requests += 1
         try:
@@ -13113,7 +13091,7 @@ class Connection(StreamConnection):
                 left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
-        """May the connection stay open after an answer that begins now? The unread rest must be small."""
+        """After an answer that begins now? The unread rest must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
             return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
@@ -13206,16 +13184,16 @@ class Server:
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.listeners: list[asyncio.Server] = []  # one for each of them
-        self.connections: set[Connection] = set()  # all with an open socket, also during TLS setup
+        self.listeners: list[asyncio.Server] = []
+        self.connections: set[Connection] = set()  # with an open socket, also during TLS setup
         self.used: collections.Counter[tuple[str, str]] = collections.Counter()  # by resource and holder; "": the process
         self.idle: dict[Connection, float] = {}  # without a request: since when, the longest first
         self.refused: dict[Connection, float] = {}  # beyond the limits: since when, the oldest first
-        self.empty = asyncio.Event()  # draining, and the last connection is gone
+        self.empty = asyncio.Event()  # draining, and no connection is left
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """Applies settings to the next connections and requests. Host, port and tls_cert stay."""
+        """For the next connections and requests. Host, port and tls_cert stay."""
         fit = connections_allowed_by_files()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
@@ -13275,7 +13253,7 @@ class Server:
         return ""
 
     def evict(self, waiting: Mapping[Connection, float], least_s: float) -> None:
-        """Closes the connection that has waited longest, if at least for least_s."""
+        """The one that has waited longest, if at least for least_s."""
         connection = next(iter(waiting), None)
         if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
             self.release(connection)
@@ -13294,7 +13272,7 @@ class Server:
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
-        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is not one of them."""
+        """Behind trusted proxies the last in X-Forwarded-For that is not one of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -13370,7 +13348,7 @@ FIRST_HANDED_FD = 3
 
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets of systemd. Removes the variables, so that no child sees them."""
+    """Removes the variables, so that no child sees them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -13421,7 +13399,7 @@ async def feed_watchdog() -> None:
 
 # --- 12.4 a running gateway ---
 
-# Settings that only a restart changes: a running server keeps its port, and its ledger.
+# Only a restart changes these: a running server keeps its port, and its ledger.
 RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
@@ -13439,7 +13417,7 @@ class GatewayServer(Server):
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
         self.gateway = gateway
-        self.lines: list[tuple[float, str]] = []  # of the access log: time and text, logged in blocks
+        self.lines: list[tuple[float, str]] = []  # of the access log: time and text
 
     async def drain(self, timeout_s: float | None) -> None:
         await super().drain(timeout_s)
@@ -13459,7 +13437,7 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
+        """For new requests: those in progress keep the old settings. ConfigError: nothing was changed."""
         old = self.gateway
         if self.context is not None:  # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)

@@ -8648,12 +8648,12 @@ class PriceSchedule(NamedTuple):
 
 
 def model_rows() -> Iterator[tuple[str, list[str]]]:
-    provider = ""
+    provider, shared = "", list[str]()
     for names, *columns in map(str.split, MODEL_TABLE.splitlines()):
-        if columns:
-            yield from ((provider + name, columns) for name in names.split(","))
+        if names.endswith("/"):
+            provider, shared = names, columns
         else:
-            provider = names
+            yield from ((provider + name, shared + columns) for name in names.split(","))
 
 
 @functools.cache
@@ -11598,6 +11598,7 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+CODEX_EFFORTS = "low medium high xhigh max ultra".split()
 CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
@@ -11649,12 +11650,13 @@ def codex_fields(model: str, table: str) -> JSON:
     """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
-        name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
+        name, visibility, effort, verbosity, highest, window, max_window, *more = line.split()
         if bare.startswith(name):
             agents, subagent_effort, *tools = [None if word == "-" else word for word in more]
             return {
                 "visibility": visibility, "support_verbosity": True, "default_verbosity": verbosity,
-                "default_reasoning_level": effort, "supported_reasoning_levels": efforts.split(","),
+                "default_reasoning_level": effort,
+                "supported_reasoning_levels": CODEX_EFFORTS[:CODEX_EFFORTS.index(highest) + 1],
                 "context_window": int(window), "max_context_window": int(max_window), "service_tiers": CODEX_TIERS,
                 "experimental_supported_tools": tools, "web_search_tool_type": "text_and_image",
                 "supports_image_detail_original": True,
@@ -15185,120 +15187,142 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # === 14. data ===
 
-# A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
-# cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:
-# overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= DeepSeek's hours,
-# any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
+# A provider, input and output tokens at most, factors; then models that share these: names; USD per million tokens of input,
+# output, cache read, cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); factors of these, the last for all
+# that follow: overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak=
+# DeepSeek's hours, any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2,
+# genai-prices 0.2.3.
 PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
-anthropic/
-claude-fable-5,claude-mythos-5 1000000 128000 10 50 1 12.5 20
-claude-fable-5-1,claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
-claude-fable-5-2,claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
-claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
-claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=5
-claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
-claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 1000000 128000 5 25 0.5 6.25 10
-claude-opus-5-5 1000000 128000 4 20 0.2 5 8
-claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
-claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
-claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
-claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
-deepseek/
-deepseek-flash,deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
-deepseek-v3.2 163840 163840 0.28 0.4 0.028
-deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
-google/
-gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
-gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
-gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
-gemini-3.1-pro-preview,gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
-gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
-gemini-3.5-flash-lite,gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=2
-gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
-groq/
-openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
-openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
-qwen/qwen3.8-27b 131072 16384 0.8 4
-meta/
-muse-spark-1.3 1048576 131072 1.25 4.25 0.15
-muse-wonder-1.0 1048576 131072 4 20 0.2
-minimax/
-MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=2
-MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
-mistral/
-codestral-2508,codestral-latest 128000 128000 0.3 0.9 0.03
-devstral-latest,devstral-medium-latest 256000 256000 0.4 2 0.04
-devstral-small-latest 256000 256000 0.1 0.3 0.01
-magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 262144 262144 1.5 7.5 0.15
-magistral-small-latest,mistral-small-2603,mistral-small-latest 262144 262144 0.15 0.6 0.015
-ministral-14b-2512,ministral-14b-latest 262144 262144 0.2 0.2 0.02
-ministral-3b-2512,ministral-3b-latest 131072 131072 0.1 0.1 0.01
-ministral-8b-2512,ministral-8b-latest 262144 262144 0.15 0.15 0.015
-mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
-mistral-large-3,mistral-large-latest 262144 262144 0.5 1.5 0.05
-mistral-large-4 1048576 1048576 0.7 2.1 0.07
-mistral-small 32000 8191 0.1 0.3 0.01
-pixtral-large-latest 128000 128000 2 6 0.2
-moonshot/
-kimi-k2.6 262144 262144 0.95 4 0.16
-kimi-k2.7-code 262144 262144 0.95 4 0.19
-kimi-k3 1048576 1048576 3 15 0.3 3 6
-kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
-kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
-openai/
-chat-latest 400000 128000 5 30 0.5
-daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2
-daybreak-red,gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
-gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
-gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
-gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
-gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
-gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
-gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
-gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
-gpt-5-pro 400000 272000 15 120 ends=2026-12-11
-gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
-gpt-5.2 272000 128000 1.75 14 0.175
-gpt-5.2-pro 272000 128000 21 168
-gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
-gpt-5.4 1050000 128000 2.5 15 0.25 over272000=2/1.5/2 geo=1.1
-gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
-gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
-gpt-5.4-pro,gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
-gpt-5.5 1050000 128000 5 30 0.5 over272000=2/1.5/2 priority=2.5 geo=1.1
-gpt-5.5-cyber 272000 128000 12.5 75 1.25
-gpt-5.6,gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
-gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=2/1.5/2 geo=1.1
-gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=2/1.5/2 geo=1.1
-gpt-6-astra-law 922000 128000 10 50 1
-gpt-6-cyber 922000 128000 20 100 2 25 50
-gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=2/1.5/2 geo=1.1
-gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=2/1.5/2
-gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/1.5/2 geo=1.1
-gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=2/1.5/2 geo=1.1
-gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-rosalind-discovery,gpt-rosalind-research 272000 128000 5 25 0.5
-o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
-o3-pro 200000 100000 20 80 ends=2026-12-11
-xai/
-grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
-grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
-grok-4.5,grok-4.5-latest,grok-build-latest 500000 500000 2 6 0.3
-grok-4.6,grok-4.7 500000 500000 2 6 0.5
-grok-build-0.1,grok-code-fast 256000 256000 1 2 0.2
-grok-code-fast-1 256000 256000 1 2 0.2 ends=2026-05-15
-zai/
-glm-5.3 1000000 128000 1.4 4.4 0.26
-glm-5.3-flash 1048576 128000 0.15 0.5 0.03
-glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
+anthropic/ 1000000 128000
+claude-fable-5,claude-mythos-5 10 50 1 12.5 20
+claude-fable-5-1,claude-mythos-5-1 10 50 0.25 12.5 20
+claude-fable-5-2,claude-mythos-5-2 8 40 0.2 10 16
+claude-haiku-5-5 0.1 0.5 0.01 0.125 0.2 over100000=5
+claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 5 25 0.5 6.25 10
+claude-opus-5-5 4 20 0.2 5 8
+claude-sonnet-4-6 3 15 0.3 3.75 6
+claude-sonnet-5 2 10 0.2 2.5 4
+claude-sonnet-5-5 2 10 0.1 2.5 4
+anthropic/ 200000 64000
+claude-haiku-4-5 1 5 0.1 1.25 2
+claude-opus-4-5 5 25 0.5 6.25 10
+claude-sonnet-4-5 3 15 0.3 3.75 6 ends=2026-11-30
+deepseek/ 1000000 393216
+deepseek-flash,deepseek-v4-flash 0.15 0.6 0.003 peak=2
+deepseek-v4-pro 0.66 1.98 0.022 peak=2
+deepseek/ 163840 163840
+deepseek-v3.2 0.28 0.4 0.028
+google/ 1048576 65536
+gemini-2.5-flash 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-2.5-flash-lite 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
+gemini-2.5-pro 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-3-flash-preview 0.5 3 0.05 flex=0.5/0.5/1
+gemini-3.1-flash-lite 0.25 1.5 0.025 ends=2027-05-07
+gemini-3.1-pro-preview,gemini-pro-latest 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+gemini-3.5-flash 1.5 9 0.15 flex=0.5/0.5/0.533334
+gemini-3.5-flash-lite,gemini-flash-lite-latest 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 0.75 3.75 0.075 from2027-01-01=2
+google/ 1048576 1048576
+gemini-4-argon 2 10 0.1 from2026-12-01=2
+gemini-4-hydrogen 1.5 7.5 0.075
+groq/ 131072 65536
+openai/gpt-oss-120b 0.15 0.6 0.075
+openai/gpt-oss-20b 0.075 0.3 0.0375
+groq/ 131072 16384
+qwen/qwen3.8-27b 0.8 4
+meta/ 1048576 131072
+muse-spark-1.3 1.25 4.25 0.15
+muse-wonder-1.0 4 20 0.2
+minimax/ 1000000 128000
+MiniMax-M3 0.3 1.2 0.06 over512000=2
+MiniMax-M3.1-Flash 0.15 0.6 0.015
+mistral/ 128000 128000
+codestral-2508,codestral-latest 0.3 0.9 0.03
+pixtral-large-latest 2 6 0.2
+mistral/ 256000 256000
+devstral-latest,devstral-medium-latest 0.4 2 0.04
+devstral-small-latest 0.1 0.3 0.01
+mistral/ 262144 262144
+magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 1.5 7.5 0.15
+magistral-small-latest,mistral-small-2603,mistral-small-latest 0.15 0.6 0.015
+ministral-14b-2512,ministral-14b-latest 0.2 0.2 0.02
+ministral-8b-2512,ministral-8b-latest 0.15 0.15 0.015
+mistral-large-2512 0.5 1.5 0.05 ends=2027-04-30
+mistral-large-3,mistral-large-latest 0.5 1.5 0.05
+mistral/ 131072 131072
+ministral-3b-2512,ministral-3b-latest 0.1 0.1 0.01
+mistral/ 1048576 1048576
+mistral-large-4 0.7 2.1 0.07
+mistral/ 32000 8191
+mistral-small 0.1 0.3 0.01
+moonshot/ 262144 262144
+kimi-k2.6 0.95 4 0.16
+kimi-k2.7-code 0.95 4 0.19
+moonshot/ 1048576 1048576
+kimi-k3 3 15 0.3 3 6
+kimi-k3.1-pro 2 10 0.2 2 4
+kimi-k3.1-pro-highspeed 4 20 0.2 4 8
+openai/ 400000 128000
+chat-latest 5 30 0.5
+openai/ 922000 128000
+daybreak-blue 4 20 0.4 5 10 over272000=2/1.5/2
+gpt-6-astra-law 10 50 1
+gpt-6-cyber 20 100 2 25 50
+gpt-6-rosalind 15 75 1.5 18.75 37.5 over272000=2/1.5/2
+openai/ 272000 128000
+daybreak-red,gpt-5.6-cyber 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-5 1.25 10 0.125 ends=2026-12-11
+gpt-5-mini 0.25 2 0.025 priority=1.8 ends=2026-12-11
+gpt-5-nano 0.05 0.4 0.005 ends=2026-12-11
+gpt-5.1 1.25 10 0.125 ends=2027-04-01
+gpt-5.2 1.75 14 0.175
+gpt-5.2-pro 21 168
+gpt-5.3-codex 1.75 14 0.175 ends=2027-04-01
+gpt-5.4-mini 0.75 4.5 0.075 geo=1.1
+gpt-5.4-nano 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
+gpt-5.5-cyber 12.5 75 1.25
+gpt-rosalind-discovery,gpt-rosalind-research 5 25 0.5
+openai/ 1047576 32768
+gpt-4.1 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
+gpt-4.1-mini 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
+openai/ 128000 16384
+gpt-4o 2.5 10 1.25 priority=1.7 ends=2027-01-14
+gpt-4o-mini 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
+openai/ 400000 272000
+gpt-5-pro 15 120 ends=2026-12-11
+openai/ 1050000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.4 2.5 15 0.25
+gpt-5.4-pro,gpt-5.5-pro 30 180 over272000=2/1.5
+gpt-5.5 5 30 0.5 priority=2.5
+gpt-6.2-astra 8 40 0.4 10 20
+gpt-6.2-sol 2 10 0.1 2.5 5
+openai/ 922000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.6,gpt-5.6-sol 4 20 0.4 5 10
+gpt-5.6-luna 0.2 1.2 0.02 0.25 0.5
+gpt-5.6-terra 2 12 0.2 2.5 5
+gpt-6-astra 10 50 1 12.5 25
+gpt-6-luna 0.1 0.5 0.01 0.125 0.25
+gpt-6-sol 2 10 0.2 2.5 5
+gpt-6.1-sol 2 10 0.1 2.5 5
+gpt-6.1-terra 1 5 0.05 1.25 2.5
+openai/ 200000 100000
+o3 2 8 0.5 priority=1.75 ends=2026-12-11
+o3-pro 20 80 ends=2026-12-11
+xai/ 1000000 1000000
+grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1.25 2.5 0.2
+grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1.25 2.5 0.2
+xai/ 500000 500000
+grok-4.5,grok-4.5-latest,grok-build-latest 2 6 0.3
+grok-4.6,grok-4.7 2 6 0.5
+xai/ 256000 256000
+grok-build-0.1,grok-code-fast 1 2 0.2
+grok-code-fast-1 1 2 0.2 ends=2026-05-15
+zai/ 1000000 128000
+glm-5.3 1.4 4.4 0.26
+zai/ 1048576 128000
+glm-5.3-flash 0.15 0.5 0.03
+glm-5.3-flashx 0.37 1.25 0.075
 """
 
 # What layers 6 and 7 know of servers, models and providers, in the form of `overrides`: names or prefixes, then fields. A row
@@ -15406,32 +15430,32 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 """)
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
-# name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
-# of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see agent_settings.
+# name; shown in its picker? default effort and verbosity; highest effort; context window, and how large a user may make it;
+# version of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its
+# prompts (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
-gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-sol   list low    low ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.2-astra list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-astra list low    low ultra 272000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.1-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6.1-terra list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6-astra   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh send_user_message_async clock
-gpt-6-sol     list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -     send_user_message_async clock
-gpt-6-luna    list medium low low,medium,high,xhigh,max       272000 872000 v2 -     send_user_message_async clock
-gpt-5.6-sol   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-terra list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-luna  list medium low low,medium,high,xhigh,max       272000 872000 v1 -
-gpt-5.5       list medium low low,medium,high,xhigh           272000 272000 -  -
-gpt-daybreak-blue-latest hide low    low  low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-daybreak-red-latest  hide medium high low,medium,high,xhigh,max,ultra 372000 372000 v2 -
-codex-auto-review        hide medium low  low,medium,high,xhigh,max       272000 872000 v1 -
+gpt-6.1-sol   list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6.1-terra list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6-astra   list low    low ultra 272000 872000 v2 xhigh send_user_message_async clock
+gpt-6-sol     list medium low ultra 272000 872000 v2 -     send_user_message_async clock
+gpt-6-luna    list medium low max   272000 872000 v2 -     send_user_message_async clock
+gpt-5.6-sol   list low    low ultra 272000 872000 v2 -
+gpt-5.6-terra list medium low ultra 272000 872000 v2 -
+gpt-5.6-luna  list medium low max   272000 872000 v1 -
+gpt-5.5       list medium low xhigh 272000 272000 -  -
+gpt-daybreak-blue-latest hide low    low  ultra 272000 872000 v2 -
+gpt-daybreak-red-latest  hide medium high ultra 372000 372000 v2 -
+codex-auto-review        hide medium low  max   272000 872000 v1 -
 """
 CODEX_OLD_TABLE = """\
-gpt-5.4-mini  list medium medium low,medium,high,xhigh 272000 272000  - -
-gpt-5.4       list xhigh  low    low,medium,high,xhigh 272000 1000000 - -
-gpt-5.3-codex list medium low    low,medium,high,xhigh 272000 272000  - -
-gpt-5.2       list medium low    low,medium,high,xhigh 272000 272000  - -
+gpt-5.4-mini  list medium medium xhigh 272000 272000  - -
+gpt-5.4       list xhigh  low    xhigh 272000 1000000 - -
+gpt-5.3-codex list medium low    xhigh 272000 272000  - -
+gpt-5.2       list medium low    xhigh 272000 272000  - -
 """             # these only 0.128 knows
 
 # The base prompt of catalogue entries: Codex sends none of its own for a model that a catalogue describes.

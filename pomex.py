@@ -4234,8 +4234,8 @@ def api_of(path: str) -> str:
 
 # === 6. providers ===
 #
-# One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
-# that is fed one event at a time and calls a Sink. Then the table.
+# One block per wire API: an encoder of the whole request, and a decoder that is fed one event at a time and
+# calls a Sink. Then the table.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
@@ -4243,14 +4243,14 @@ def object_in(holder: JSON, name: str) -> JSON:
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
-    """The objects in the member of this name, which should be an array."""
+    """The objects in the array of this name."""
     return only_dicts(holder.get(name))
 
 
 # --- 6.0 errors of providers ---
 #
-# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
-# because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
+# Routing decides by the kind of a failure, because the status misleads: Gemini answers a bad key with 400,
+# and llama.cpp refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -4258,7 +4258,7 @@ ErrorKind: TypeAlias = Literal[
 
 
 class ErrorClass(NamedTuple):
-    """The client's error for one kind of failure. Status 0: the provider's own if it is a 4xx, else 400."""
+    """The client's error. Status 0: the provider's own if it is a 4xx, else 400."""
     status: int
     type: str = "server_error"
     code: str = "server_error"
@@ -4277,8 +4277,7 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
-# message.
+# The first match decides: a name of the failure (error_names, the HTTP status), or its message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
@@ -4309,8 +4308,8 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
-MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
-MAX_SOURCE_TEXT = 65536         # characters of it that are searched for configured secrets
+MAX_UPSTREAM_TEXT = 300  # characters of a message that the client gets
+MAX_SOURCE_TEXT = 65536  # characters searched for configured secrets
 MAX_RETRY_AFTER_S = 60.0
 
 # keys, tokens and paths
@@ -4320,7 +4319,6 @@ SECRET = re.compile(
     r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# the places of errors of all forms, and the names of their fields
 ERROR_FIELDS = "error base_resp errors ret detail".split()
 MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
 CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
@@ -4342,8 +4340,8 @@ class ProviderError(UpstreamError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
-        upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
-        source_text: str = "",          # the provider's text before `redacted` shortened it
+        upstream_status: int = 0,  # 0: in a stream, or no answer at all
+        source_text: str = "",  # before `redacted` shortened it
     ) -> None:
         shown = ERROR_CLASSES[kind]
         status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
@@ -4358,14 +4356,13 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    """The failure in an HTTP answer."""
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
+    """Without an HTTP status the one in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -4376,7 +4373,7 @@ def classify_error(
     message = redacted(source) or f"The provider {answered} without a reason."
     if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
-        source = ""                     # remarks on our key are not for the client
+        source = ""  # remarks on our key are not for the client
     code, param = str(fields["code"] or ""), fields.get("param")
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
@@ -4394,12 +4391,11 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
-    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
-    `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost wins: in `error` (or a
+    string), MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's `detail`."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
-        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
+        if isinstance(decoded, list):  # Gemini wraps one in an array; FastAPI lists several
             texts = [each for each in decoded if isinstance(each, str)]
             decoded = "; ".join(texts) or decoded[0]
             continue
@@ -4407,7 +4403,7 @@ def error_object(decoded: Any) -> JSON:
         text, code = (
             next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
         fields |= without_empty({**level, "message": value_text(text), "code": code})
-        if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
+        if isinstance(level.get("loc"), list):  # FastAPI
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
         raw = object_in(level, "metadata").get("raw")
@@ -4428,8 +4424,8 @@ def decode_error(text: str) -> Any:
 
 
 def error_names(fields: JSON) -> list[str]:
-    """The provider's own names for the failure, in lower case."""
-    names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
+    """The provider's names for the failure, in lower case."""
+    names = ["tool_use_failed"] if "failed_generation" in fields else []  # Groq
     holders = [fields, object_in(fields, "metadata")]
     for detail in objects_in(fields, "details"):
         holders += [detail, *objects_in(detail, "violations")]
@@ -4440,8 +4436,7 @@ def error_names(fields: JSON) -> list[str]:
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
-    count; a code that means success never does."""
+    """Is an event, or a `whole` answer with 200, an error? With content only for `error` and `base_resp`."""
     if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
@@ -4464,8 +4459,8 @@ def value_text(value: Any) -> str:
 
 
 def plain_text(text: str) -> str:
-    """The title of an HTML page, else the text of a body that is not JSON."""
-    text = text[:8192]          # both patterns search for an end from every start
+    """The title of an HTML page, else its text."""
+    text = text[:8192]  # both patterns search for an end from every start
     title = HTML_TITLE.search(text)
     words = title[1] if title else HTML_TAG.sub(" ", text)
     return " ".join(words.split())
@@ -4478,7 +4473,7 @@ def redacted(text: str) -> str:
 
 
 def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Removes the configured secrets from a provider's text, even one that `redacted` cut in two."""
+    """Removes the configured secrets, even one that `redacted` cut in two."""
     source = getattr(error, "source_text", "") or str(error)
     if configured.search(f"{source} {error.code} {error.param}"):
         error.args = (redacted(configured.sub("[redacted]", source)),)
@@ -4488,7 +4483,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 
 # --- the time to wait
 
-NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"  # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -4496,9 +4491,9 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """The wait in seconds that the provider requests, at most 60, or None. The first source above 0 counts
-    (Azure sends `retry-after-ms: 0` beside `retry-after: 1`); among exhausted limits the longest counts.
-    Points in time are relative to the answer's Date, else to `now_s`."""
+    """The provider's wait, at most 60 s, or None. The first source above 0 counts (Azure sends
+    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are relative
+    to the answer's Date, else to `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
@@ -4516,8 +4511,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other
-    text."""
+    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; else 0."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
     if re.fullmatch(NUMBER, text):
@@ -4526,7 +4520,7 @@ def wait_s(text: str, date_s: float) -> float:
 
 
 def parse_time_s(text: str) -> float:
-    """Seconds since 1970 for an HTTP date or an RFC 3339 time; 0 for anything else."""
+    """The Unix time of an HTTP date or an RFC 3339 time; else 0."""
     for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
         try:
             return read(text).timestamp()
@@ -4540,7 +4534,7 @@ def parse_time_s(text: str) -> float:
 # the gateway answers these itself, or every wire carries them as far as it can
 CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
 stream stream_options store background metadata client_metadata prompt_cache_key""".split())
-# values that request only the default behavior
+# values that mean the default
 NEUTRAL: dict[str, list[Any]] = {
     "text.verbosity": ["medium"],
     "service_tier": ["auto", "default"],
@@ -4551,7 +4545,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
-# keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
+# carried or without effect; other types are carried or reported as a whole
 KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -4566,7 +4560,7 @@ KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
 
 
 def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
-    """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
+    """Keys that no wire carries, as PREFIX:TYPE.KEY."""
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
@@ -4578,7 +4572,7 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields of a request that are not null; nested fields by their paths."""
+    """Those that are not null; nested ones by their paths."""
     fields: JSON = {}
     for name, value in body.items():
         nested = isinstance(value, dict) and name in ("reasoning", "text")
@@ -4590,8 +4584,8 @@ EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The value for `effort`: `values` has one for each of EFFORTS, and the last covers all that follow. ""
-    for "-" and without an effort. An unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """`values` has one for each of EFFORTS, the last for all that follow; "" for "-" and without an effort.
+    An unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
@@ -4603,12 +4597,12 @@ VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
 
 @functools.lru_cache(1000)
 def bare_model_name(name: str) -> str:
-    """A model's name without its vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
+    """Without the vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
     return VENDOR.sub("", name).replace(".", "-")
 
 
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
-    """The entry for the longest matching prefix of the model's name; None if no prefix matches."""
+    """The entry of the model's longest prefix, or None."""
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
@@ -4617,15 +4611,15 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
 
 
 def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
-    """Adds the rows of a table in layer 14, each for several names; omitted fields have the usual values."""
+    """Adds a table of layer 14, whose rows are for several names and omit what is `usual`."""
     for names, fields in json.loads(text).items():
         base = table.get(fields.pop("like", None), usual)
         table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
+    """tool_choice: "none", "auto" or "required", and the only tools that may be called, if any are named.
+    Every wire can force one tool; in `subset_modes` it accepts several names."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -4644,18 +4638,16 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         return "auto", []
     if mode in subset_modes or (mode == "required" and len(names) == 1):
         return mode, names
-    if not offered.keys() <= set(names):  # all tools stay offered, because prompt caches begin with them
+    if not offered.keys() <= set(names):  # all stay offered: prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
     return mode, []
 
 
 def without_empty(fields: JSON) -> JSON:
-    """Removes the fields that have no effect: null, "", [] and {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
-    """The id if the provider accepts it, else a digest of it."""
     return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
@@ -4663,9 +4655,8 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, 
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. A subclass has a method for each type of plain items and one
-    for files."""
-    PARTS = "content"           # the field of a message for its parts
+    """A History as a provider's messages. Subclasses have a method for each type of items, and for files."""
+    PARTS = "content"  # the field for parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
@@ -4687,7 +4678,7 @@ class TurnEncoder:
             self.add_system(text_of(parts, "\n\n"))
 
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Merges neighbours of one role into one message: many servers require alternating roles."""
+        """Merges neighbours of one role: many servers require alternating ones."""
         if parts and role == self.last_role():
             self.out[-1][self.PARTS] += parts
         elif parts:
@@ -4697,7 +4688,7 @@ class TurnEncoder:
         return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
-        """Adds a system message after the leading ones: few servers have a place for it."""
+        """After the leading ones few servers have a place for it."""
         if text:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
@@ -4709,7 +4700,7 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
+        """Without empty texts; parts that the provider cannot take are named."""
         if isinstance(content, str):
             return [part for part in [self.text_part(content)] if part]
         parts = []
@@ -4739,9 +4730,9 @@ LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
 def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
-    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    """The client's own bytes with `model` replaced and fields added, and whether that is exact."""
     named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    # a NUL, which JSON cannot contain, takes the place of a long input
     raw, around = request.raw, request.around
     start, end = around.start or len(raw), len(raw) - around.behind
     outside, models = MODEL_FIELD.subn(
@@ -4756,11 +4747,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
     body = request.body
-    envelopes: dict[bytes, bytes] = {}      # envelope -> its content
+    envelopes: dict[bytes, bytes] = {}
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
-            if not dropped:         # otherwise the two lists do not match
+            if not dropped:  # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
@@ -4781,7 +4772,7 @@ reasoning.summary truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
-    """The body for a server that knows messages, functions and reasoning, and refuses everything else."""
+    """For a server that knows messages, functions and reasoning, and refuses everything else."""
     history, functions = ctx.history, ctx.tool_map.functions
     body: JSON = {"model": ctx.model}
     if history.system:
@@ -4801,7 +4792,7 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 
 
 def responses_item(item: JSON, index: int) -> JSON:
-    """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
+    """In the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
         return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
@@ -4832,8 +4823,8 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
-# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
+# Patterns of refusals that every later turn would meet, and the change of the body for each, called with the
+# pattern's groups. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
 def drop_reasoning(body: JSON, *refused: str) -> None:
     """The model does not reason, or not at this effort."""
@@ -4857,39 +4848,37 @@ REFUSED = re.compile(r"invalid_\w+|\w*image\w*|\w+_policy(_violation)?")
 
 
 def responses_error(error: Any) -> GatewayError:
-    """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
     return classify_error(error)
 
 
 class TextDelta(NamedTuple):
-    """An event with a piece of an open item's text, and nothing else."""
-    field: str              # the field with the piece
-    pieces: list[str]       # the decoder's list of them
-    key: Any                # for the sink
+    """A piece of an open item's text, and nothing else."""
+    field: str
+    pieces: list[str]  # the decoder's list of them
+    key: Any  # for the sink
     channel: PartType
 
 
 class Decoder:
-    """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
+    """Reads one upstream stream and calls its sink."""
     sink: Sink
-    delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    delta: TextDelta | None = None  # of the last event; none for Responses, which numbers its events
     failed = False
-    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
+    paused: list[JSON] = []  # of a paused turn: to be returned to the provider
 
-    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+    items_begun = 0  # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None  # reported if nothing else follows
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
-        self.settings = settings        # the known properties of the model or the server
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.settings = settings  # of the model or the server
+        self.prefix = prefix  # of call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
-        alone may mark an error."""
+        """Ignores unknown events; UpstreamError for an unreadable one. The name alone may mark an error."""
         data = data.strip()
         if name == "error":
             error = parse_object(data) or {"message": plain_text(data)}
@@ -4903,7 +4892,7 @@ class Decoder:
         """Handles [DONE], which only a chat stream needs."""
 
     def read(self, event: Any) -> Any:
-        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        """For Responses, returns the UpstreamItem that the event begins or ends."""
         try:
             return self.on_event(event)
         except ProviderError as error:
@@ -4914,17 +4903,17 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
+        """Calls the method for its type, if any. ProviderError: it reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
 
     def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        """Reads an answer that was not streamed; Gemini's may be an array."""
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        """A clean end of the body is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
             self.sink.fail(self.notice)
 
@@ -4933,7 +4922,7 @@ class Decoder:
         return self.items_begun - 1
 
     def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
+        """The provider's, or one made here if it is missing or was used before."""
         call_id = str(given or f"{self.prefix}{item_key}")
         if call_id in self.call_ids:
             call_id = f"{call_id}_{item_key}"
@@ -4951,21 +4940,17 @@ class Decoder:
         self.sink.done(result=data)
 
     def _annotate(self, start: int, end: int, source: JSON) -> None:
-        """Adds the source of a span of characters of the open message, if it has an address."""
+        """Adds the source of some characters of the open message, if it has an address."""
         if isinstance(source.get("url"), str):
             self.sink.annotate({
-                "type": "url_citation",
-                "start_index": start,
-                "end_index": end,
-                "url": source["url"],
-                "title": source.get("title") or "",
-            })
+                "type": "url_citation", "start_index": start, "end_index": end,
+                "url": source["url"], "title": source.get("title") or ""})
 
 
 class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
-    asked_12h = False       # of the prompt cache
+    asked_12h = False  # of the prompt cache
     ended = False
 
     def __init__(self, *given: Any) -> None:
@@ -4973,7 +4958,7 @@ class ResponsesDecoder(Decoder):
         self.items = UpstreamItems()
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
-        """The failure in data that is not an event of this API, by the event's name or in any form."""
+        """The failure in data that is not an event of this API."""
         body = parse_object(data) or {}
         if not named and not states_error(body, whole):
             return None
@@ -4986,7 +4971,7 @@ class ResponsesDecoder(Decoder):
         return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the last event of a stream."""
+        """Like the last event of a stream."""
         response = as_dict(body)
         error, status = response.get("error"), response.get("status")
         if not isinstance(response.get("output"), list) and not error:
@@ -4996,8 +4981,7 @@ class ResponsesDecoder(Decoder):
         self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
-        """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
-        1)."""
+        """If every item is done, the model had finished, but not after reasoning alone."""
         kinds = {known.kind for known in self.items}
         if not self.ended and not self.items.open_count and not kinds <= {"reasoning"}:
             incomplete = any(known.item.get("status") == "incomplete" for known in self.items)
@@ -5015,7 +4999,7 @@ class ResponsesDecoder(Decoder):
     on_output_item_added = on_output_item_done
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
-        """Begins the item for the sink. Kinds without texts are sent whole, once done."""
+        """Kinds without texts are sent whole, once done."""
         if known.shown:
             return
         known.shown = True
@@ -5032,7 +5016,6 @@ class ResponsesDecoder(Decoder):
             self._extend(known, text, "")
 
     def _text(self, event: JSON, name: str, step: str) -> None:
-        """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
@@ -5053,8 +5036,8 @@ class ResponsesDecoder(Decoder):
     on_reasoning_summary_part_done = on_content_part_done
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
-        """Extends a text. Empty arguments wait: `{}` may be a placeholder for later ones."""
-        if not known.shown and known.kind != "call":    # late `added` (litellm#22102); a call needs a name
+        """Empty arguments wait: `{}` may be a placeholder for later ones."""
+        if not known.shown and known.kind != "call":  # late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -5069,13 +5052,13 @@ class ResponsesDecoder(Decoder):
             self.sink.add(known.index, piece, text.channel, text.index)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds the part of a whole text beyond its pieces. An item's last text may grow, none may shrink."""
+        """Adds what is beyond the pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
-        """Adds the content of an item's snapshot beyond its events."""
+        """Adds what is beyond the item's events."""
         texts = item_texts(snapshot)
         found = pair(
             texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
@@ -5112,13 +5095,13 @@ class ResponsesDecoder(Decoder):
         if not known.texts:
             self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                         # the sink closes it at the end of the answer
+            known.closed = True  # the sink closes it at the end of the answer
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
         for text in known.texts:
-            if not text.sent and text.so_far():         # the start of the arguments
+            if not text.sent and text.so_far():  # the start of the arguments
                 self.sink.add(known.index, text.so_far(), text.channel, text.index)
         known.closed = True
         item = known.item
@@ -5126,7 +5109,7 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+        if sealed and isinstance(sealed, str):  # Copilot's is bound to the id: "item_id did not match"
             fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
@@ -5164,7 +5147,7 @@ class ResponsesDecoder(Decoder):
             elif call and complete and item.get("name") and known.texts:
                 text = known.texts[0]
                 if text.channel == "input" or parse_object(text.so_far()) is not None:
-                    self._finish(known, {**item, "status": "completed"})    # only its `done` is missing
+                    self._finish(known, {**item, "status": "completed"})  # only its `done` is missing
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -5173,7 +5156,7 @@ class ResponsesDecoder(Decoder):
 
 
 def event_type(event: JSON) -> Any:
-    """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    """Without a type it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
     if event.get("type") is None:
         return "error" if states_error(event) else ""
     return event["type"]
@@ -5202,56 +5185,53 @@ END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
 
 
 def search_action(queries: list[str]) -> JSON:
-    """The action of a web_search_call item."""
     return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects ---
 #
-# One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
-# accepts every server's stream differences, so it has hardly a branch by dialect.
+# One wire API for some forty kinds of server: DIALECTS has the differences of requests. The decoder accepts
+# every server's stream.
 
 class EffortRule(NamedTuple):
-    """How models accept a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any.
-    `always` is part of every request."""
+    """One of EFFORT_FORMS, a value for each of EFFORTS, if any, and what is `always` part of a request."""
     form: str = "effort"
     values: str = ""
     always: Mapping[str, Any] = {}
 
 
 class Dialect(NamedTuple):
-    """The properties of one kind of chat server: values only."""
+    """The properties of one kind of chat server."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # the reasoning's field
-    replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
-    efforts: Mapping[str, JSON] = {}        # by a part of the model's name: the first match counts
-    think_tags: bool = False        # an answer may begin with <think>
-    system_anywhere: bool = False   # system messages may be anywhere
+    replay_always: bool = False  # calls without it are refused, even if empty: "must be passed back"
+    efforts: Mapping[str, JSON] = {}  # by a part of the model's name: the first match counts
+    think_tags: bool = False  # an answer may begin with <think>
+    system_anywhere: bool = False
     strict_tools: bool = False
-    tool_parts: bool = False        # tool results may contain images
-    files: bool = False             # {"type": "file"} parts are supported
-    json_schema: bool = True        # response_format may be a schema
-    forced_choice: bool = True      # tool_choice may force a call
-    short_ids: bool = False         # call ids must be nine letters or digits
+    tool_parts: bool = False  # tool results may contain images
+    files: bool = False  # {"type": "file"} parts
+    json_schema: bool = True  # response_format may be a schema
+    forced_choice: bool = True  # tool_choice may force a call
+    short_ids: bool = False  # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens include the reasoning even if its count is larger
     tool_stream: bool = False  # arguments are streamed only on request; otherwise minutes pass in silence
     passthrough_fields: Sequence[str] = ()
 
 
-DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
+DIALECTS: dict[str, Dialect] = {}  # filled in layer 14
 
 
 # --- the request
 
 SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
-CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
+CALL_ID = re.compile(".{0,40}", re.DOTALL)  # OpenAI: "Expected a string with maximum length 40"
 
 
-SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()  # of all servers
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
-    """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
@@ -5278,21 +5258,19 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     tools = []
     for given in ctx.tool_map.functions:
         function = {**given}
-        if not ctx.settings.strict_tools:       # most servers refuse a tool with it
+        if not ctx.settings.strict_tools:  # most servers refuse a tool with it
             function.pop("strict", None)
         tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None                          # like auto: every server's default
+    choice: Any = None  # like auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
     elif names:
         choice = {"type": "function", "function": {"name": names[0]}}
     elif mode != "auto":
         choice = mode
-    return {
-        "tools": tools,
-        "tool_choice": choice,
-        "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
+    parallel = ctx.request.get("parallel_tool_calls")
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
@@ -5307,7 +5285,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     return None if kind == "text" else {"type": kind}, ""
 
 
-EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for a value
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # value -> request fields
     "effort": lambda value: {"reasoning_effort": value},
     "reasoning": lambda value: {"reasoning": {"effort": value}},
     "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
@@ -5319,7 +5297,6 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
 
 
 def chat_thinking(ctx: EncodeContext) -> JSON:
-    """The request fields about reasoning."""
     name = ctx.model.lower()
     fitting = (rule for part, rule in ctx.settings.efforts.items() if part in name)
     rule = EffortRule(**next(fitting, {}))
@@ -5329,8 +5306,7 @@ def chat_thinking(ctx: EncodeContext) -> JSON:
 
 
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: an assistant's turn is one message, followed by the results of its
-    calls."""
+    """An assistant's turn is one message, followed by the results of its calls."""
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` ends the system message."""
@@ -5342,7 +5318,7 @@ class ChatMessages(TurnEncoder):
                     self.message(item)
         # Mistral and Claude behind a router refuse a final assistant message
         self.add_fillers(may_begin=True)
-        for message in self.out:                # joined once: merging neighbours one by one is quadratic
+        for message in self.out:  # joined once: merging neighbours one by one is quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
@@ -5368,10 +5344,8 @@ class ChatMessages(TurnEncoder):
                 replays.append(item["sealed_replay"])
             else:
                 calls[item["call_id"]] = {
-                    "id": self._call_id(item["call_id"]),
-                    "type": "function",
-                    "function": {"name": item["name"], "arguments": item["arguments"]},
-                }
+                    "id": self._call_id(item["call_id"]), "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]}}
         text = text_of(parts, "\n\n")
         if not text and not calls:
             return
@@ -5392,7 +5366,7 @@ class ChatMessages(TurnEncoder):
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
-        images: list[JSON] = []         # for the user message after them
+        images: list[JSON] = []  # for the user message after them
         for result in results:
             output = result["output"]
             parts = [] if isinstance(output, str) else self.encode_parts(output)
@@ -5400,14 +5374,11 @@ class ChatMessages(TurnEncoder):
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
-            elif others:                # elsewhere a tool message is only text
+            elif others:  # elsewhere a tool message is only text
                 images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
                 content = content or "The images follow."
-            self.out.append({
-                "role": "tool",
-                "tool_call_id": self._call_id(result["call_id"]),
-                "content": content,
-            })
+            call_id = self._call_id(result["call_id"])
+            self.out.append({"role": "tool", "tool_call_id": call_id, "content": content})
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
@@ -5422,7 +5393,7 @@ class ChatMessages(TurnEncoder):
         url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
             image = {"url": url}
-            if file.detail in ("low", "high"):      # auto is the default; other values are unknown
+            if file.detail in ("low", "high"):  # auto is the default; other values are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
@@ -5432,10 +5403,10 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
+scan_string = vars(json.decoder)["scanstring"]  # unknown to type checkers
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one text may come in two of them
 TEXT_CHANNELS: dict[str, PartType] = {
     "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
@@ -5447,27 +5418,26 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 @dataclass(slots=True)
 class ChatCall:
-    """A tool call that is being streamed."""
     name: str
-    id: str = ""                    # from the provider, "" if missing
-    item_key: int | None = None     # None: neither its name nor its item has arrived
+    id: str = ""  # "" if missing
+    item_key: int | None = None  # None: neither name nor item has arrived
     closed: bool = False
-    streamed: bool = False          # its arguments arrived after its item
-    next_name: str = ""             # its name, if a piece without arguments repeated it
+    streamed: bool = False  # its arguments arrived after its item
+    next_name: str = ""  # its name, if a piece without arguments repeated it
     arguments: io.StringIO = field(default_factory=io.StringIO)
-    last: str = ""                  # their last character that is not blank
-    held: str = ""                  # a piece whose meaning depends on the next one
-    scanned: int = 0                # number of their characters scanned for braces
+    last: str = ""  # the last that is not blank
+    held: str = ""  # a piece whose meaning the next one shows
+    scanned: int = 0  # characters scanned for braces
     depth: float = 0
-    quote: str = ""                 # of an open string
+    quote: str = ""  # of an open string
 
     @property
     def text(self) -> str:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns the new part of it: some servers repeat pieces. An ambiguous piece is held
-        until the next one; the empty piece is the last."""
+        """Returns what is new in a piece: some servers repeat pieces. An ambiguous one is held until the
+        next; the empty one is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -5475,7 +5445,7 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+        if self.last and length <= 2 * len(piece):  # a shorter piece repeats nothing
             rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
@@ -5490,7 +5460,7 @@ class ChatCall:
         return text
 
     def is_complete(self) -> bool:
-        """Are the arguments one JSON object? Each piece is scanned once, so every piece may ask."""
+        """Are the arguments one JSON object? Each piece is scanned once."""
         if self.held:
             return parse_object(self.text) is not None
         if self.last != "}":
@@ -5503,28 +5473,27 @@ class ChatCall:
         unquoted = "".join(parts[::2])
         self.depth += unquoted.count("{") - unquoted.count("}")
         if self.depth == 0 and parse_object(self.text) is None:
-            self.depth = math.inf    # it can never become JSON
+            self.depth = math.inf  # it can never become JSON
         return self.depth == 0
 
     def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
         """Does a piece with this call's key begin another call? Ollama and many shims number all calls 0."""
         if name and self.name and name != self.name:
             return True
-        if call_id and self.id:    # an id that only rotates comes without a name, or with the same name
+        if call_id and self.id:  # an id that only rotates comes without a name, or with the same name
             if call_id == self.id:
                 return False
             is_bare = not self.name or not self.arguments.tell()
             return self.is_complete() or bool(name and is_bare)
         if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
-        # without an id, it may be the snapshot of a call that was streamed or has an id; whole calls may be
-        # identical
+        # without an id: perhaps the snapshot of a call that was streamed or has one; whole calls may be alike
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
         return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
 
 def rest_of_snapshot(text: str, snapshot: str) -> str | None:
-    """The part of a snapshot of arguments beyond `text`; None if it does not repeat it in any spelling."""
+    """What a snapshot has beyond `text`; None if it does not repeat it in any spelling."""
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
@@ -5535,18 +5504,17 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ThinkTags:
-    """Separates content from reasoning in leading <think> tags. If a field carries the reasoning too, the
-    second copy is dropped; therefore the text of tags after a field waits for their end."""
+    """Separates content from reasoning in leading <think> tags. Where a field carries the reasoning too, the
+    text in the tags waits for their end: a second copy is dropped."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
         self.place = "start" if expected else ""
-        self.held = ""    # may be the beginning of a tag
+        self.held = ""  # perhaps the beginning of a tag
         self.waiting: list[str] = []
-        self.reasoning = reasoning    # everything from fields and tags; the decoder adds to it
+        self.reasoning = reasoning  # of fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
-        """The reasoning and the text of a piece of content."""
         text, self.held = self.held + content, ""
         reasoning = ""
         if self.place == "start":
@@ -5586,27 +5554,24 @@ class ThinkTags:
 
 
 class ChatDecoder(Decoder):
-    """One chat stream, or one whole answer.
-
-    Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
-    complete. Only calls may be open together: some servers mix the pieces of parallel ones.
-    """
-    open_item = ""                  # "message" or "reasoning"
-    sealed_texts = 0                # number of texts["summary"] that belong to ended reasoning items
+    """Chat never marks the end of an item: it ends when another begins, a call when its arguments are
+    complete. Only calls may be open together: some servers mix the pieces of parallel ones."""
+    open_item = ""  # "message" or "reasoning"
+    sealed_texts = 0  # how many texts["summary"] ended items have
     cited = False
-    streamed = False                # after a delta, a message is a snapshot
+    streamed = False  # after a delta, a message is a snapshot
     stop: Stop | None = None
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
-        self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
+        self.details: dict[Any, tuple[JSON, list[str]]] = {}  # of the open reasoning item
         self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
-        self.changed: list[ChatCall] = []    # since complete ones were last ended
-        self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
-        self.counts: JSON = {}    # of all usages
+        self.changed: list[ChatCall] = []  # since complete ones were ended
+        self.by_key: dict[Any, ChatCall] = {}  # the newest of an index or an id; "": of all
+        self.counts: JSON = {}  # of all usages
 
     def whole(self, body: Any) -> None:
         super().whole(body)
@@ -5619,7 +5584,7 @@ class ChatDecoder(Decoder):
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
         usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
-        if usage:    # OpenRouter's reasoning is sometimes one more
+        if usage:  # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
@@ -5627,18 +5592,18 @@ class ChatDecoder(Decoder):
             raise classify_error(errors or chunk)
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = classify_error(chunk)
-        for choice in choices:    # Copilot splits text and calls of one answer into two choices
+        for choice in choices:  # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             self._finish(choice)
         if len(choices) == 1:
             self._note_delta(chunk, choices[0])
-        elif usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
+        elif usage and self.stop and not choices:  # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _note_delta(self, chunk: JSON, choice: JSON) -> None:
-        """Remembers a chunk with one text and nothing else of interest."""
+        """Remembers a chunk with one text and nothing else."""
         delta = object_in(choice, "delta")
         fields = {**chunk, **choice, **delta}
         name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
@@ -5651,7 +5616,7 @@ class ChatDecoder(Decoder):
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed |= not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
+        known: dict[PartType, str] = {}  # what the snapshot has yet to repeat
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
@@ -5666,13 +5631,13 @@ class ChatDecoder(Decoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in objects_in(message, "images"):    # from OpenRouter
+        for image in objects_in(message, "images"):  # OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
                 self.cited = True
-                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                citation = object_in(annotation, "url_citation")  # of OpenAI's and OpenRouter's search
                 self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
@@ -5685,20 +5650,19 @@ class ChatDecoder(Decoder):
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
         elif channel == "summary" and self.tags.place == "inside":
-            if any(map(str.strip, self.texts[channel])):    # the tags carry it
+            if any(map(str.strip, self.texts[channel])):  # the tags carry it
                 return
             self.tags.place = "waiting"
         self._add(channel, text)
 
     def _add(self, channel: PartType, text: str, begins: bool = False) -> None:
-        """Adds to the message or the reasoning item, or begins it. An empty text only begins it, if
-        `begins`."""
+        """Adds to the message or the reasoning item, or begins it, with an empty text only if it `begins`."""
         if not text and not begins:
             return
         kind = "reasoning" if channel == "summary" else "message"
         if self.open_item != kind:
             self._end_text()
-            if kind == "reasoning" or text.strip():    # Kimi sends blanks around its calls
+            if kind == "reasoning" or text.strip():  # Kimi sends blanks around its calls
                 self._end_calls()
             self.open_item = kind
             self._new_key()
@@ -5706,8 +5670,7 @@ class ChatDecoder(Decoder):
         self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
-        """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
-        index."""
+        """OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the index."""
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
@@ -5723,7 +5686,7 @@ class ChatDecoder(Decoder):
         _, comma, data = url.partition(";base64,")
         if not comma:
             self._take("text", url)
-        elif data not in self.images:    # the whole message may repeat it
+        elif data not in self.images:  # the whole message may repeat it
             self.images.add(data)
             self._end_items()
             self._image(data)
@@ -5740,12 +5703,12 @@ class ChatDecoder(Decoder):
         call_id = str(given.get("id") or "")
         key = given.get("index")
         if not isinstance(key, int):
-            key = object() if whole else call_id    # a whole call continues no other
+            key = object() if whole else call_id  # a whole call continues no other
         call = self._find_call(key, call_id, name, arguments, place)
         call.id = call.id or call_id
         call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
-        if call.closed:    # some servers repeat a call when it is done
+        if call.closed:  # some servers repeat a call when it is done
             return
         new = ""
         if arguments:
@@ -5758,12 +5721,12 @@ class ChatDecoder(Decoder):
             new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
-        self.changed.append(call)    # after the calls that its beginning ended
+        self.changed.append(call)  # after the calls that its beginning ended
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (by index, else by id, else the newest) or begins, or that a
-        snapshot repeats (by id, else by place)."""
+        """The call that a piece continues (by index, id, or the newest) or begins, or that a snapshot repeats
+        (by id or place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -5784,7 +5747,7 @@ class ChatDecoder(Decoder):
         self._end_items()
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
-        if signature:    # from Gemini's OpenAI endpoint
+        if signature:  # Gemini's OpenAI endpoint
             self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
         self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
@@ -5794,8 +5757,7 @@ class ChatDecoder(Decoder):
         text = "".join(self.texts["summary"][self.sealed_texts:])
         details = [
             {**fields, name: "".join(pieces)} if pieces else fields
-            for (name, *_), (fields, pieces) in self.details.items()
-        ]
+            for (name, *_), (fields, pieces) in self.details.items()]
         replays = {
             "reasoning_content": text,
             "reasoning_details": details,
@@ -5809,7 +5771,7 @@ class ChatDecoder(Decoder):
         self.open_item = ""
 
     def _end_calls(self, last: bool = False) -> None:
-        """Ends the complete calls; at the `last` end also the ones without arguments."""
+        """Ends the complete calls; at the `last` end those without arguments too."""
         for call in self.calls if last else self.changed:
             if call.item_key is None or call.closed:
                 continue
@@ -5841,7 +5803,7 @@ class ChatDecoder(Decoder):
         if outcome in ERROR_CLASSES:
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
-        results = object_in(choice, "content_filter_results")      # from Azure
+        results = object_in(choice, "content_filter_results")  # Azure
         filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
         explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
@@ -5865,12 +5827,11 @@ class ChatDecoder(Decoder):
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
-    """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    details = objects_in(message, "reasoning_details")  # Snowflake sends only them
     shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))
-    content = message.get("content")        # Mistral sends an array
+    content = message.get("content")  # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
@@ -5881,32 +5842,31 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic ---
 #
-# ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
-# return byte for byte: each is one reasoning item with the block in its envelope.
+# Thinking comes in blocks that the next turn must return byte for byte: each is one reasoning item with the
+# block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the strictest, so an unknown model gets no
-    request that it could refuse."""
+    """The defaults are the strictest, so that an unknown model refuses no request."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     # the type; "": no `thinking` at all
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
-    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": none
-    max_tokens: int = 128_000       # the model's limit; 0: unknown
-    default_max_tokens: int = 0     # used if the client names no limit; 0: max_tokens
-    sampling: bool = False          # accepts temperature or top_p
-    forced_choice: bool = False     # a tool may be forced, but never with a thinking budget
+    efforts: str = "low low low medium high xhigh max"  # for each of EFFORTS; "": none
+    max_tokens: int = 128_000  # 0: unknown
+    default_max_tokens: int = 0  # if the client names none; 0: max_tokens
+    sampling: bool = False  # temperature or top_p
+    forced_choice: bool = False  # but never with a thinking budget
     json_schema: bool = True
     # honours system messages among the others (claude-sonnet-5 accepts and ignores them)
     system_anywhere: bool = False
-    prefill: bool = False           # the last turn may be the assistant's
-    always_show_thinking: bool = False      # its thinking contains the texts between calls
-    binds_thinking: bool = False    # refuses thinking of a changed conversation, unless asked to drop it
-    web_search: str = "web_search_20260209"     # its type; "": no search of its own
+    prefill: bool = False  # the last turn may be the assistant's
+    always_show_thinking: bool = False  # its thinking contains the texts between calls
+    binds_thinking: bool = False  # refuses thinking of a changed conversation, unless asked to drop it
+    web_search: str = "web_search_20260209"  # "": none
 
 
-ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}        # filled in layer 14
+ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}  # filled in layer 14
 
-THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"      # tokens, for each of EFFORTS
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"  # tokens, for each of EFFORTS
 LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
@@ -5923,9 +5883,9 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     return [without_empty({
         "type": settings.web_search,
         "name": "web_search",
-        "allowed_callers": ["direct"] if dynamic else None,     # called from code, it gives no citations
+        "allowed_callers": ["direct"] if dynamic else None,  # called from code, it gives no citations
         "allowed_domains": allowed,
-        "blocked_domains": None if allowed else filters.get("blocked_domains"),     # never both
+        "blocked_domains": None if allowed else filters.get("blocked_domains"),  # never both
         "user_location": place and {"type": "approximate", **place},
     })]
 
@@ -5936,7 +5896,7 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
 def encode_messages(ctx: EncodeContext) -> JSON:
-    """The body of POST /messages. It always asks for a stream: long answers are refused otherwise."""
+    """Always asks for a stream: long answers are refused otherwise."""
     settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
@@ -5968,7 +5928,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     if settings.sampling and kind not in ("enabled", "adaptive"):
         body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
-            if name in ctx.fields and "temperature" not in body:        # never both
+            if name in ctx.fields and "temperature" not in body:  # never both
                 body[name] = min(ctx.take(name), 1)
     if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
@@ -5977,7 +5937,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
+    """A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -6027,19 +5987,16 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    # the old name from zod-to-json-schema
+    # the old name, of zod-to-json-schema
     defs = object_in(schema, "definitions") | object_in(schema, "$defs")
-    return without_empty({
-        "name": function["name"],
-        "description": function["description"],
-        "input_schema": object_root(schema, defs),
-    })
+    tool = {"name": function["name"], "description": function["description"]}
+    return without_empty({**tool, "input_schema": object_root(schema, defs)})
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
-    """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
-    their branches become one object, which requires the fields that all of them require. Each of `defs` is
-    used only at its first mention: two mentions in each of n would make 2 ** n."""
+    """A tool's schema with `type: object` at its root, where anyOf, oneOf, allOf and $ref are not allowed:
+    their branches become one object, which requires what all of them require. Each of `defs` is used only at
+    its first mention: two mentions in each of n would make 2 ** n."""
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
@@ -6082,24 +6039,21 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
-STRICT_VALUES = {       # for other keywords
-    "minItems": (0, 1),
-    "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
-}
+STRICT_VALUES = {  # for other keywords
+    "minItems": (0, 1), "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()}
 
 
 def strict_schema(schema: JSON) -> Any:
     """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
     description. ValueError if that would lose something: an object with members of any name."""
     def change(made: JSON) -> JSON:
-        if "$ref" in made:                      # no other keyword is allowed beside it
+        if "$ref" in made:  # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
         is_map = made.pop("additionalProperties", None) or made.get("patternProperties")
         made.pop("$schema", None)
         lost = {
             key: made.pop(key) for key, value in [*made.items()]
-            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())
-        }
+            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())}
         if lost:
             texts = filter(None, (made.get("description"), dumps(lost)))
             made["description"] = "\n\n".join(texts)
@@ -6115,21 +6069,21 @@ TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as Anthropic's messages: reasoning before its consequences, results before text."""
+    """Reasoning goes before its consequences, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_reasoning: list[JSON] = []     # waits for other blocks: no turn may end with it
-        self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
+        self.pending_reasoning: list[JSON] = []  # waits for other blocks: no turn may end with it
+        self.pending_system: list[str] = []  # waits for the end of the user's turn, its only place
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
-        """The messages; `closing` is added at their end. A model that thinks begins its turn itself."""
+        """`closing` is added at the end. A model that thinks begins its turn itself."""
         self.add_system(closing)
         self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
         if self.last_role() == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
+            last["text"] = last["text"].rstrip()  # trailing whitespace is refused there
         self._place_system()
         return self.out
 
@@ -6155,7 +6109,7 @@ class MessagesTurns(TurnEncoder):
             super().add_system(text)
 
     def _place_system(self) -> None:
-        """Places a system message right after a user turn, and before the assistant's or at the end."""
+        """Goes right behind a user's turn, and before the assistant's or to the end."""
         role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
@@ -6172,11 +6126,8 @@ class MessagesTurns(TurnEncoder):
 
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
-            "type": "tool_use",
-            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
-            "name": item["name"],
-            "input": json.loads(item["arguments"]),
-        }])
+            "type": "tool_use", "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
+            "name": item["name"], "input": json.loads(item["arguments"])}])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
@@ -6189,7 +6140,7 @@ class MessagesTurns(TurnEncoder):
         self.add("user", [result])
 
     def text_part(self, text: str) -> JSON:
-        return text_block(text) if text.strip() else {}     # a blank text is a 400
+        return text_block(text) if text.strip() else {}  # a blank text is a 400
 
     def encode_part(self, part: JSON) -> JSON | None:
         block = super().encode_part(part)
@@ -6211,9 +6162,8 @@ class MessagesTurns(TurnEncoder):
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
-    system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
-    would miss the first)."""
+    """Marks what the provider should cache, unless the client did: the last tool and system block, the ends
+    of the last turn and of the user turn before it (a step of over 20 blocks would miss the first)."""
     messages = body["messages"]
     blocks = [block for message in messages for block in message["content"]]
     inner = [part for block in blocks for part in objects_in(block, "content")]
@@ -6230,7 +6180,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
 
 
 BINDING_BETA = "thinking-binding-controls-2026-08-01"
-INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thinking between calls, for models with a budget
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"  # thinking between calls, for models with a budget
 DROP_STALE = {"prefix_mismatch_behavior": "drop_block"}
 
 
@@ -6258,7 +6208,7 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        if isinstance(message["content"], list):        # a client may send a string
+        if isinstance(message["content"], list):  # a client may send a string
             message["content"] = [
                 block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if object_in(body, "thinking").get("type") == "enabled":
@@ -6274,43 +6224,36 @@ MESSAGES_REPAIRS: Repairs = {
 
 # --- the answer
 
-MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
+MAX_PAUSES = 5  # a turn that is still paused after so many resumptions counts as truncated
 DELTA_FIELDS = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "input_json_delta": "partial_json",
-    "signature_delta": "signature",
-    "citations_delta": "citation"}
+    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+    "signature_delta": "signature", "citations_delta": "citation"}
 BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block that is being streamed."""
-    content: JSON       # completed by its signature and citations, at its end by its text or input
+    content: JSON  # completed by its signature and citations, at its end by its text or input
     item_key: int
-    channel: Any        # PartType, or None: the client sees no text of it
-    pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
+    channel: Any  # PartType, or None: the client sees no text of it
+    pieces: list[str] = field(default_factory=list)  # of text, thinking or arguments
 
 
 class MessagesDecoder(Decoder):
-    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
-
-    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
-    example those of compaction, fallback and code execution.
-    """
+    """After a pause the next stream continues the same items. Adjacent texts form one message: citations
+    split a sentence into blocks. Unknown blocks are ignored: of compaction, fallback, code execution."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.id: str | None = None              # of the current message
-        self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.length = 0                         # of the open message's finished blocks
+        self.id: str | None = None  # of the current message
+        self.blocks: dict[int, Block] = {}  # open ones, by the provider's index
+        self.length = 0  # of the open message's ended blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: list[int] = []           # web searches without results so far; those come in order
-        self.counts: JSON = {}                  # usage of this stream
-        self.earlier = self.usage = Usage()     # of earlier streams; of all streams
-        self.content: list[JSON] = []           # finished blocks, for a resumption
+        self.searches: list[int] = []  # without results so far; those come in order
+        self.counts: JSON = {}  # of this stream
+        self.earlier = self.usage = Usage()  # of earlier streams; of all streams
+        self.content: list[JSON] = []  # for a resumption
         self.pauses = 0
         self.stop = Stop()
 
@@ -6318,7 +6261,6 @@ class MessagesDecoder(Decoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -6332,7 +6274,7 @@ class MessagesDecoder(Decoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = object_in(message, "usage")           # the output is counted at the end
+            usage = object_in(message, "usage")  # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
@@ -6346,7 +6288,7 @@ class MessagesDecoder(Decoder):
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
-            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
+            self.id, self.earlier, self.counts = None, self.usage, {}  # the next stream continues the turn
             self.sink.done()
         elif reason:
             explanation = object_in(delta, "stop_details").get("explanation") or ""
@@ -6373,7 +6315,7 @@ class MessagesDecoder(Decoder):
         self.sink.set_stop(stop)
 
     def _count(self, given: JSON, estimated: bool) -> None:
-        """Adds the usage of this stream to the usage of earlier ones."""
+        """Adds the usage of earlier streams."""
         now = messages_usage(merge_counts(self.counts, given))
         totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
@@ -6396,7 +6338,7 @@ class MessagesDecoder(Decoder):
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
-        self._text(block, content.get(kind) or "")              # of a text or thinking block
+        self._text(block, content.get(kind) or "")  # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
         block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
@@ -6431,12 +6373,12 @@ class MessagesDecoder(Decoder):
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
+            content["input"] = parse_object(text) or {}  # the API refuses null, even for a truncated call
         if kind == "text":
             start = self.length
             self.length += len(text)
             for citation in objects_in(content, "citations"):
-                self._annotate(start, self.length, citation)    # no client knows the file of a document
+                self._annotate(start, self.length, citation)  # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -6447,13 +6389,13 @@ class MessagesDecoder(Decoder):
             query = object_in(content, "input").get("query") or ""
             self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
-        if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
+        if self.tool_map.hosted and kind and content.get("text") != "":  # only hosted tools pause a turn
             self.content.append(content)
 
     def _finish_call(self, block: Block) -> None:
         """Ends a call unless its arguments are truncated, or so may be because they are empty."""
         given = block.content.get("input")
-        if given and not block.pieces:          # some servers send the whole input at once
+        if given and not block.pieces:  # some servers send the whole input at once
             self._text(block, dumps(given))
         arguments = "".join(block.pieces)
         if not arguments.strip():
@@ -6467,8 +6409,8 @@ class MessagesDecoder(Decoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
-    own sum covers only the last one."""
+    """Cached input is counted separately. After several passes (compaction, fallback, an advisor) the sum
+    covers only the last one."""
     passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -6477,49 +6419,41 @@ def messages_usage(counts: JSON) -> Usage:
     kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     return Usage(
-        input=fresh + read + written,
-        cached=read,
-        cache_write=written,
-        output=output,
-        reasoning=min(reasoning, output),
-        cache_write_1h=min(kept_long, written),
-        **billing_facts(counts))
+        input=fresh + read + written, cached=read, cache_write=written, output=output,
+        reasoning=min(reasoning, output), cache_write_1h=min(kept_long, written), **billing_facts(counts))
 
 
 # --- 6.4 gemini: Google's generateContent ---
 #
-# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
-# further parts. A thought signature belongs to one part and must come back on that very part: it travels in
-# its own reasoning item, before the call that it signs or after the message. GEMINI_MODELS holds all
-# differences between models.
+# Every event of a stream is a whole answer with a few further parts. A thought signature must come back on
+# its very part: it travels in a reasoning item of its own, before its call or after its message.
 
 class GeminiModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the newest generation's."""
+    """The defaults are the newest generation's."""
     # a request with both is refused
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
-    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"       # of thinking_param, for each of EFFORTS
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # for each of EFFORTS
     # accepts functions with googleSearch or a response schema, media inside a function's result
     combines_tools: bool = True
     web_search: bool = True
-    max_tokens: int = 0             # of a streamed answer, others have half; 0: unknown
+    max_tokens: int = 0  # of a streamed answer, others have half; 0: unknown
 
 
-NEVER_THINKS = "none -"       # without thinking_param only `none` is no loss
-GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
+NEVER_THINKS = "none -"  # without thinking_param only `none` is no loss
+GEMINI_MODELS: dict[str, GeminiModel] = {}  # filled in layer 14
 
 
 # --- the request
 
 # ai.google.dev, thought-signatures
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
-MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # ids made by GeminiDecoder: Gemini does not know them
-# the media types that functionResponse.parts may hold; the ones for a content
+MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # made by GeminiDecoder
+# in functionResponse.parts; in a content
 RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
 def encode_gemini(ctx: EncodeContext) -> JSON:
-    """The body of POST /models/MODEL:generateContent."""
     system = [{"text": text} for text in ctx.history.system if text]
     return without_empty({
         "systemInstruction": without_empty({"parts": system}),
@@ -6542,10 +6476,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     mode, names = resolve_tool_choice(ctx, modes)
     if functions:
         tools.append({"functionDeclarations": [{
-            "name": function["name"],
-            "description": function["description"],
-            "parametersJsonSchema": gemini_schema(function["parameters"]),
-        } for function in functions]})
+            "name": function["name"], "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"])} for function in functions]})
         if names or mode != "auto":
             calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
             config["functionCallingConfig"] = without_empty(calling)
@@ -6557,23 +6489,16 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         tools.append({"googleSearch": {}})
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
         if functions:
-            config["includeServerSideToolInvocations"] = True       # required for both together
+            config["includeServerSideToolInvocations"] = True  # required for both together
     return {"tools": tools, "toolConfig": config}
 
 
 GEMINI_SAMPLING = {
-    "temperature": "temperature",
-    "top_p": "topP",
-    "top_k": "topK",
-    "stop": "stopSequences",
-    "seed": "seed",
-    "presence_penalty": "presencePenalty",
-    "frequency_penalty": "frequencyPenalty",
-}
+    "temperature": "temperature", "top_p": "topP", "top_k": "topK", "stop": "stopSequences", "seed": "seed",
+    "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty"}
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
-    """generationConfig."""
     settings: GeminiModel = ctx.settings
     functions, shape = ctx.tool_map.functions, ctx.take("text.format", {})
     asks_json = shape.get("type", "text") != "text"
@@ -6591,7 +6516,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
         thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
-        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
+        ctx.dropped.append("parallel_tool_calls")  # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
         **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
@@ -6611,16 +6536,15 @@ JSON_TYPES = {
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
-    """A JSON schema without `refused` and the keywords that Gemini refuses; a string's format goes into its
-    description."""
+    """Without `refused` and what Gemini refuses; a string's format goes into its description."""
     unknown = {*UNKNOWN_KEYWORDS, refused}
 
     def change(made: JSON) -> JSON:
         for key in made.keys() & unknown:
             del made[key]
-        if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
+        if "definitions" in made:  # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
-        if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
+        if "$ref" in made:  # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
@@ -6636,18 +6560,18 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 # --- its contents
 
 class GeminiContents(TurnEncoder):
-    """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
+    """User and model in turn, the results of one turn's calls together in the next."""
     PARTS = "parts"
 
     def encode(self) -> list[JSON]:
-        self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
-        self.signatures: dict[str, str] = {}        # by call_id
+        self.calls: dict[str, JSON] = {}  # by call_id: what a result repeats
+        self.signatures: dict[str, str] = {}  # by call_id
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
         self.encode_items()
         self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # a result's media go after all results
+            if content["role"] == "user":  # a result's media go after all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
                 continue
             content["role"] = "model"
@@ -6663,7 +6587,7 @@ class GeminiContents(TurnEncoder):
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        if "part" in replay and self.settings.combines_tools:       # older models refuse a server's tool
+        if "part" in replay and self.settings.combines_tools:  # older models refuse a server's tool
             self.add("assistant", [replay["part"]])
         elif not signature:
             self.dropped.append("reasoning:foreign")
@@ -6673,8 +6597,7 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty
-        part."""
+        """Signs the last `characters` of text since the last signature; 0: an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters:
             if not parts or "inlineData" not in parts[-1]:
@@ -6708,7 +6631,7 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        inside, outside = [], []                    # the media in the result itself, and after all results
+        inside, outside = [], []  # of the result, and behind all results
         for part in parts:
             mime = part.get("inlineData", {}).get("mimeType")
             if mime in RESULT_MEDIA and self.settings.combines_tools:
@@ -6752,7 +6675,7 @@ def replace_signatures(body: JSON) -> None:
 
 
 def drop_keyword(body: JSON, keyword: str) -> None:
-    """Drops the keyword that an "Unknown name" error quotes, from all schemas and from their holders."""
+    """Drops the keyword that an "Unknown name" error quotes from all schemas and their holders."""
     for holder, name in ((body, "tools"), (body.get("generationConfig", {}), "responseJsonSchema")):
         if name in holder:
             holder[name] = gemini_schema(holder[name], keyword)
@@ -6770,39 +6693,34 @@ GEMINI_ENDS = {
     **END_REASONS,
     "stop": "",
     "other": "tool_generation",
-    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
+    "missing_thought_signature": "bad_request"}  # our request's fault: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
 class GeminiDecoder(Decoder):
-    """One Gemini stream, or one whole answer.
-
-    Parts follow each other, so only one item is open at a time. The message stays open after its signature,
-    because its citations come with the last event.
-    """
+    """Parts follow each other, so only one item is open at a time. The message stays open after its
+    signature, because its citations come with the last event."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.prefix += "g"
-        self.open: PartType | None = None       # "text" or "summary": of the open item
-        self.texts: list[str] = []              # of the open item
-        self.signature: JSON = {}               # of its last part; the item after it carries it
-        self.counts: JSON = {}                  # the newest of each count, and the model
+        self.open: PartType | None = None  # "text" or "summary": of the open item
+        self.texts: list[str] = []  # of the open item
+        self.signature: JSON = {}  # of its last part; the item after it carries it
+        self.counts: JSON = {}  # the newest of each, and the model
         self.grounding: JSON = {}
-        self.searched = False                   # a web_search_call has been sent
-        self.finished = False                   # there was output, then a finishReason
+        self.searched = False  # a web_search_call has been sent
+        self.finished = False  # there was output, then a finishReason
 
     def on_event(self, event: Any) -> None:
-        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
+        """A chunk, or an array of them: without alt=sse even a stream is one array."""
         for chunk in only_dicts(event if isinstance(event, list) else [event]):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
-        self._count({
-            **object_in(chunk, "usageMetadata"),
-            "model": chunk.get("modelVersion")})
+        self._count({**object_in(chunk, "usageMetadata"), "model": chunk.get("modelVersion")})
         if states_error(chunk):
             raise classify_error(chunk)
         if self.finished:
@@ -6823,7 +6741,7 @@ class GeminiDecoder(Decoder):
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
-        if self.finished:                       # after the end only higher counts are used
+        if self.finished:  # after the end only higher counts are used
             given = {
                 name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
@@ -6855,7 +6773,7 @@ class GeminiDecoder(Decoder):
             self._close_texts()
             self._image(str(media.get("data")))
         else:
-            return          # there is no item for audio, or for code that Google ran
+            return  # there is no item for audio, or for code that Google ran
         if signature and not thought:
             if self.signature:
                 self._close_texts()
@@ -6864,7 +6782,7 @@ class GeminiDecoder(Decoder):
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
             return
-        if channel != self.open or self.signature:      # a signed part accepts no more text
+        if channel != self.open or self.signature:  # a signed part accepts no more text
             self._close_texts()
             self._new_key()
             self.open = channel
@@ -6891,7 +6809,7 @@ class GeminiDecoder(Decoder):
 
     def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
-        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
+        in_pieces = given.get("partialArgs") or given.get("willContinue")  # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -6913,7 +6831,7 @@ class GeminiDecoder(Decoder):
             code = "invalid_prompt" if outcome == "bad_request" else None
             raise ProviderError(message, kind=outcome, code=code)
         self._close_texts()
-        self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
+        self.finished = self.items_begun > 0  # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
         explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
@@ -6921,7 +6839,7 @@ class GeminiDecoder(Decoder):
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
-    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
+    """Start, end and source. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
     sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
@@ -6941,7 +6859,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
-    """A sentence for the user: why the provider gave no answer."""
+    """For the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
     for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
@@ -6951,10 +6869,10 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and the input of its tools separately. It bills each search query; Gemini 2
-    bills one per answer."""
+    """Thoughts and the input of tools are counted separately. Each search query is billed; Gemini 2 bills one
+    an answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
-        return None                         # Vertex sends {"trafficType": ...} until the end
+        return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     queries = grounding.get("webSearchQueries")
@@ -6964,13 +6882,9 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         searches = min(searches, 1)
     tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower()
     return Usage(
-        input=inputs,
-        cached=min(count(given, "cachedContentTokenCount"), inputs),
-        output=count(given, "candidatesTokenCount") + thoughts,
-        reasoning=thoughts,
-        web_searches=searches,
-        tier=tier.removeprefix("on_demand_"),
-        model=model[:200])
+        input=inputs, cached=min(count(given, "cachedContentTokenCount"), inputs),
+        output=count(given, "candidatesTokenCount") + thoughts, reasoning=thoughts,
+        web_searches=searches, tier=tier.removeprefix("on_demand_"), model=model[:200])
 
 
 # --- 6.5 demo: a provider that works offline ---
@@ -6983,17 +6897,15 @@ DEMO_MODELS = {
     "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000        # characters of repeated text: the demo is no file server
-# tools of Codex and its relatives; others are second choice
+MAX_DEMO_TEXT = 2000  # characters: the demo is no file server
+# of Codex and its relatives; others are second choice
 DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
-    "array": ["echo", "hello from pomex"],
-    "number": 1, "integer": 1, "boolean": True, "object": {},
-}
+    "array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
 
 
 def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
-    """The answer of a demo model, as chat completion chunks."""
+    """Chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     deltas = demo_answer(ctx)
@@ -7011,14 +6923,14 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 
 def demo_answer(ctx: EncodeContext) -> list[JSON]:
-    """The deltas of the answer: the words of a text, or a call."""
+    """The words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
     sent = [item["content"] for item in items if item.get("role") == "user"]
     says, content = "You sent: ", sent[-1] if sent else ""
     if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
         says, content = "The command printed: ", items[-1]["output"]
     elif ctx.model == "tools" and functions:
-        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # or the first
         properties = object_in(tool["parameters"], "properties")
         arguments = {
             name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
@@ -7034,18 +6946,18 @@ def demo_answer(ctx: EncodeContext) -> list[JSON]:
 # --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
-MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
+MAX_TEMPLATES = 8  # in a row without a match: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
     """The constant parts of a stream's events that differ only in one text: they need no JSON parser."""
-    before: str = ""        # up to the quote that opens the text; "" matches no event
-    after: str = ""         # from the quote that closes it
-    counts: str = ""        # the rest of the event, in which only numbers differ
+    before: str = ""  # up to the quote that opens the text; "" matches no event
+    after: str = ""  # from the quote that closes it
+    counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the matching events from `at` on, and the end of these events. If there are counts,
-        the last event stays: only its counts matter."""
+        """The texts of the matching events from `at` on, and their end. With counts the last event stays:
+        only its counts matter."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -7056,7 +6968,7 @@ class DeltaTemplate(NamedTuple):
             except ValueError:
                 break
             if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
-                break       # no match, or perhaps half a surrogate pair
+                break  # no match, or perhaps half a surrogate pair
             end += len(after) - 1
             if counts:
                 start, end = end, block.find("\n\n", end) + 2
@@ -7083,12 +6995,12 @@ def field_template(event: str, name: str) -> DeltaTemplate:
 
 
 class TranslatedStream(Assembler):
-    """An attempt over a provider's stream: bytes become events, and the decoder's calls become frames."""
+    """Bytes become events, and the decoder's calls become frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
         super().__init__(ctx.answer, ctx.seal)
         self.decoder = decoder
-        self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
+        self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder()
         self.template = DeltaTemplate()
         self.templates_left = MAX_TEMPLATES
@@ -7113,7 +7025,6 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
         if event and not self.upstream_done:
             self.decoder.feed(event.data, event.event)
@@ -7135,23 +7046,23 @@ class TranslatedStream(Assembler):
 
 @dataclass(slots=True)
 class EncodeContext:
-    """One request for one target: the input of an encoder, and of a decoder after it."""
+    """One request for one target: the input of an encoder, then of a decoder."""
     answer: ClientAnswer
     envelope: Envelope
-    provider: str               # its name in envelopes
-    model: str                  # the provider's own name for it
-    passthrough: bool           # an upstream that speaks the client's API gets its own bytes
+    provider: str  # its name in envelopes
+    model: str  # the provider's own name
+    passthrough: bool  # an upstream that speaks the client's API gets its own bytes
     dialect: str
-    prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
-    # overrides of the known properties of models, by prefix
+    prompt_cache: str = "5m"  # how long, at a messages provider
+    # of the known properties of models, by prefix
     overrides: Mapping[str, JSON] = field(default_factory=dict)
-    calls: int = 1              # the request's upstream calls, including this one
+    calls: int = 1  # upstream, including this one
     # set by WireApi.call
-    dropped: list[str] = field(init=False)      # fields that the target cannot carry: encoders add to it
-    settings: Any = None        # the known properties of the model
+    dropped: list[str] = field(init=False)  # what the target cannot carry: encoders add to it
+    settings: Any = None  # known properties of the model
     tool_map: ToolMap = field(init=False)
     history: History = field(init=False)
-    fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
+    fields: JSON = field(init=False)  # by path: encoders remove theirs, the rest is reported
 
     @property
     def request(self) -> ResponsesRequest:
@@ -7165,7 +7076,7 @@ class EncodeContext:
         return self.fields.pop(path, default)
 
     def take_effort(self, values: str) -> str:
-        """effort_value of the requested effort; an effort without a value is reported as dropped."""
+        """An effort without a value is reported as dropped."""
         asked = self.take("reasoning.effort")
         value = effort_value(values, asked)
         if asked and not value:
@@ -7179,9 +7090,9 @@ class UpstreamCall(NamedTuple):
     path: str
     body: bytes
     attempt: Passthrough | TranslatedStream
-    dropped: list[str]                      # reported in x-pomex-dropped
+    dropped: list[str]  # for x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
-    frames: Iterable[bytes] = ()            # demo: the answer itself
+    frames: Iterable[bytes] = ()  # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
@@ -7199,7 +7110,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that continues a paused turn in the same attempt."""
+        """Continues a paused turn in the same attempt."""
         paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
         if not paused:
             return None
@@ -7214,17 +7125,16 @@ class UpstreamCall(NamedTuple):
 
 
 class WireApi(NamedTuple):
-    """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[ToolMap, Any, str], Decoder]
-    models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
+    models: Mapping[str, Any] = {}  # known properties, by dialect or by prefix; "" for unknown ones
     repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
-    vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
-    # for clients that speak this API: their own body with little changed, and the reader of the answer
+    vendor: str = ""  # whose rule for parameter names applies; "": the model's name decides
+    # for clients of this API: their own body with little changed, and the reader of the answer
     relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
@@ -7282,7 +7192,7 @@ class WireApi(NamedTuple):
         for item in request.input:
             parts = only_dicts(item.get("content") or item.get("output"))
             ctx.dropped += unknown_keys("content", parts)
-            if item["type"] == "configuration_update":      # the last one counts
+            if item["type"] == "configuration_update":  # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         body = self.encode(ctx)
@@ -8000,20 +7910,19 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ===
 #
-# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
-# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
-# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
-# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
-# So no answered request is without its row, and none has two. What waits to be written is committed together.
+# One database, shared by all processes. `usage` has a row for each attempt that a provider bills, the last of a request marked
+# `final`; the same transaction adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request is recorded before the client sees its
+# first byte, and becomes a row marked interrupted if its process dies: no answered request is without its row, none has two.
 #
 # Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
-KEY_CHECK = 4    # of a checksum over those
+KEY_CHECK = 4  # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or Unix milliseconds; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
@@ -8033,14 +7942,14 @@ class Key:
     expires_s: int  # 0: never
     revoked_s: int  # 0: active
     account_id: int
-    models: str  # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns, separated by spaces; "": any
     budget_nanos: int | None
-    period: str          # of the budget: day | week | month | total
-    rpm: int             # requests a minute; 0: any number, as below
-    tpm: int             # tokens a minute
-    concurrent: int      # requests open at once
+    period: str  # of the budget: day | week | month | total
+    rpm: int  # requests a minute; 0: any number, as below
+    tpm: int  # tokens a minute
+    concurrent: int  # requests open at once
     allow_unpriced: int  # 1: models without a price are served in spite of its budget
-    account: str         # its account's name, and what that says
+    account: str  # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -8057,10 +7966,10 @@ class Key:
 
 
 KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
-KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
+KEY_SETTINGS = KEY_COLUMNS[5:]  # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a change: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -8071,40 +7980,40 @@ class UsageRow(NamedTuple):
     started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str        # as the client asked for it
+    model: str  # as the client asked for it
     attempt: int = 0  # its number, from 1
-    final: int = 1    # 0: a failed attempt that is billed all the same
+    final: int = 1  # 0: a failed attempt, billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""     # the model that the answer names, where it is another
+    served_model: str = ""  # as the answer names it, where it is another
     status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""           # of its request, one of RESULTS
+    result: str = ""  # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                # the reason of a failure, in words
+    error: str = ""  # in words
     terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
-    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
-    tier: str = ""                 # the service tier, as the provider says
-    session: str = ""              # the client's name of the conversation
-    client: str = ""               # its User-Agent
-    input: int = 0                 # tokens, as in Usage
+    estimated: str = ""  # why the tokens are not the provider's own count
+    tier: str = ""  # as the provider says
+    session: str = ""  # the client's name of the conversation
+    client: str = ""  # its User-Agent
+    input: int = 0  # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    price: str = ""  # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0   # by the cache
-    asked_ms: int = 0      # from the request: to the newest upstream call,
+    saved_nanos: int = 0  # by the cache
+    asked_ms: int = 0  # from the request: to the newest upstream call,
     answering_ms: int = 0  # to the head of its answer,
-    first_ms: int = 0      # to the first output; 0: none came
-    total_ms: int = 0      # and to the end
-    attempts: int = 0      # requests sent upstream
+    first_ms: int = 0  # to the first output; 0: none came
+    total_ms: int = 0  # and to the end
+    attempts: int = 0  # requests sent upstream
     upstream_id: str = ""  # the provider's request id
-    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
+    detail: str = ""  # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -8124,7 +8033,6 @@ def result_of(status: str, terminal_by: str, attempts: int) -> str:
 # --- 8.1 keys ---
 
 def key_check(body: str) -> str:
-    """The last characters of a key whose random part is `body`."""
     number = zlib.crc32(body.encode("utf-8", "replace"))
     return "".join(BASE62[number // 62 ** place % 62] for place in range(KEY_CHECK))
 
@@ -8164,7 +8072,7 @@ def day_text(day: int) -> str:
 
 
 def day_of(text: str) -> int:
-    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    """2026-11-30 as a day since 1970; ValueError for another text."""
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
@@ -8213,7 +8121,7 @@ NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not co
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5
-APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the header: no other program's file is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
 STRING = "TEXT NOT NULL DEFAULT ''"
@@ -8253,10 +8161,10 @@ SCHEMA = (
     f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -8265,7 +8173,7 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write; used by one thread at a time."""
+    """Used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
@@ -8282,7 +8190,7 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction, which is rolled back if it raises."""
+        """Rolls back what `run` did if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
@@ -8295,7 +8203,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -8307,7 +8215,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """The message does not disclose the file's folder."""
+    """Does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
         reason = error.strerror or ""  # str() would give the path
@@ -8356,17 +8264,16 @@ class Database:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in a transaction, which is rolled back if it raises."""
+        """Rolls back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """The same on the calling thread, without a running loop."""
+        """On the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
@@ -8382,7 +8289,7 @@ class Database:
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
+        """A complete copy or none, while servers run; overwrites nothing."""
         part = path + ".part"
         with database_errors(path):
             with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
@@ -8399,7 +8306,7 @@ class Database:
                     os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it."""
+        """Upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -8422,7 +8329,7 @@ class Database:
         self.commit(create_tables)
 
     def use_wal(self) -> None:
-        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
+        """Several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -8434,7 +8341,6 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema and moves the rows of an older one into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
@@ -8498,9 +8404,9 @@ def take_over_old_tables(tx: Transaction) -> None:
 # A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
 # thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1
+ONE = 1_000_000  # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # defaults for all models of a provider; a row of the table overrides them
+USUAL = {  # of all models of a provider; rows override them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
@@ -8523,7 +8429,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -8533,13 +8439,13 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000  # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # per thousand, tokens per million
     return Price(*picos)
 
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
+    """Each token price times its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -8549,12 +8455,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0  # with more input than this a request costs `long`; 0: none does
+    over: int = 0  # input tokens above which a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
-    ends: str = ""                             # the day its provider retires the model
-    source: str = ""                           # where it is defined, for people
+    factors: Mapping[str, str] = {}  # of service tiers, regions and peak hours
+    ends: str = ""  # the day its provider retires the model
+    source: str = ""  # for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -8571,17 +8477,16 @@ class PriceSchedule(NamedTuple):
 
 
 def model_rows() -> Iterator[tuple[str, list[str]]]:
-    provider = ""
+    provider, shared = "", list[str]()
     for names, *columns in map(str.split, MODEL_TABLE.splitlines()):
-        if columns:
-            yield from ((provider + name, columns) for name in names.split(","))
+        if names.endswith("/"):
+            provider, shared = names, columns
         else:
-            provider = names
+            yield from ((provider + name, shared + columns) for name in names.split(","))
 
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -8601,7 +8506,7 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
-    """The same from [prices."provider/model"]."""
+    """Of [prices."provider/model"]."""
     def text(prefix: str) -> str:
         values = [*(getattr(prices, prefix + name) for name in Price._fields[:5]), prices.search_per_1000]
         return " ".join("-" if value is None else format(value, "f") for value in values)
@@ -8630,7 +8535,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """Pico-dollars times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -8690,7 +8595,7 @@ ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.att
 
 
 def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    """Adds rows to the rollups and meters, or subtracts them."""
     rollups, meters = [], []
     for row in rows:
         unpriced = row.final and not row.price and row.input + row.output > 0
@@ -8708,7 +8613,7 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Returns them as stored."""
+    """As stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
@@ -8720,8 +8625,8 @@ def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
-    the true one replaces `interrupted`."""
+    """The ids whose rows were inserted. A request's first settlement counts, unless it was a guess: the true one replaces
+    `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
@@ -8744,13 +8649,13 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The row of an open request whose process died, billed for its estimated input."""
+    """Of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles the open requests of dead or unregistered processes."""
+    """Of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
@@ -8765,17 +8670,17 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+RESERVED_STEP = 4096  # tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256  # with room for fewer tokens a request is refused
 WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str     # nanos | requests | tokens | open
+    owner: str  # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str  # nanos | requests | tokens | open
     maximum: int  # 0 for prepaid credit, whose bound is its balance
-    kind: str     # key | account | credit | open | rate
+    kind: str  # key | account | credit | open | rate
     since_day: int  # of a meter: it counts what was spent since then
 
 
@@ -8789,7 +8694,7 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
+    """Its first day (since 1970, UTC), and the next one's; (0, 0) for total."""
     day, now = int(now_s // 86400), time.gmtime(now_s)
     monday, first = day - now.tm_wday, day - now.tm_mday + 1
     month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
@@ -8816,12 +8721,12 @@ def is_owner(owner: str) -> str:
 
 
 def select_spent(owner: str) -> str:
-    """SQL of what a key or an account has spent since a time."""
+    """SQL of what an owner has spent since a time."""
     return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """The state of its meter, which is created if needed."""
+    """Of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8861,17 +8766,17 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 # --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25       # between two attempts of a failing ledger to write
+GATHER_S = 0.005  # between two commits, while requests are open: more join
+RETRY_S = 0.25  # between two attempts of a failing ledger to write
 SETTLE_WAIT_S = 2.0  # how long an answer waits for it
-BEAT_S = 10.0        # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0        # without a beat a process of another host is dead
+BEAT_S = 10.0  # how often a process says that it lives
+KEYS_AT_ONCE = 100  # per step of the loop: half a millisecond
+DEAD_S = 60.0  # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
+OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
@@ -8902,16 +8807,15 @@ def has_ended(pid: int, start: str) -> bool:
 
 
 class Ledger:
-    """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
-
-    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    """Called on the loop's thread; the database has its own. While rows cannot be written `healthy` is False: `begin` refuses,
+    settled rows are kept in memory and tried again."""
     healthy = True
-    trouble = ""                # why the keys could not be read last time; "" if they could
-    secret = b""                # authenticates what clients carry for us
-    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
-    revision = 0                # of the keys
+    trouble = ""  # why the keys could not be read last time
+    secret = b""  # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()  # providers, by an administrator
+    revision = 0  # of the keys
     flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
-    flushed_at = 0.0            # when the one before was begun
+    flushed_at = 0.0  # when the one before began
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     maintaining: asyncio.Task[None] | None = None
@@ -8928,8 +8832,8 @@ class Ledger:
         # what one commit of each half second writes
         self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
-        self.notes: dict[str, str] = {}                # settings: the last error of each provider
-        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
+        self.notes: dict[str, str] = {}  # settings: the last error of each provider
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -8951,7 +8855,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads what any process has changed of keys, and which providers are disabled."""
+        """What any process changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -8966,7 +8870,7 @@ class Ledger:
             self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
-        """The key of an Authorization header, or Unauthorized with what to do."""
+        """Unauthorized says what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
@@ -8993,7 +8897,6 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Starts the background work of a server."""
         self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
@@ -9005,7 +8908,7 @@ class Ledger:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
-        """Returns when the open request survives the end of this process; LedgerError where it cannot."""
+        """When the open request survives the end of this process; LedgerError: it cannot."""
         if not await self.is_written(response_id):
             raise self.unavailable()
 
@@ -9094,7 +8997,7 @@ class Ledger:
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
+        """Until nothing is asked for. Requests whose commit fails wait for the next."""
         try:
             while self.flushed is not None:
                 if self.pending or not self.healthy:  # others may join, or the database may heal
@@ -9155,7 +9058,6 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -9206,7 +9108,7 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles those of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -9255,7 +9157,7 @@ class Ledger:
                         notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
-        """The counters of all processes together."""
+        """Of all processes together."""
         await self.save_counts()
         found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
@@ -9264,7 +9166,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Commits a change together with its row of the audit log."""
+        """Commits a change with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -9274,7 +9176,7 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account; BadRequest where its name is malformed or taken."""
+        """BadRequest: the name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
@@ -9288,7 +9190,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
+        """The new key is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -9297,7 +9199,7 @@ class Ledger:
         return await self.edit_key(name, who, "key revoked", revoked_s=int(now_s))
 
     async def edit_key(self, name: str, who: str = "", action: str = "key edited", **settings: Any) -> Key:
-        """Changes an active key; running servers know within a second."""
+        """Of an active key; running servers know within a second."""
         await self.refresh()
         key = next((key for key in self.keys.values() if key.name == name and not key.revoked_s), None)
         if key is None:
@@ -9309,7 +9211,7 @@ class Ledger:
         return self.keys[key.id]
 
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
-        """Enables or disables a provider, in every process."""
+        """In every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
@@ -9334,18 +9236,18 @@ class Reservation:
     started_ms: int
     named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
     asked_tier: str = ""
-    reserved_output = 0      # output tokens whose cost is reserved
-    charged_output = 0       # output tokens charged to a rate
-    max_output_tokens = 0    # of the answer
-    exhausted = False        # the last extension failed or was cut short
-    max_price = ""           # the price that reservations are made at
-    first = "", "", Usage()  # the target that is asked first, and what goes into it
+    reserved_output = 0  # tokens whose cost is reserved
+    charged_output = 0  # tokens charged to a rate
+    max_output_tokens = 0  # of the answer
+    exhausted = False  # the last extension failed or was cut short
+    max_price = ""  # that reservations are made at
+    first = "", "", Usage()  # the target asked first, and what goes into it
 
     def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(self.key, self.started_ms // DAY_MS)
-        self.held = collections.Counter[Limit]()            # what is reserved
-        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
+        self.held = collections.Counter[Limit]()  # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}  # as acquire() said
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
@@ -9393,7 +9295,7 @@ class Reservation:
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
+        """Money for the input and for as much of the output as there is money for, and rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -9418,7 +9320,7 @@ class Reservation:
         self.charged_output += charged
 
     def covers(self, written: int) -> bool:
-        """Whether the reservation is ahead of `written` characters of output."""
+        """Is the reservation ahead of `written` characters of output?"""
         return not self.limits or self._tokens_ahead(written) <= min(self.reserved_output, self.charged_output)
 
     def _tokens_ahead(self, written: int) -> int:
@@ -9441,13 +9343,13 @@ class Reservation:
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
-        """A row for an attempt that was given up, if its provider will bill it."""
+        """A row if the provider will bill it."""
         if usage.input or usage.output:
             self.failed_attempts.append(self.row(provider, model, usage, attempt=attempt, final=0, status="lost",
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request and releases what it had reserved."""
+        """Releases what was reserved, too."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens = sum(row.input + row.output for row in rows)
         rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
@@ -9558,7 +9460,7 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
-    """The sums of some days by one column, the dearest first (days in order)."""
+    """The sums by one column, the dearest first (days in order)."""
     found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, "? IN (0, account_id)",
                              [account_id])
     rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
@@ -9566,7 +9468,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
+    """Of 2026-11, as days since 1970; ValueError for another text."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -9587,13 +9489,13 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum."""
+    """In units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
-    """Every row, in the order in which requests were settled."""
+    """In the order in which requests were settled."""
     last_id = 0
     while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
@@ -9643,7 +9545,7 @@ async def prune(ledger: Ledger, before_day: int) -> int:
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
-    """A page of the audit log, newest first."""
+    """A page, newest first."""
     names = ("id", "time_ms", "who", "action", "name", "before", "after")
     rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
                          before_id, since_ms, limit)
@@ -11515,6 +11417,7 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+CODEX_EFFORTS = "low medium high xhigh max ultra".split()
 CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
@@ -11566,12 +11469,13 @@ def codex_fields(model: str, table: str) -> JSON:
     """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
-        name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
+        name, visibility, effort, verbosity, highest, window, max_window, *more = line.split()
         if bare.startswith(name):
             agents, subagent_effort, *tools = [None if word == "-" else word for word in more]
             return {
                 "visibility": visibility, "support_verbosity": True, "default_verbosity": verbosity,
-                "default_reasoning_level": effort, "supported_reasoning_levels": efforts.split(","),
+                "default_reasoning_level": effort,
+                "supported_reasoning_levels": CODEX_EFFORTS[:CODEX_EFFORTS.index(highest) + 1],
                 "context_window": int(window), "max_context_window": int(max_window), "service_tiers": CODEX_TIERS,
                 "experimental_supported_tools": tools, "web_search_tool_type": "text_and_image",
                 "supports_image_detail_original": True,
@@ -12662,22 +12566,22 @@ ROUTES: dict[str, Handler] = {
 # Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
 # handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
-LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
-LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections accepted in one turn of the loop
-REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
-REFUSED_WAIT_S = 1.0        # for their request
-IDLE_SAFE_S = 5.0           # a connection idle for less is not closed for a new one: its request may be on the way
-SHARES = {                  # resource -> its limit for the process, and for one address or key
+BACKLOG = 4096  # a burst of clients after a restart
+PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16  # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20  # dropped after an early answer, for LINGER_S: closing with unread bytes resets the connection
+LINGER_S = 2.0  # before the client has read it (RFC 9112 9.6)
+ACCEPT_STEP = 8  # connections in one turn of the loop
+REFUSED_CONNECTIONS = 64  # beyond max_connections: all but /health is answered with 503; the oldest is closed first
+REFUSED_WAIT_S = 1.0  # for their request
+IDLE_SAFE_S = 5.0  # a connection idle for less is not closed for a new one: its request may be on the way
+SHARES = {  # resource -> limit of the process, of one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # open files kept free for /health, the ledger and the log
-IDLE_GRACE_S = 0.25         # while draining, a connection stays open after its last answer
-FIRST_GRACE_S = 2.0         # and one that has had no request yet
-GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
-CLIENT_LEFT = 499           # nginx's status, for the log
+OWN_FILES = 128  # kept free for /health, the ledger and the log
+IDLE_GRACE_S = 0.25  # while draining, a connection stays open after its last answer
+FIRST_GRACE_S = 2.0  # and one that has had no request yet
+GRACE_S = 5.0  # for cancelled handlers to settle and write their terminal event
+CLIENT_LEFT = 499  # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
@@ -12685,34 +12589,34 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
-    to answer it: body() first, then answer(), or start(), write()s and end()."""
-    status = 0                          # of the answer; 0 before it is known
-    note = ""                           # of its handler, for the access line
+    """One request: its record, to which every layer adds, and the way to answer it: body() first, then answer(), or start(),
+    write()s and end()."""
+    status = 0  # 0 before it is known
+    note = ""  # of its handler, for the access line
     # the record of its targets
-    provider, model = "", ""            # of the newest attempt
-    tries = 0                           # of targets: one may need several upstream calls
-    attempts = 0                        # upstream calls
-    turn_state = ""                     # names the target, for Codex
-    upstream_id = ""                    # its provider's request id
-    asked_ms, answering_ms = 0, 0       # when the newest call began, and when the head of its answer came
-    first_ms = 0                        # when the first output left
+    provider, model = "", ""  # of the newest attempt
+    tries = 0  # of targets: one may need several upstream calls
+    attempts = 0  # upstream calls
+    turn_state = ""  # names the target, for Codex
+    upstream_id = ""  # its provider's request id
+    asked_ms, answering_ms = 0, 0  # when the newest call began, and when its answer's head came
+    first_ms = 0  # when the first output left
     # the answer
     sent_bytes = 0
-    ended = False                       # the whole answer was handed over
-    pending = b""                       # the answer's head, which goes out with the first bytes of its body
+    ended = False  # the whole answer was handed over
+    pending = b""  # the head, which goes out with the body's first bytes
     chunked = False
-    data: bytes | None = None           # the request's body
-    held = 0                            # bytes of it that are counted
-    holders: Sequence[str] = ()         # for whom
+    data: bytes | None = None  # the request's body
+    held = 0  # bytes of it that count
+    holders: Sequence[str] = ()  # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.keep = head.keep_alive                     # may the connection carry another request?
-        self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.dropped: list[str] = []                    # fields that the target cannot carry
+        self.keep = head.keep_alive  # the connection, for another request
+        self.failures: list[FailedAttempt] = []
+        self.dropped: list[str] = []  # what the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -12722,14 +12626,14 @@ class Client:
         return max(1, int((time.monotonic() - self.started) * 1000))
 
     def count_attempt(self) -> bool:
-        """Counts an upstream call; False if the request has used all of them."""
+        """False if the request has used all of its upstream calls."""
         if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
+        """Decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -12755,12 +12659,12 @@ class Client:
         self.held = size
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        """The whole answer in one write."""
+        """In one write."""
         await self.start(status, headers, len(body))
         await self.end(body)
 
     async def start(self, status: int, headers: list[tuple[str, str]], size: int | None = None) -> None:
-        """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
+        """Of `size` bytes, or of unknown length. The head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
         if api_of(self.head.path) == "messages":
@@ -12799,12 +12703,12 @@ class Client:
             await self.connection.drain()
 
     async def end(self, data: bytes = b"") -> None:
-        """Ends a started answer, with a last piece of it in the same write."""
+        """With a last piece of the answer in the same write."""
         self.ended = True
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """Answers with the error; if a part of another answer was sent, closes the connection."""
+        """If a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if self.sent_bytes:
             return
@@ -12820,7 +12724,7 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id_for(wanted: str) -> str:
-    """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
+    """The client's own if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
@@ -12830,11 +12734,11 @@ class Connection(StreamConnection):
     """One client connection and the task that answers its requests."""
     http: RequestReader
 
-    body_done = True                        # the current request was read to its end
-    client: Client | None = None            # whose handler runs
-    gone = False                            # nothing more will come, and nobody reads what is sent
-    holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
-    served = False                          # it has sent a request
+    body_done = True  # the current request was read to its end
+    client: Client | None = None  # whose handler runs
+    gone = False  # nothing more will come, and nobody reads what is sent
+    holders: Sequence[str] = ()  # for whom it counts; none: it may only ask for /health
+    served = False  # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
@@ -12860,18 +12764,18 @@ class Connection(StreamConnection):
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.http.idle:
-                    await asyncio.sleep(0)      # answering pipelined requests may never wait
+                    await asyncio.sleep(0)  # answering pipelined requests may never wait
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
-        except GatewayError as error:       # before there was a request
-            if self.holders:                # there may be thousands of refused ones
+        except GatewayError as error:  # before there was a request
+            if self.holders:  # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await Client(self, NO_REQUEST).fail(error)
                 await self.linger()
-        except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
+        except (OSError, asyncio.CancelledError):  # ClientGone, TimeoutError: nobody waits for this task
             pass
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
             self.close()
@@ -12884,7 +12788,7 @@ class Connection(StreamConnection):
             if isinstance(error, OSError):
                 log.info("connection of %s: %s", self.peer, describe_error(error))
             self.abort()
-            self.server.release(self)       # asyncio does not call connection_lost
+            self.server.release(self)  # asyncio does not call connection_lost
             raise
 
     async def next_head(self) -> RequestHead | None:
@@ -12899,7 +12803,7 @@ class Connection(StreamConnection):
                 async with asyncio.timeout(self.idle_s()) as self.waiting:
                     came = await self.receive()
             except TimeoutError:
-                came = self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
+                came = self.protocol.unread > 0 and await self.receive()  # received in the same turn of the loop
             finally:
                 self.waiting = None
             if not came:
@@ -12926,7 +12830,7 @@ class Connection(StreamConnection):
             raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
-        """Has one request answered; True if the connection may carry another."""
+        """True if the connection may carry another request."""
         server, self.client = self.server, client
         server.open_requests += 1
         try:
@@ -12944,8 +12848,8 @@ class Connection(StreamConnection):
         except asyncio.CancelledError:
             if self.gone or client.status or not server.closing:
                 raise
-            await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
-        except Exception as error:       # noqa: BLE001 - our own bug
+            await client.fail(overloaded(STOPPING, code="server_error"))  # its request was still coming in
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
@@ -12964,7 +12868,7 @@ class Connection(StreamConnection):
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return b"".join(pieces)     # of one piece: itself
+                return b"".join(pieces)  # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -13008,7 +12912,7 @@ class Connection(StreamConnection):
                 left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
-        """May the connection stay open after an answer that begins now? The unread rest must be small."""
+        """After an answer that begins now? The unread rest must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
             return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
@@ -13023,7 +12927,7 @@ class Connection(StreamConnection):
             async with asyncio.timeout(self.server.config.write_timeout_s):
                 await self.writer.drain()
         except TimeoutError:
-            self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
+            self.gone = asyncio.current_task() is self.task  # a heartbeat's: connection_lost cancels the handler
             self.abort()
             raise ClientGone("the client takes nothing") from None
         except ConnectionError:
@@ -13057,7 +12961,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
-    except OSError as error:        # ssl.SSLError is one too
+    except OSError as error:  # ssl.SSLError is one too
         raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
@@ -13080,7 +12984,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
             port = sockets[0].getsockname()[1]
         except OSError as error:
             failure = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # like ::1 without IPv6
                 for made in sockets:
                     made.close()
                 raise
@@ -13092,25 +12996,25 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
     address = ("", 0)
-    sockets: Sequence[socket.socket] = ()   # that listen
+    sockets: Sequence[socket.socket] = ()  # that listen
     open_requests = 0
-    draining = False                        # takes no new connections, and closes idle ones
-    closing = False                         # draining, and handlers are no longer waited for
+    draining = False  # takes no new connections, and closes idle ones
+    closing = False  # draining, and handlers are no longer waited for
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.listeners: list[asyncio.Server] = []       # one for each of them
-        self.connections: set[Connection] = set()       # all with an open socket, also during TLS setup
-        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # by resource and holder; "": the process
-        self.idle: dict[Connection, float] = {}         # without a request: since when, the longest first
-        self.refused: dict[Connection, float] = {}      # beyond the limits: since when, the oldest first
-        self.empty = asyncio.Event()                    # draining, and the last connection is gone
+        self.listeners: list[asyncio.Server] = []
+        self.connections: set[Connection] = set()  # with an open socket, also during TLS setup
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()  # by resource and holder; "": the process
+        self.idle: dict[Connection, float] = {}  # without a request: since when, the longest first
+        self.refused: dict[Connection, float] = {}  # beyond the limits: since when, the oldest first
+        self.empty = asyncio.Event()  # draining, and no connection is left
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """Applies settings to the next connections and requests. Host, port and tls_cert stay."""
+        """For the next connections and requests. Host, port and tls_cert stay."""
         fit = connections_allowed_by_files()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
@@ -13127,7 +13031,7 @@ class Server:
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
             self.listeners.append(await loop.create_server(self.new_protocol, sock=listening, backlog=at_once))
-            listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
+            listening.listen(BACKLOG)  # `backlog` is also how many asyncio accepts at a time
 
     def new_protocol(self) -> StreamProtocol:
         return StreamProtocol(PIPELINE_BYTES, self.connected)
@@ -13136,7 +13040,7 @@ class Server:
         """Admits a new connection; beyond the limits only for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
         assert isinstance(transport, asyncio.Transport)
-        if not address:             # it has gone again
+        if not address:  # it has gone again
             transport.abort()
             return
         connection = Connection(self, protocol, writer, str(address[0]))
@@ -13151,7 +13055,7 @@ class Server:
         self.connections.add(connection)
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
-            transport.pause_reading()       # until the handshake reads
+            transport.pause_reading()  # until the handshake reads
 
     def holders(self, peer: str) -> list[str]:
         """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
@@ -13170,7 +13074,7 @@ class Server:
         return ""
 
     def evict(self, waiting: Mapping[Connection, float], least_s: float) -> None:
-        """Closes the connection that has waited longest, if at least for least_s."""
+        """The one that has waited longest, if at least for least_s."""
         connection = next(iter(waiting), None)
         if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
             self.release(connection)
@@ -13189,7 +13093,7 @@ class Server:
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
-        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is not one of them."""
+        """Behind trusted proxies the last in X-Forwarded-For that is not one of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -13202,9 +13106,9 @@ class Server:
         """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
         checked also where any name is allowed."""
         name = head.headers.get("host").lower()
-        if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
+        if ":" in name and name[-1] != "]":  # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
-        if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
+        if name in self.hosts or not (dashboard or name):  # without a name: an HTTP/1.0 client, so not a browser
             return
         with contextlib.suppress(ValueError):
             if self.any_host and (not dashboard or ipaddress.ip_address(name.strip("[]"))):
@@ -13230,17 +13134,17 @@ class Server:
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
         """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
-        with contextlib.suppress(NotImplementedError):          # Windows
+        with contextlib.suppress(NotImplementedError):  # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
-            await asyncio.sleep(0)      # asyncio reports those it has accepted
+            await asyncio.sleep(0)  # asyncio reports those it has accepted
         for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
@@ -13265,7 +13169,7 @@ FIRST_HANDED_FD = 3
 
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets of systemd. Removes the variables, so that no child sees them."""
+    """Removes the variables, so that no child sees them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -13316,7 +13220,7 @@ async def feed_watchdog() -> None:
 
 # --- 12.4 a running gateway ---
 
-# Settings that only a restart changes: a running server keeps its port, and its ledger.
+# Only a restart changes these: a running server keeps its port, and its ledger.
 RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
@@ -13325,7 +13229,7 @@ def merge_reloadable(old: Config, new: Config) -> Config:
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
-ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
+ACCESS_LOG_S = 0.05  # a log record for each request costs as much as parsing it
 
 
 class GatewayServer(Server):
@@ -13334,7 +13238,7 @@ class GatewayServer(Server):
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
         self.gateway = gateway
-        self.lines: list[tuple[float, str]] = []        # of the access log: time and text, logged in blocks
+        self.lines: list[tuple[float, str]] = []  # of the access log: time and text
 
     async def drain(self, timeout_s: float | None) -> None:
         await super().drain(timeout_s)
@@ -13343,7 +13247,7 @@ class GatewayServer(Server):
     def log_request(self, client: Client, status: int) -> None:
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
-            return                  # an open dashboard asks every few seconds
+            return  # an open dashboard asks every few seconds
         if not self.lines:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush_access_log)
         self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
@@ -13354,13 +13258,13 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
+        """For new requests: those in progress keep the old settings. ConfigError: nothing was changed."""
         old = self.gateway
-        if self.context is not None:        # a renewed certificate is used, a broken one refused
+        if self.context is not None:  # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
-        old.upstream.contexts.clear()       # ca_file may be new, too
+        old.upstream.contexts.clear()  # ca_file may be new, too
         self.use(fresh.config.server)
         self.gateway, self.handler = fresh, fresh.handle
 
@@ -15102,120 +15006,142 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # === 14. data ===
 
-# A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
-# cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:
-# overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= DeepSeek's hours,
-# any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
+# A provider, input and output tokens at most, factors; then models that share these: names; USD per million tokens of input,
+# output, cache read, cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); factors of these, the last for all
+# that follow: overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak=
+# DeepSeek's hours, any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2,
+# genai-prices 0.2.3.
 PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
-anthropic/
-claude-fable-5,claude-mythos-5 1000000 128000 10 50 1 12.5 20
-claude-fable-5-1,claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
-claude-fable-5-2,claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
-claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
-claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=5
-claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
-claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 1000000 128000 5 25 0.5 6.25 10
-claude-opus-5-5 1000000 128000 4 20 0.2 5 8
-claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
-claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
-claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
-claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
-deepseek/
-deepseek-flash,deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
-deepseek-v3.2 163840 163840 0.28 0.4 0.028
-deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
-google/
-gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
-gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
-gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
-gemini-3.1-pro-preview,gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
-gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
-gemini-3.5-flash-lite,gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=2
-gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
-groq/
-openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
-openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
-qwen/qwen3.8-27b 131072 16384 0.8 4
-meta/
-muse-spark-1.3 1048576 131072 1.25 4.25 0.15
-muse-wonder-1.0 1048576 131072 4 20 0.2
-minimax/
-MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=2
-MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
-mistral/
-codestral-2508,codestral-latest 128000 128000 0.3 0.9 0.03
-devstral-latest,devstral-medium-latest 256000 256000 0.4 2 0.04
-devstral-small-latest 256000 256000 0.1 0.3 0.01
-magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 262144 262144 1.5 7.5 0.15
-magistral-small-latest,mistral-small-2603,mistral-small-latest 262144 262144 0.15 0.6 0.015
-ministral-14b-2512,ministral-14b-latest 262144 262144 0.2 0.2 0.02
-ministral-3b-2512,ministral-3b-latest 131072 131072 0.1 0.1 0.01
-ministral-8b-2512,ministral-8b-latest 262144 262144 0.15 0.15 0.015
-mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
-mistral-large-3,mistral-large-latest 262144 262144 0.5 1.5 0.05
-mistral-large-4 1048576 1048576 0.7 2.1 0.07
-mistral-small 32000 8191 0.1 0.3 0.01
-pixtral-large-latest 128000 128000 2 6 0.2
-moonshot/
-kimi-k2.6 262144 262144 0.95 4 0.16
-kimi-k2.7-code 262144 262144 0.95 4 0.19
-kimi-k3 1048576 1048576 3 15 0.3 3 6
-kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
-kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
-openai/
-chat-latest 400000 128000 5 30 0.5
-daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2
-daybreak-red,gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
-gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
-gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
-gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
-gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
-gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
-gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
-gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
-gpt-5-pro 400000 272000 15 120 ends=2026-12-11
-gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
-gpt-5.2 272000 128000 1.75 14 0.175
-gpt-5.2-pro 272000 128000 21 168
-gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
-gpt-5.4 1050000 128000 2.5 15 0.25 over272000=2/1.5/2 geo=1.1
-gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
-gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
-gpt-5.4-pro,gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
-gpt-5.5 1050000 128000 5 30 0.5 over272000=2/1.5/2 priority=2.5 geo=1.1
-gpt-5.5-cyber 272000 128000 12.5 75 1.25
-gpt-5.6,gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
-gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=2/1.5/2 geo=1.1
-gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=2/1.5/2 geo=1.1
-gpt-6-astra-law 922000 128000 10 50 1
-gpt-6-cyber 922000 128000 20 100 2 25 50
-gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=2/1.5/2 geo=1.1
-gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=2/1.5/2
-gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/1.5/2 geo=1.1
-gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=2/1.5/2 geo=1.1
-gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-rosalind-discovery,gpt-rosalind-research 272000 128000 5 25 0.5
-o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
-o3-pro 200000 100000 20 80 ends=2026-12-11
-xai/
-grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
-grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
-grok-4.5,grok-4.5-latest,grok-build-latest 500000 500000 2 6 0.3
-grok-4.6,grok-4.7 500000 500000 2 6 0.5
-grok-build-0.1,grok-code-fast 256000 256000 1 2 0.2
-grok-code-fast-1 256000 256000 1 2 0.2 ends=2026-05-15
-zai/
-glm-5.3 1000000 128000 1.4 4.4 0.26
-glm-5.3-flash 1048576 128000 0.15 0.5 0.03
-glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
+anthropic/ 1000000 128000
+claude-fable-5,claude-mythos-5 10 50 1 12.5 20
+claude-fable-5-1,claude-mythos-5-1 10 50 0.25 12.5 20
+claude-fable-5-2,claude-mythos-5-2 8 40 0.2 10 16
+claude-haiku-5-5 0.1 0.5 0.01 0.125 0.2 over100000=5
+claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 5 25 0.5 6.25 10
+claude-opus-5-5 4 20 0.2 5 8
+claude-sonnet-4-6 3 15 0.3 3.75 6
+claude-sonnet-5 2 10 0.2 2.5 4
+claude-sonnet-5-5 2 10 0.1 2.5 4
+anthropic/ 200000 64000
+claude-haiku-4-5 1 5 0.1 1.25 2
+claude-opus-4-5 5 25 0.5 6.25 10
+claude-sonnet-4-5 3 15 0.3 3.75 6 ends=2026-11-30
+deepseek/ 1000000 393216
+deepseek-flash,deepseek-v4-flash 0.15 0.6 0.003 peak=2
+deepseek-v4-pro 0.66 1.98 0.022 peak=2
+deepseek/ 163840 163840
+deepseek-v3.2 0.28 0.4 0.028
+google/ 1048576 65536
+gemini-2.5-flash 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-2.5-flash-lite 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
+gemini-2.5-pro 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-3-flash-preview 0.5 3 0.05 flex=0.5/0.5/1
+gemini-3.1-flash-lite 0.25 1.5 0.025 ends=2027-05-07
+gemini-3.1-pro-preview,gemini-pro-latest 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+gemini-3.5-flash 1.5 9 0.15 flex=0.5/0.5/0.533334
+gemini-3.5-flash-lite,gemini-flash-lite-latest 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 0.75 3.75 0.075 from2027-01-01=2
+google/ 1048576 1048576
+gemini-4-argon 2 10 0.1 from2026-12-01=2
+gemini-4-hydrogen 1.5 7.5 0.075
+groq/ 131072 65536
+openai/gpt-oss-120b 0.15 0.6 0.075
+openai/gpt-oss-20b 0.075 0.3 0.0375
+groq/ 131072 16384
+qwen/qwen3.8-27b 0.8 4
+meta/ 1048576 131072
+muse-spark-1.3 1.25 4.25 0.15
+muse-wonder-1.0 4 20 0.2
+minimax/ 1000000 128000
+MiniMax-M3 0.3 1.2 0.06 over512000=2
+MiniMax-M3.1-Flash 0.15 0.6 0.015
+mistral/ 128000 128000
+codestral-2508,codestral-latest 0.3 0.9 0.03
+pixtral-large-latest 2 6 0.2
+mistral/ 256000 256000
+devstral-latest,devstral-medium-latest 0.4 2 0.04
+devstral-small-latest 0.1 0.3 0.01
+mistral/ 262144 262144
+magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 1.5 7.5 0.15
+magistral-small-latest,mistral-small-2603,mistral-small-latest 0.15 0.6 0.015
+ministral-14b-2512,ministral-14b-latest 0.2 0.2 0.02
+ministral-8b-2512,ministral-8b-latest 0.15 0.15 0.015
+mistral-large-2512 0.5 1.5 0.05 ends=2027-04-30
+mistral-large-3,mistral-large-latest 0.5 1.5 0.05
+mistral/ 131072 131072
+ministral-3b-2512,ministral-3b-latest 0.1 0.1 0.01
+mistral/ 1048576 1048576
+mistral-large-4 0.7 2.1 0.07
+mistral/ 32000 8191
+mistral-small 0.1 0.3 0.01
+moonshot/ 262144 262144
+kimi-k2.6 0.95 4 0.16
+kimi-k2.7-code 0.95 4 0.19
+moonshot/ 1048576 1048576
+kimi-k3 3 15 0.3 3 6
+kimi-k3.1-pro 2 10 0.2 2 4
+kimi-k3.1-pro-highspeed 4 20 0.2 4 8
+openai/ 400000 128000
+chat-latest 5 30 0.5
+openai/ 922000 128000
+daybreak-blue 4 20 0.4 5 10 over272000=2/1.5/2
+gpt-6-astra-law 10 50 1
+gpt-6-cyber 20 100 2 25 50
+gpt-6-rosalind 15 75 1.5 18.75 37.5 over272000=2/1.5/2
+openai/ 272000 128000
+daybreak-red,gpt-5.6-cyber 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-5 1.25 10 0.125 ends=2026-12-11
+gpt-5-mini 0.25 2 0.025 priority=1.8 ends=2026-12-11
+gpt-5-nano 0.05 0.4 0.005 ends=2026-12-11
+gpt-5.1 1.25 10 0.125 ends=2027-04-01
+gpt-5.2 1.75 14 0.175
+gpt-5.2-pro 21 168
+gpt-5.3-codex 1.75 14 0.175 ends=2027-04-01
+gpt-5.4-mini 0.75 4.5 0.075 geo=1.1
+gpt-5.4-nano 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
+gpt-5.5-cyber 12.5 75 1.25
+gpt-rosalind-discovery,gpt-rosalind-research 5 25 0.5
+openai/ 1047576 32768
+gpt-4.1 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
+gpt-4.1-mini 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
+openai/ 128000 16384
+gpt-4o 2.5 10 1.25 priority=1.7 ends=2027-01-14
+gpt-4o-mini 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
+openai/ 400000 272000
+gpt-5-pro 15 120 ends=2026-12-11
+openai/ 1050000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.4 2.5 15 0.25
+gpt-5.4-pro,gpt-5.5-pro 30 180 over272000=2/1.5
+gpt-5.5 5 30 0.5 priority=2.5
+gpt-6.2-astra 8 40 0.4 10 20
+gpt-6.2-sol 2 10 0.1 2.5 5
+openai/ 922000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.6,gpt-5.6-sol 4 20 0.4 5 10
+gpt-5.6-luna 0.2 1.2 0.02 0.25 0.5
+gpt-5.6-terra 2 12 0.2 2.5 5
+gpt-6-astra 10 50 1 12.5 25
+gpt-6-luna 0.1 0.5 0.01 0.125 0.25
+gpt-6-sol 2 10 0.2 2.5 5
+gpt-6.1-sol 2 10 0.1 2.5 5
+gpt-6.1-terra 1 5 0.05 1.25 2.5
+openai/ 200000 100000
+o3 2 8 0.5 priority=1.75 ends=2026-12-11
+o3-pro 20 80 ends=2026-12-11
+xai/ 1000000 1000000
+grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1.25 2.5 0.2
+grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1.25 2.5 0.2
+xai/ 500000 500000
+grok-4.5,grok-4.5-latest,grok-build-latest 2 6 0.3
+grok-4.6,grok-4.7 2 6 0.5
+xai/ 256000 256000
+grok-build-0.1,grok-code-fast 1 2 0.2
+grok-code-fast-1 1 2 0.2 ends=2026-05-15
+zai/ 1000000 128000
+glm-5.3 1.4 4.4 0.26
+zai/ 1048576 128000
+glm-5.3-flash 0.15 0.5 0.03
+glm-5.3-flashx 0.37 1.25 0.075
 """
 
 # What layers 6 and 7 know of servers, models and providers, in the form of `overrides`: names or prefixes, then fields. A row
@@ -15323,32 +15249,32 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 """)
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
-# name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
-# of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see agent_settings.
+# name; shown in its picker? default effort and verbosity; highest effort; context window, and how large a user may make it;
+# version of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its
+# prompts (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
-gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-sol   list low    low ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.2-astra list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-astra list low    low ultra 272000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.1-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6.1-terra list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6-astra   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh send_user_message_async clock
-gpt-6-sol     list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -     send_user_message_async clock
-gpt-6-luna    list medium low low,medium,high,xhigh,max       272000 872000 v2 -     send_user_message_async clock
-gpt-5.6-sol   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-terra list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-luna  list medium low low,medium,high,xhigh,max       272000 872000 v1 -
-gpt-5.5       list medium low low,medium,high,xhigh           272000 272000 -  -
-gpt-daybreak-blue-latest hide low    low  low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-daybreak-red-latest  hide medium high low,medium,high,xhigh,max,ultra 372000 372000 v2 -
-codex-auto-review        hide medium low  low,medium,high,xhigh,max       272000 872000 v1 -
+gpt-6.1-sol   list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6.1-terra list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6-astra   list low    low ultra 272000 872000 v2 xhigh send_user_message_async clock
+gpt-6-sol     list medium low ultra 272000 872000 v2 -     send_user_message_async clock
+gpt-6-luna    list medium low max   272000 872000 v2 -     send_user_message_async clock
+gpt-5.6-sol   list low    low ultra 272000 872000 v2 -
+gpt-5.6-terra list medium low ultra 272000 872000 v2 -
+gpt-5.6-luna  list medium low max   272000 872000 v1 -
+gpt-5.5       list medium low xhigh 272000 272000 -  -
+gpt-daybreak-blue-latest hide low    low  ultra 272000 872000 v2 -
+gpt-daybreak-red-latest  hide medium high ultra 372000 372000 v2 -
+codex-auto-review        hide medium low  max   272000 872000 v1 -
 """
 CODEX_OLD_TABLE = """\
-gpt-5.4-mini  list medium medium low,medium,high,xhigh 272000 272000  - -
-gpt-5.4       list xhigh  low    low,medium,high,xhigh 272000 1000000 - -
-gpt-5.3-codex list medium low    low,medium,high,xhigh 272000 272000  - -
-gpt-5.2       list medium low    low,medium,high,xhigh 272000 272000  - -
+gpt-5.4-mini  list medium medium xhigh 272000 272000  - -
+gpt-5.4       list xhigh  low    xhigh 272000 1000000 - -
+gpt-5.3-codex list medium low    xhigh 272000 272000  - -
+gpt-5.2       list medium low    xhigh 272000 272000  - -
 """             # these only 0.128 knows
 
 # The base prompt of catalogue entries: Codex sends none of its own for a model that a catalogue describes.

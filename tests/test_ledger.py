@@ -89,8 +89,8 @@ def test_a_known_key_is_authorised_whatever_the_case_of_bearer(ledger):
 
 KNOWN_SHAPE = "sk-rh-" + "a" * 28
 UNKNOWN = KNOWN_SHAPE + pomex.key_check("a" * 28)
-NO_KEY = ("No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in "
-          "this shell, then start codex again.")
+NO_KEY = ("No API key was sent. Export POMEX_API_KEY (in Codex the variable that env_key names) in this shell, then "
+          "start the client again.")
 OTHER = ("This looks like another provider's key. Clients need a Pomex key (sk-rh-…); the provider's key "
          "belongs in Pomex's config.")
 PLACEHOLDER = "That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY."

@@ -328,8 +328,8 @@ class Mistake:
 
 DOWN = Refusal(529, {"error": {"message": "Overloaded", "type": "overloaded_error"}})
 MISTAKES = {
-    "no key": Mistake("No API key was sent. Codex reads it from the variable named by env_key: export POMEX_API_KEY in this shell, "
-                      "then start codex again.", "invalid_api_key", 401, without("env_key")),
+    "no key": Mistake("No API key was sent. Export POMEX_API_KEY (in Codex the variable that env_key names) in this shell, then "
+                      "start the client again.", "invalid_api_key", 401, without("env_key")),
     "unknown key": Mistake(r"This key is not known here (sk-rh-....….{4}). List keys with: python pomex.py keys list",
                            "invalid_api_key", 401, key="unknown"),
     "placeholder": Mistake("That is the guide's placeholder (sk-rh-xxxxxxxxxxxx). Put your own key into POMEX_API_KEY.",

@@ -4405,8 +4405,7 @@ def api_of(path: str) -> str:
 
 # === 6. providers ===
 #
-# One block per wire API: an encoder of the whole request, and a decoder that is fed one event at a time and
-# calls a Sink. Then the table.
+# A block per wire API: an encoder of the request, and a decoder that is fed events and calls a Sink.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
@@ -4420,8 +4419,8 @@ def objects_in(holder: JSON, name: str) -> list[JSON]:
 
 # --- 6.0 errors of providers ---
 #
-# Routing decides by the kind of a failure, because the status misleads: Gemini answers a bad key with 400,
-# and llama.cpp refuses with 500.
+# Routing goes by an error's kind, as its status misleads: Gemini answers a bad key with 400, llama.cpp
+# refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -4662,13 +4661,11 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """The provider's wait, at most 60 s, or None. The first source above 0 counts (Azure sends
-    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are relative
-    to the answer's Date, else to `now_s`."""
+    """At most 60, or None. The first source above 0 counts (Azure sends `retry-after-ms: 0` beside
+    `retry-after: 1`), of exhausted limits the longest. Points in time are relative to Date, else `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
-        headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after"),
+        headers.get("retry-after-ms") + "ms", headers.get("retry-after"),
         *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
         *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
@@ -4913,10 +4910,9 @@ def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[by
     return outside.replace(b"\0", raw[start:end]), exact
 
 
-def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
-                     model: str) -> bytes:
+def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str], model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
-    envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
+    envelopes of `items` opened: spliced if that is exact, otherwise encoded again."""
     body = request.body
     envelopes: dict[bytes, bytes] = {}
     for given, item in zip(request.input, items):
@@ -5101,7 +5097,7 @@ class Decoder:
         return call_id
 
     def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        """Ends the open reasoning item, or a new one, with what the next turn must return."""
         self.sink.text("", "summary")
         self.sink.done(sealed_replay=replay)
 
@@ -5119,8 +5115,7 @@ class Decoder:
 
 
 class ResponsesDecoder(Decoder):
-    """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
-    the decoder reads each fact once, from any of them."""
+    """Servers may omit `added`, deltas, `done` or the final output: each fact is read once, from any."""
     asked_12h = False  # of the prompt cache
     ended = False
 
@@ -5250,7 +5245,7 @@ class ResponsesDecoder(Decoder):
             self.sink.annotate(annotation, known.index)
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
-        """Ends an item that its server calls done. Without content it waits for the final response."""
+        """Of an item that its server calls done. Without content it waits for the final response."""
         self._show(known, item)
         if known.closed:
             return
@@ -5305,7 +5300,7 @@ class ResponsesDecoder(Decoder):
             self._finish(known, item)
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """Reads the content that only the final response has, then the items that waited for it."""
+        """Reads what only the final response has, then ends the items that waited for it."""
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
@@ -5340,8 +5335,7 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-# why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
-# agent would see an empty answer and ask again (coder#28470)
+# why an answer ended -> incomplete_reason or kind of failure: agents repeat empty answers (coder#28470)
 END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
     # pause_turn: of a pause that cannot be resumed
     "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
@@ -5361,8 +5355,7 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects ---
 #
-# One wire API for some forty kinds of server: DIALECTS has the differences of requests. The decoder accepts
-# every server's stream.
+# One wire API for some forty kinds of server: requests differ by DIALECTS, one decoder reads all streams.
 
 class EffortRule(NamedTuple):
     """One of EFFORT_FORMS, a value for each of EFFORTS, if any, and what is `always` part of a request."""
@@ -5578,8 +5571,7 @@ scan_string = vars(json.decoder)["scanstring"]  # unknown to type checkers
 
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one text may come in two of them
-TEXT_CHANNELS: dict[str, PartType] = {
-    "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
+TEXT_CHANNELS: dict[str, PartType] = {"content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
     "id object created model provider system_fingerprint service_tier choices index delta role".split())
 
@@ -5607,8 +5599,7 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Returns what is new in a piece: some servers repeat pieces. An ambiguous one is held until the
-        next; the empty one is the last."""
+        """What is new in it: some servers repeat pieces. Ambiguous ones are held; the last is empty."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -5894,10 +5885,9 @@ class ChatDecoder(Decoder):
             self.sink.add(call.item_key, new, "arguments")
         self.changed.append(call)  # after the calls that its beginning ended
 
-    def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
-                   place: int | None) -> ChatCall:
-        """The call that a piece continues (by index, id, or the newest) or begins, or that a snapshot repeats
-        (by id or place)."""
+    def _find_call(self, key: Any, call_id: str, name: str, arguments: str, place: int | None) -> ChatCall:
+        """Continued by a piece (by index, else by id, else the newest), begun by it, or repeated by a
+        snapshot (by id, else by place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -5930,10 +5920,8 @@ class ChatDecoder(Decoder):
             {**fields, name: "".join(pieces)} if pieces else fields
             for (name, *_), (fields, pieces) in self.details.items()]
         replays = {
-            "reasoning_content": text,
-            "reasoning_details": details,
-            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
-        }
+            "reasoning_content": text, "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}]}
         form = self.settings.replay
         value = replays.get(form)
         self.sink.done(sealed_replay={form: value} if value else {})
@@ -6013,8 +6001,7 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic ---
 #
-# Thinking comes in blocks that the next turn must return byte for byte: each is one reasoning item with the
-# block in its envelope.
+# The next turn must return thinking blocks byte for byte: reasoning items have them in their envelopes.
 
 class AnthropicModel(NamedTuple):
     """The defaults are the strictest, so that an unknown model refuses no request."""
@@ -6215,8 +6202,8 @@ STRICT_VALUES = {  # for other keywords
 
 
 def strict_schema(schema: JSON) -> Any:
-    """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
-    description. ValueError if that would lose something: an object with members of any name."""
+    """In the part of JSON Schema that output_config.format accepts; the rest goes into the description.
+    ValueError: that would lose an object with members of any name."""
     def change(made: JSON) -> JSON:
         if "$ref" in made:  # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
@@ -6473,7 +6460,7 @@ class MessagesDecoder(Decoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
+        """Ends no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -6564,7 +6551,7 @@ class MessagesDecoder(Decoder):
             self.content.append(content)
 
     def _finish_call(self, block: Block) -> None:
-        """Ends a call unless its arguments are truncated, or so may be because they are empty."""
+        """Unless the arguments are truncated, or may be, because they are empty."""
         given = block.content.get("input")
         if given and not block.pieces:  # some servers send the whole input at once
             self._text(block, dumps(given))
@@ -6580,8 +6567,7 @@ class MessagesDecoder(Decoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Cached input is counted separately. After several passes (compaction, fallback, an advisor) the sum
-    covers only the last one."""
+    """Cached input is counted apart; of several passes (compaction, fallback) the sum has only the last."""
     passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -6627,11 +6613,8 @@ GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text
 def encode_gemini(ctx: EncodeContext) -> JSON:
     system = [{"text": text} for text in ctx.history.system if text]
     return without_empty({
-        "systemInstruction": without_empty({"parts": system}),
-        **gemini_tools(ctx),
-        "contents": GeminiContents(ctx).encode(),
-        "generationConfig": gemini_config(ctx),
-    })
+        "systemInstruction": without_empty({"parts": system}), **gemini_tools(ctx),
+        "contents": GeminiContents(ctx).encode(), "generationConfig": gemini_config(ctx)})
 
 
 CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
@@ -6689,21 +6672,17 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")  # there is no such switch
     return without_empty({
-        "maxOutputTokens": max_tokens,
-        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
+        "maxOutputTokens": max_tokens, **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
-        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
-    })
+        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None})
 
 
 # --- its schemas
 
 UNKNOWN_KEYWORDS = "$schema discriminator examples title exclusiveMinimum exclusiveMaximum".split()
-JSON_TYPES = {
-    str: "string", bool: "boolean", int: "integer", float: "number",
-    list: "array", dict: "object", type(None): "null",
-}
+JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
+              type(None): "null"}
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
@@ -6962,10 +6941,8 @@ class GeminiDecoder(Decoder):
 
     def _search(self, queries: Any) -> None:
         self.searched = True
-        self.sink.item({
-            "type": "web_search_call",
-            "status": "completed",
-            "action": search_action(queries if isinstance(queries, list) else [])})
+        action = search_action(queries if isinstance(queries, list) else [])
+        self.sink.item({"type": "web_search_call", "status": "completed", "action": action})
 
     def _close_texts(self) -> None:
         if self.open == "text":
@@ -7040,8 +7017,7 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Thoughts and the input of tools are counted separately. Each search query is billed; Gemini 2 bills one
-    an answer."""
+    """Thoughts and tools' input are counted apart. Search queries are billed, by Gemini 2 one an answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
@@ -7127,8 +7103,7 @@ class DeltaTemplate(NamedTuple):
     counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the matching events from `at` on, and their end. With counts the last event stays:
-        only its counts matter."""
+        """Texts of the matching events from `at` on, and their end. With counts the last stays, for these."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -7313,8 +7288,7 @@ class WireApi(NamedTuple):
             ctx.dropped = []
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
-                return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
-                                    self.headers({}))
+                return UpstreamCall(self, self.path, body, attempt, ctx.dropped, self.headers({}))
             for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
                     sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
@@ -7328,7 +7302,7 @@ class WireApi(NamedTuple):
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
 
     def _send_whole(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
-        """Sends OpenAI's own API the request of a client of another API: nothing of it needs simplifying."""
+        """OpenAI's own API needs nothing simplified in the request of a client of another API."""
         request, own_names = ctx.request, CLIENT_APIS[ctx.request.api].own_names
         for item in items:
             item.update(item.pop("sealed_replay", {}))
@@ -7377,10 +7351,8 @@ class WireApi(NamedTuple):
         path = self.path.format(model, method)
         decoder = self.decoder(tool_map, ctx.settings, f"call_{ctx.answer.id[-12:]}_")
         attempt = TranslatedStream(ctx, decoder)
-        return UpstreamCall(
-            self, path, dumps(body).encode(), attempt, dropped,
-            headers=self.headers(body),
-            frames=() if path else demo_frames(ctx))
+        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body),
+                            frames=() if path else demo_frames(ctx))
 
 
 def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
@@ -7476,35 +7448,17 @@ def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
-        "/responses", encode_responses,
-        decoder=ResponsesDecoder,
-        repairs=RESPONSES_REPAIRS,
+        "/responses", encode_responses, decoder=ResponsesDecoder, repairs=RESPONSES_REPAIRS,
         relay=relay_responses),
-    "chat": WireApi(
-        "/chat/completions", encode_chat,
-        decoder=ChatDecoder,
-        models=DIALECTS,
-        relay=relay_chat),
+    "chat": WireApi("/chat/completions", encode_chat, decoder=ChatDecoder, models=DIALECTS, relay=relay_chat),
     "messages": WireApi(
-        "/messages", encode_messages,
-        decoder=MessagesDecoder,
-        models=ANTHROPIC_MODELS,
-        repairs=MESSAGES_REPAIRS,
-        headers=messages_headers,
-        auth=lambda key: [("x-api-key", key)],
-        vendor="claude",
-        relay=relay_messages),
+        "/messages", encode_messages, decoder=MessagesDecoder, models=ANTHROPIC_MODELS,
+        repairs=MESSAGES_REPAIRS, headers=messages_headers, auth=lambda key: [("x-api-key", key)],
+        vendor="claude", relay=relay_messages),
     "gemini": WireApi(
-        "/models/{}:{}", encode_gemini,
-        decoder=GeminiDecoder,
-        models=GEMINI_MODELS,
-        repairs=GEMINI_REPAIRS,
-        auth=lambda key: [("x-goog-api-key", key)],
-        vendor="gemini"),
-    "demo": WireApi(
-        "", encode_demo,
-        decoder=ChatDecoder,
-        models=DIALECTS),
+        "/models/{}:{}", encode_gemini, decoder=GeminiDecoder, models=GEMINI_MODELS, repairs=GEMINI_REPAIRS,
+        auth=lambda key: [("x-goog-api-key", key)], vendor="gemini"),
+    "demo": WireApi("", encode_demo, decoder=ChatDecoder, models=DIALECTS),
 }
 
 

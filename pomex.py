@@ -8163,8 +8163,7 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: more likely a variable
-    that is not set."""
+    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: an unset variable?"""
     patterns = " ".join(text.replace(",", " ").split())
     if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
@@ -8222,7 +8221,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Discloses no more of it than the two ends of a key of ours, and a variable's name."""
+    """Discloses the two ends of a key of ours, or a variable's name; nothing else."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -8404,7 +8403,7 @@ class Database:
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is in progress; then only `commit` and `close` may be called."""
+        """Then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
         self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
@@ -8487,7 +8486,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
+# A row of `usage` is a request there, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -8588,7 +8587,7 @@ class PriceSchedule(NamedTuple):
     source: str = ""  # for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
-        """By the start of a request, its size (cached and written input included), and what it was served as."""
+        """By a request's start, its size (cached and written input included), and what it was served as."""
         text = self.base
         for day, changed in self.changes:
             text = changed if started_ms >= day * DAY_MS else text
@@ -8641,8 +8640,7 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """The price of a target: of its own name, of its family, the one configured for the requested name, zero at a free
-    provider. It never guesses."""
+    """A target's price: of its own name, of its family, the one configured for the requested name, zero at a free provider."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -8791,9 +8789,9 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 
 # --- 8.6 limits ---
 #
-# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
-# its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
-# of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
+# A limit of money, or of open requests, is a row of `meters`: spent, and granted. A request reserves its estimated input and
+# some output, extends that while output streams, and releases it with its settlement, or by `open_requests` if its process
+# dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
 RESERVED_STEP = 4096  # tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256  # with room for fewer tokens a request is refused
@@ -8865,7 +8863,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 
 
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
+    """Takes `amount`, or LimitExceeded. Returns of a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
         each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
         # a time more than two minutes ahead was stored before the clock was set back
@@ -9025,7 +9023,7 @@ class Ledger:
         self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
-        """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
+        """Before a request is sent upstream; the next commit records it. LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
         self.pending[response_id] = self.unsaved[response_id] = row
@@ -9050,7 +9048,7 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
+        """Takes `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
@@ -9086,8 +9084,8 @@ class Ledger:
         self.schedule_flush()
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
-        """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
-        failed for SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
+        """Returns when a request's rows, the final one last, survive the end of this process, or the ledger has failed for
+        SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
@@ -9098,7 +9096,7 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
+        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         failure = await asyncio.shield(self.schedule_flush())
@@ -9398,8 +9396,8 @@ class Reservation:
         return self.row(*self.first, status="in flight")
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
-        """Before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the one that must be sent
-        upstream where the money is enough for no more, 0 where it is; LimitExceeded says no."""
+        """`wanted` is the client's max_output_tokens, 0 for none. Returns the one to send upstream where the money is enough
+        for no more, else 0; LimitExceeded says no."""
         self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
             self.ledger.begin(self.response_id, self.open_row)
@@ -9452,8 +9450,7 @@ class Reservation:
         return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
 
     async def extend(self, written: int) -> bool:
-        """Keeps the reservation ahead of the output; False: it is used up. Thinking can exceed max_output_tokens, and some
-        servers ignore it."""
+        """False: the reservation is used up. Thinking can exceed max_output_tokens, and some servers ignore it."""
         while not self.covers(written):
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
@@ -9521,8 +9518,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 # --- 8.9 accounts and credit ---
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
-    """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
-    credit is used up), and the sums of its credit and of what it has spent."""
+    """With the limit a month (None: none), the multiplier in millionths, `prepaid` (1: refused when the credit is used up), and
+    the sums of credit and of what was spent."""
     credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
     spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
     names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
@@ -9630,7 +9627,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups."""
+    """(rows checked, problems) of costs against prices, rollups against rows, meters against rollups."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
@@ -9644,8 +9641,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
             wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
         if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
-    (pruned_day,), = await db.read(
-        "SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
+    (pruned_day,), = await db.read("SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
     rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], pruned_day * DAY_MS, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}

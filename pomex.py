@@ -12694,8 +12694,8 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===
 #
-# Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
-# handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
+# A connection's requests are answered in order, one at a time. When a client leaves, its handler is cancelled at once.
+# Half-closing counts as leaving: no HTTP client in use does it.
 
 BACKLOG = 4096  # a burst of clients after a restart
 PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler runs
@@ -12720,8 +12720,7 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, to which every layer adds, and the way to answer it: body() first, then answer(), or start(),
-    write()s and end()."""
+    """One request: its record, to which every layer adds, and its answer: body(), then answer(), or start(), write(), end()."""
     status = 0  # 0 before it is known
     note = ""  # of its handler, for the access line
     # the record of its targets
@@ -12781,7 +12780,7 @@ class Client:
         return self.data
 
     def hold(self, size: int) -> None:
-        """Counts the bytes of this body before they are read; GatewayError if there are too many."""
+        """Counts bytes of the body before they are read; GatewayError: too many."""
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
@@ -12923,8 +12922,7 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. The wait while
-        draining is short, not zero: a client may have sent its request already."""
+        """None if no more will come. header_timeout_s counts from the first byte. Draining waits briefly: one may be coming."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while (part := self.http.next()) is NEED_DATA and self.http.idle:
@@ -13025,7 +13023,7 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops what was received of an unread body; True at its end."""
+        """Drops what has come of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
@@ -13051,7 +13049,7 @@ class Connection(StreamConnection):
             return False
 
     async def drain(self) -> None:
-        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left, or made no room in write_timeout_s."""
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone: the client left, or made no room in write_timeout_s."""
         if self.unsent_bytes() <= WRITE_HIGH_BYTES:
             return
         try:
@@ -13103,10 +13101,9 @@ def http_date(now_s: int) -> str:
 
 
 async def listen(config: ServerConfig) -> list[socket.socket]:
-    """A listening socket for each address of the host, all with one port."""
+    """A socket for each address of the host, all with one port."""
     host, port = config.host, config.port
-    found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                                                         flags=socket.AI_PASSIVE)
+    found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     failure = OSError(errno.EADDRNOTAVAIL, "no address to listen on")
     for family, _, _, _, address in dict.fromkeys(found):
@@ -13156,7 +13153,7 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, `at_once` in one turn of the loop; without sockets on new ones for host and port."""
+        """Accepts `at_once` in one turn of the loop; without sockets on new ones for host and port."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -13193,7 +13190,7 @@ class Server:
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
-        """Adds `more`, which may be negative, for each holder; or returns the name of the limit that forbids it."""
+        """Adds `more`, perhaps negative, for each holder, or returns the name of the limit that forbids it."""
         for holder in holders:
             limit = SHARES[share][holder != ""]
             if more > 0 and self.used[share, holder] + more > getattr(self.config, limit):
@@ -13234,8 +13231,7 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
-        checked also where any name is allowed."""
+        """Another site could point its name here (DNS rebinding). The dashboard's is checked also where any name is allowed."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":  # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
@@ -13268,7 +13264,7 @@ class Server:
         await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
+        """Accepts the connections in the queues first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
         with contextlib.suppress(NotImplementedError):  # Windows
@@ -13294,7 +13290,7 @@ class Server:
 
 # --- 12.3 systemd ---
 #
-# It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
+# It hands over listening sockets (sd_listen_fds(3)) and is told the state of the process (sd_notify(3)).
 
 FIRST_HANDED_FD = 3
 
@@ -13316,7 +13312,7 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
-    """The settings with the address of the sockets: of several, one that other machines can reach."""
+    """The address of the sockets: of several, one that other machines can reach."""
     if not sockets:
         return config
     host, port, *_ = min((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
@@ -13364,7 +13360,7 @@ ACCESS_LOG_S = 0.05  # a log record for each request costs as much as parsing it
 
 
 class GatewayServer(Server):
-    """Serves one gateway, logs each request, and takes another configuration while it runs."""
+    """Takes another configuration while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
@@ -15331,12 +15327,12 @@ fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
 "claude-mythos-5-1": {"system_anywhere": true},
 "claude-fable-5 claude-mythos-5": {"system_anywhere": true, "forced_choice": true},
 "claude-fable-5-1 claude-fable-5-2 claude-mythos-5-2": {"system_anywhere": true, "binds_thinking": true},
-"claude-opus-5-5":   {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
-"claude-opus-5":     {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
-"claude-opus-4-8":   {"system_anywhere": true, "forced_choice": true, "disable_thinking": ""},
-"claude-opus-4-7":   {"forced_choice": true, "disable_thinking": ""},
-"claude-sonnet-5":   {"forced_choice": true, "disable_thinking": "disabled"},
-"claude-haiku-5-5":  {"like": "claude-sonnet-5", "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-5-5": {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-5": {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
+"claude-opus-4-8": {"system_anywhere": true, "forced_choice": true, "disable_thinking": ""},
+"claude-opus-4-7": {"forced_choice": true, "disable_thinking": ""},
+"claude-sonnet-5": {"forced_choice": true, "disable_thinking": "disabled"},
+"claude-haiku-5-5": {"like": "claude-sonnet-5", "binds_thinking": true, "always_show_thinking": true},
 "claude-sonnet-5-5": {"disable_thinking": "between_tools", "binds_thinking": true, "always_show_thinking": true},
 "claude-opus-4-6 claude-sonnet-4-6": {"like": "claude-opus-4-7", "efforts": "low low low medium high max", "sampling": true},
 "claude-sonnet-4-5 claude-haiku-4-5": {
@@ -15344,11 +15340,11 @@ fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
     "forced_choice": true, "prefill": true, "web_search": "web_search_20250305"},
 "claude-opus-4-5": {"like": "claude-sonnet-4-5", "efforts": "low low low medium high"},
 "claude-sonnet-4 claude-3-7": {"like": "claude-sonnet-4-5", "default_max_tokens": 8192, "json_schema": false},
-"claude-opus-4":   {"like": "claude-sonnet-4", "max_tokens": 32000},
+"claude-opus-4": {"like": "claude-sonnet-4", "max_tokens": 32000},
 "claude-opus-4-1": {"like": "claude-opus-4", "json_schema": true},
-"claude-3-5":      {"like": "claude-sonnet-4", "thinking": "", "max_tokens": 8192},
-"claude-3":        {"like": "claude-3-5", "max_tokens": 4096, "web_search": ""},
-"":                {"like": "claude-3", "max_tokens": 0, "prefill": false}
+"claude-3-5": {"like": "claude-sonnet-4", "thinking": "", "max_tokens": 8192},
+"claude-3": {"like": "claude-3-5", "max_tokens": 4096, "web_search": ""},
+"": {"like": "claude-3", "max_tokens": 0, "prefill": false}
 }""")
 
 # gemini-2.5-pro cannot stop thinking
@@ -15359,7 +15355,7 @@ fill_table(GEMINI_MODELS, GeminiModel(), """{
 "gemini-3.1-pro gemini-3.7-flash gemini-3.8-flash gemini-4 gemini-pro-latest": {"values": "LOW LOW LOW MEDIUM HIGH"},
 "gemini-4-argon": {"like": "gemini-4", "max_tokens": 65536},
 "gemini-2.5-pro": {"thinking_param": "thinkingBudget", "values": "128 512 2048 8192 16384 32768", "combines_tools": false},
-"gemini-2.5":     {"thinking_param": "thinkingBudget", "values": "0 512 2048 8192 16384 24576", "combines_tools": false},
+"gemini-2.5": {"thinking_param": "thinkingBudget", "values": "0 512 2048 8192 16384 24576", "combines_tools": false},
 "gemini-2.5-flash-image gemini-2. gemini-1 gemini-pro gemma learnlm": {"thinking_param": "", "combines_tools": false}
 }""")
 

@@ -4234,8 +4234,7 @@ def api_of(path: str) -> str:
 
 # === 6. providers ===
 #
-# One block per wire API: an encoder of the whole request, and a decoder that is fed one event at a time and
-# calls a Sink. Then the table.
+# A block per wire API: an encoder of the request, and a decoder that is fed events and calls a Sink.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
@@ -4249,8 +4248,8 @@ def objects_in(holder: JSON, name: str) -> list[JSON]:
 
 # --- 6.0 errors of providers ---
 #
-# Routing decides by the kind of a failure, because the status misleads: Gemini answers a bad key with 400,
-# and llama.cpp refuses with 500.
+# Routing goes by an error's kind, as its status misleads: Gemini answers a bad key with 400, llama.cpp
+# refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -4491,13 +4490,11 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """The provider's wait, at most 60 s, or None. The first source above 0 counts (Azure sends
-    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are relative
-    to the answer's Date, else to `now_s`."""
+    """At most 60, or None. The first source above 0 counts (Azure sends `retry-after-ms: 0` beside
+    `retry-after: 1`), of exhausted limits the longest. Points in time are relative to Date, else `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
-        headers.get("retry-after-ms") + "ms",
-        headers.get("retry-after"),
+        headers.get("retry-after-ms") + "ms", headers.get("retry-after"),
         *(str(detail.get("retryDelay")) for detail in objects_in(error, "details")),
         *TRY_AGAIN.findall(error.get("message", ""))]
     waits = [wait_s(text, date_s) for text in texts]
@@ -4742,10 +4739,9 @@ def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[by
     return outside.replace(b"\0", raw[start:end]), exact
 
 
-def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str],
-                     model: str) -> bytes:
+def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list[str], model: str) -> bytes:
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
-    envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
+    envelopes of `items` opened: spliced if that is exact, otherwise encoded again."""
     body = request.body
     envelopes: dict[bytes, bytes] = {}
     for given, item in zip(request.input, items):
@@ -4930,7 +4926,7 @@ class Decoder:
         return call_id
 
     def _carry(self, replay: JSON) -> None:
-        """Ends the open reasoning item, or a new one, with the data that the next turn must return."""
+        """Ends the open reasoning item, or a new one, with what the next turn must return."""
         self.sink.text("", "summary")
         self.sink.done(sealed_replay=replay)
 
@@ -4948,8 +4944,7 @@ class Decoder:
 
 
 class ResponsesDecoder(Decoder):
-    """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
-    the decoder reads each fact once, from any of them."""
+    """Servers may omit `added`, deltas, `done` or the final output: each fact is read once, from any."""
     asked_12h = False  # of the prompt cache
     ended = False
 
@@ -5079,7 +5074,7 @@ class ResponsesDecoder(Decoder):
             self.sink.annotate(annotation, known.index)
 
     def _finish(self, known: UpstreamItem, item: JSON) -> None:
-        """Ends an item that its server calls done. Without content it waits for the final response."""
+        """Of an item that its server calls done. Without content it waits for the final response."""
         self._show(known, item)
         if known.closed:
             return
@@ -5134,7 +5129,7 @@ class ResponsesDecoder(Decoder):
             self._finish(known, item)
 
     def _conclude(self, output: list[JSON], stop: Stop) -> None:
-        """Reads the content that only the final response has, then the items that waited for it."""
+        """Reads what only the final response has, then ends the items that waited for it."""
         self.add_final(output)
         complete = not stop.incomplete_reason
         for known in self.items:
@@ -5169,8 +5164,7 @@ def provider_json(data: str | bytes) -> Any:
         raise UpstreamError("The provider's answer is not JSON.") from None
 
 
-# why an answer ended, in lower case -> incomplete_reason, or the kind of failure: presented as a success, an
-# agent would see an empty answer and ask again (coder#28470)
+# why an answer ended -> incomplete_reason or kind of failure: agents repeat empty answers (coder#28470)
 END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
     # pause_turn: of a pause that cannot be resumed
     "max_output_tokens": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
@@ -5190,8 +5184,7 @@ def search_action(queries: list[str]) -> JSON:
 
 # --- 6.2 chat: Chat Completions and its dialects ---
 #
-# One wire API for some forty kinds of server: DIALECTS has the differences of requests. The decoder accepts
-# every server's stream.
+# One wire API for some forty kinds of server: requests differ by DIALECTS, one decoder reads all streams.
 
 class EffortRule(NamedTuple):
     """One of EFFORT_FORMS, a value for each of EFFORTS, if any, and what is `always` part of a request."""
@@ -5407,8 +5400,7 @@ scan_string = vars(json.decoder)["scanstring"]  # unknown to type checkers
 
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one text may come in two of them
-TEXT_CHANNELS: dict[str, PartType] = {
-    "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
+TEXT_CHANNELS: dict[str, PartType] = {"content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
     "id object created model provider system_fingerprint service_tier choices index delta role".split())
 
@@ -5436,8 +5428,7 @@ class ChatCall:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Returns what is new in a piece: some servers repeat pieces. An ambiguous one is held until the
-        next; the empty one is the last."""
+        """What is new in it: some servers repeat pieces. Ambiguous ones are held; the last is empty."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -5723,10 +5714,9 @@ class ChatDecoder(Decoder):
             self.sink.add(call.item_key, new, "arguments")
         self.changed.append(call)  # after the calls that its beginning ended
 
-    def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
-                   place: int | None) -> ChatCall:
-        """The call that a piece continues (by index, id, or the newest) or begins, or that a snapshot repeats
-        (by id or place)."""
+    def _find_call(self, key: Any, call_id: str, name: str, arguments: str, place: int | None) -> ChatCall:
+        """Continued by a piece (by index, else by id, else the newest), begun by it, or repeated by a
+        snapshot (by id, else by place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -5759,10 +5749,8 @@ class ChatDecoder(Decoder):
             {**fields, name: "".join(pieces)} if pieces else fields
             for (name, *_), (fields, pieces) in self.details.items()]
         replays = {
-            "reasoning_content": text,
-            "reasoning_details": details,
-            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}],
-        }
+            "reasoning_content": text, "reasoning_details": details,
+            "thinking": text and [{"type": "thinking", "thinking": [text_block(text)]}]}
         form = self.settings.replay
         value = replays.get(form)
         self.sink.done(sealed_replay={form: value} if value else {})
@@ -5842,8 +5830,7 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic ---
 #
-# Thinking comes in blocks that the next turn must return byte for byte: each is one reasoning item with the
-# block in its envelope.
+# The next turn must return thinking blocks byte for byte: reasoning items have them in their envelopes.
 
 class AnthropicModel(NamedTuple):
     """The defaults are the strictest, so that an unknown model refuses no request."""
@@ -6044,8 +6031,8 @@ STRICT_VALUES = {  # for other keywords
 
 
 def strict_schema(schema: JSON) -> Any:
-    """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
-    description. ValueError if that would lose something: an object with members of any name."""
+    """In the part of JSON Schema that output_config.format accepts; the rest goes into the description.
+    ValueError: that would lose an object with members of any name."""
     def change(made: JSON) -> JSON:
         if "$ref" in made:  # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
@@ -6302,7 +6289,7 @@ class MessagesDecoder(Decoder):
         raise classify_error(event)
 
     def _finish(self, stop: Stop) -> None:
-        """Finishes the stream, but no truncated call, nor an empty one that may be truncated."""
+        """Ends no truncated call, nor an empty one that may be truncated."""
         for index, block in list(self.blocks.items()):
             if block.channel != "arguments":
                 self.on_content_block_stop({"index": index})
@@ -6393,7 +6380,7 @@ class MessagesDecoder(Decoder):
             self.content.append(content)
 
     def _finish_call(self, block: Block) -> None:
-        """Ends a call unless its arguments are truncated, or so may be because they are empty."""
+        """Unless the arguments are truncated, or may be, because they are empty."""
         given = block.content.get("input")
         if given and not block.pieces:  # some servers send the whole input at once
             self._text(block, dumps(given))
@@ -6409,8 +6396,7 @@ class MessagesDecoder(Decoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Cached input is counted separately. After several passes (compaction, fallback, an advisor) the sum
-    covers only the last one."""
+    """Cached input is counted apart; of several passes (compaction, fallback) the sum has only the last."""
     passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -6456,11 +6442,8 @@ GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text
 def encode_gemini(ctx: EncodeContext) -> JSON:
     system = [{"text": text} for text in ctx.history.system if text]
     return without_empty({
-        "systemInstruction": without_empty({"parts": system}),
-        **gemini_tools(ctx),
-        "contents": GeminiContents(ctx).encode(),
-        "generationConfig": gemini_config(ctx),
-    })
+        "systemInstruction": without_empty({"parts": system}), **gemini_tools(ctx),
+        "contents": GeminiContents(ctx).encode(), "generationConfig": gemini_config(ctx)})
 
 
 CALLING_MODES = {"none": "NONE", "auto": "VALIDATED", "required": "ANY"}
@@ -6518,21 +6501,17 @@ def gemini_config(ctx: EncodeContext) -> JSON:
     if functions and ctx.request.get("parallel_tool_calls") is False:
         ctx.dropped.append("parallel_tool_calls")  # there is no such switch
     return without_empty({
-        "maxOutputTokens": max_tokens,
-        **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
+        "maxOutputTokens": max_tokens, **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
         "thinkingConfig": without_empty(thinking),
         "responseMimeType": "application/json" if asks_json else None,
-        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None,
-    })
+        "responseJsonSchema": gemini_schema(shape.get("schema")) if asks_json else None})
 
 
 # --- its schemas
 
 UNKNOWN_KEYWORDS = "$schema discriminator examples title exclusiveMinimum exclusiveMaximum".split()
-JSON_TYPES = {
-    str: "string", bool: "boolean", int: "integer", float: "number",
-    list: "array", dict: "object", type(None): "null",
-}
+JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
+              type(None): "null"}
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
@@ -6791,10 +6770,8 @@ class GeminiDecoder(Decoder):
 
     def _search(self, queries: Any) -> None:
         self.searched = True
-        self.sink.item({
-            "type": "web_search_call",
-            "status": "completed",
-            "action": search_action(queries if isinstance(queries, list) else [])})
+        action = search_action(queries if isinstance(queries, list) else [])
+        self.sink.item({"type": "web_search_call", "status": "completed", "action": action})
 
     def _close_texts(self) -> None:
         if self.open == "text":
@@ -6869,8 +6846,7 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Thoughts and the input of tools are counted separately. Each search query is billed; Gemini 2 bills one
-    an answer."""
+    """Thoughts and tools' input are counted apart. Search queries are billed, by Gemini 2 one an answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
         return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
@@ -6956,8 +6932,7 @@ class DeltaTemplate(NamedTuple):
     counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the matching events from `at` on, and their end. With counts the last event stays:
-        only its counts matter."""
+        """Texts of the matching events from `at` on, and their end. With counts the last stays, for these."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -7142,8 +7117,7 @@ class WireApi(NamedTuple):
             ctx.dropped = []
             if ctx.passthrough and self.relay and self is WIRES[ctx.request.api]:
                 body, attempt = self.relay(ctx)
-                return UpstreamCall(self, self.path, body, attempt, ctx.dropped,
-                                    self.headers({}))
+                return UpstreamCall(self, self.path, body, attempt, ctx.dropped, self.headers({}))
             for name, instead in CLIENT_APIS[ctx.request.api].untranslated.items():
                 if ctx.request.get(name, 1) != 1:
                     sentence = f"Only Chat Completions servers know {name}: for this model send {instead}."
@@ -7157,7 +7131,7 @@ class WireApi(NamedTuple):
             raise BadRequest("The request is nested too deeply.", code="invalid_json") from None
 
     def _send_whole(self, ctx: EncodeContext, items: list[JSON]) -> UpstreamCall:
-        """Sends OpenAI's own API the request of a client of another API: nothing of it needs simplifying."""
+        """OpenAI's own API needs nothing simplified in the request of a client of another API."""
         request, own_names = ctx.request, CLIENT_APIS[ctx.request.api].own_names
         for item in items:
             item.update(item.pop("sealed_replay", {}))
@@ -7206,10 +7180,8 @@ class WireApi(NamedTuple):
         path = self.path.format(model, method)
         decoder = self.decoder(tool_map, ctx.settings, f"call_{ctx.answer.id[-12:]}_")
         attempt = TranslatedStream(ctx, decoder)
-        return UpstreamCall(
-            self, path, dumps(body).encode(), attempt, dropped,
-            headers=self.headers(body),
-            frames=() if path else demo_frames(ctx))
+        return UpstreamCall(self, path, dumps(body).encode(), attempt, dropped, self.headers(body),
+                            frames=() if path else demo_frames(ctx))
 
 
 def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
@@ -7305,35 +7277,17 @@ def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
 
 WIRES: dict[str, WireApi] = {
     "responses": WireApi(
-        "/responses", encode_responses,
-        decoder=ResponsesDecoder,
-        repairs=RESPONSES_REPAIRS,
+        "/responses", encode_responses, decoder=ResponsesDecoder, repairs=RESPONSES_REPAIRS,
         relay=relay_responses),
-    "chat": WireApi(
-        "/chat/completions", encode_chat,
-        decoder=ChatDecoder,
-        models=DIALECTS,
-        relay=relay_chat),
+    "chat": WireApi("/chat/completions", encode_chat, decoder=ChatDecoder, models=DIALECTS, relay=relay_chat),
     "messages": WireApi(
-        "/messages", encode_messages,
-        decoder=MessagesDecoder,
-        models=ANTHROPIC_MODELS,
-        repairs=MESSAGES_REPAIRS,
-        headers=messages_headers,
-        auth=lambda key: [("x-api-key", key)],
-        vendor="claude",
-        relay=relay_messages),
+        "/messages", encode_messages, decoder=MessagesDecoder, models=ANTHROPIC_MODELS,
+        repairs=MESSAGES_REPAIRS, headers=messages_headers, auth=lambda key: [("x-api-key", key)],
+        vendor="claude", relay=relay_messages),
     "gemini": WireApi(
-        "/models/{}:{}", encode_gemini,
-        decoder=GeminiDecoder,
-        models=GEMINI_MODELS,
-        repairs=GEMINI_REPAIRS,
-        auth=lambda key: [("x-goog-api-key", key)],
-        vendor="gemini"),
-    "demo": WireApi(
-        "", encode_demo,
-        decoder=ChatDecoder,
-        models=DIALECTS),
+        "/models/{}:{}", encode_gemini, decoder=GeminiDecoder, models=GEMINI_MODELS, repairs=GEMINI_REPAIRS,
+        auth=lambda key: [("x-goog-api-key", key)], vendor="gemini"),
+    "demo": WireApi("", encode_demo, decoder=ChatDecoder, models=DIALECTS),
 }
 
 
@@ -8038,8 +7992,7 @@ def key_check(body: str) -> str:
 
 
 def model_patterns(text: str) -> str:
-    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: more likely a variable
-    that is not set."""
+    """Names with * and ? as stored, separated by blanks; "" for all. ValueError for an empty text: an unset variable?"""
     patterns = " ".join(text.replace(",", " ").split())
     if not re.fullmatch("[!-~ ]+", patterns):
         raise ValueError
@@ -8097,7 +8050,7 @@ def has_checksum(token: str) -> bool:
 
 
 def explain_bad_key(header: str) -> str:
-    """Discloses no more of it than the two ends of a key of ours, and a variable's name."""
+    """Discloses the two ends of a key of ours, or a variable's name; nothing else."""
     scheme, _, token = header.strip(" \t").partition(" ")
     token = token.strip(" \t")
     for pattern, sentence in BAD_KEYS:
@@ -8279,7 +8232,7 @@ class Database:
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Waits for what is in progress; then only `commit` and `close` may be called."""
+        """Then only `commit` and `close` may be called."""
         self.writing.shutdown()
         self.reading.shutdown()
         self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
@@ -8362,7 +8315,7 @@ def create_tables(tx: Transaction) -> None:
 
 # --- 8.3 files of v00083 ---
 #
-# There a row of `usage` is a request, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
+# A row of `usage` is a request there, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
 def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
     request["result"] = result_of(request["status"], request["terminal_by"], request["attempts"])
@@ -8463,7 +8416,7 @@ class PriceSchedule(NamedTuple):
     source: str = ""  # for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
-        """By the start of a request, its size (cached and written input included), and what it was served as."""
+        """By a request's start, its size (cached and written input included), and what it was served as."""
         text = self.base
         for day, changed in self.changes:
             text = changed if started_ms >= day * DAY_MS else text
@@ -8516,8 +8469,7 @@ def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
 
 
 class PriceTable:
-    """The price of a target: of its own name, of its family, the one configured for the requested name, zero at a free
-    provider. It never guesses."""
+    """A target's price: of its own name, of its family, the one configured for the requested name, zero at a free provider."""
 
     def __init__(self, config: Config) -> None:
         self.configured = {name: configured_schedule(name, prices) for name, prices in config.prices.items()}
@@ -8666,9 +8618,9 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 
 # --- 8.6 limits ---
 #
-# A limit of money, or of requests open at once, is a row of `meters`: spent, and granted to open requests. A request reserves
-# its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
-# of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
+# A limit of money, or of open requests, is a row of `meters`: spent, and granted. A request reserves its estimated input and
+# some output, extends that while output streams, and releases it with its settlement, or by `open_requests` if its process
+# dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
 RESERVED_STEP = 4096  # tokens by which a running answer's reservation grows
 LEAST_OUTPUT = 256  # with room for fewer tokens a request is refused
@@ -8740,7 +8692,7 @@ def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
 
 
 def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[int, float]:
-    """Takes `amount` of a limit, or LimitExceeded. Returns for a rate (what remains, seconds until it is full again)."""
+    """Takes `amount`, or LimitExceeded. Returns of a rate (what remains, seconds until it is full again)."""
     if limit.kind == "rate":
         each_ns, end_ns = WINDOW_NS // limit.maximum, now_ns + WINDOW_NS
         # a time more than two minutes ahead was stored before the clock was set back
@@ -8900,7 +8852,7 @@ class Ledger:
         self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
-        """For a request that is about to be sent upstream; the next commit records it. LedgerError: nothing may be sent."""
+        """Before a request is sent upstream; the next commit records it. LedgerError: nothing may be sent."""
         if not self.available():
             raise self.unavailable()
         self.pending[response_id] = self.unsaved[response_id] = row
@@ -8925,7 +8877,7 @@ class Ledger:
 
     async def reserve(self, response_id: str, row: OpenRow, needs: Sequence[tuple[Limit, int]],
                       held: Mapping[Limit, int]) -> dict[Limit, tuple[int, float]]:
-        """Reserves `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
+        """Takes `needs` beside what is `held`, and records the open request. Returns what `acquire` does for each."""
         if not self.available():
             raise self.unavailable()
 
@@ -8961,8 +8913,8 @@ class Ledger:
         self.schedule_flush()
 
     async def settle(self, rows: Sequence[UsageRow], rates: Sequence[tuple[int, str]] = ()) -> None:
-        """Returns when the rows of a request, its final one last, survive the end of this process, or when the ledger has
-        failed for SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
+        """Returns when a request's rows, the final one last, survive the end of this process, or the ledger has failed for
+        SETTLE_WAIT_S: then they are kept and tried again. A cancelled caller undoes nothing."""
         response_id = rows[-1].response_id
         if self.pending.pop(response_id, None) is None and response_id in self.unsaved:
             return
@@ -8973,7 +8925,7 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Commits what `run` does with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
+        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
         failure = await asyncio.shield(self.schedule_flush())
@@ -9273,8 +9225,8 @@ class Reservation:
         return self.row(*self.first, status="in flight")
 
     async def reserve(self, targets: Sequence[tuple[ProviderConfig, str]], input_tokens: int, wanted: int, reserve: int) -> int:
-        """Before anything is sent; `wanted` is the client's max_output_tokens, 0 for none. Returns the one that must be sent
-        upstream where the money is enough for no more, 0 where it is; LimitExceeded says no."""
+        """`wanted` is the client's max_output_tokens, 0 for none. Returns the one to send upstream where the money is enough
+        for no more, else 0; LimitExceeded says no."""
         self.first, self.max_output_tokens = (targets[0][0].name, targets[0][1], Usage(input_tokens)), wanted
         if not self.limits:
             self.ledger.begin(self.response_id, self.open_row)
@@ -9327,8 +9279,7 @@ class Reservation:
         return written // 4 + (0 if 0 < self.max_output_tokens <= self.reserved_output else RESERVED_STEP // 2)
 
     async def extend(self, written: int) -> bool:
-        """Keeps the reservation ahead of the output; False: it is used up. Thinking can exceed max_output_tokens, and some
-        servers ignore it."""
+        """False: the reservation is used up. Thinking can exceed max_output_tokens, and some servers ignore it."""
         while not self.covers(written):
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
@@ -9396,8 +9347,8 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
 # --- 8.9 accounts and credit ---
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
-    """Each with its limit a month (None: none), its multiplier in millionths, whether it is prepaid (1: refused when its
-    credit is used up), and the sums of its credit and of what it has spent."""
+    """With the limit a month (None: none), the multiplier in millionths, `prepaid` (1: refused when the credit is used up), and
+    the sums of credit and of what was spent."""
     credit: dict[int, int] = dict(await db.read("SELECT account_id, sum(nanos) FROM credits GROUP BY account_id"))
     spent, month = [await spent_nanos(db, "account_id", day) for day in (0, period_bounds("month", now_s)[0])]
     names = ("id", "name", "prepaid", "limit_nanos", "multiplier", "created_s", "credit_nanos", "spent_nanos", "month_nanos")
@@ -9505,7 +9456,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 
 async def verify(db: Database) -> tuple[int, list[str]]:
-    """(rows checked, problems): costs against prices, rollups against rows, meters against rollups."""
+    """(rows checked, problems) of costs against prices, rollups against rows, meters against rollups."""
     wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
@@ -9519,8 +9470,7 @@ async def verify(db: Database) -> tuple[int, list[str]]:
             wrong.append(f"{row['response_id']}: {row['cost_nanos']} nano-dollars, its price and tokens give {cost}")
         if checked_usage(usage) is not usage:
             wrong.append(f"{row['response_id']}: its token counts contradict each other")
-    (pruned_day,), = await db.read(
-        "SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
+    (pruned_day,), = await db.read("SELECT coalesce(max(CAST(value AS BIGINT)), 0) FROM settings WHERE name = 'pruned_day'")
     rows, sums = [dict(await usage_sums(db, [REPORT_BY["day"], *ROLLUP_KEY[1:]], pruned_day * DAY_MS, MAX_NUMBER, table=table))
                   for table in ("usage", "usage_rollups")]
     days = {place[0] for place in rows.keys() | sums.keys() if rows.get(place) != sums.get(place)}
@@ -12563,8 +12513,8 @@ ROUTES: dict[str, Handler] = {
 
 # === 12. server ===
 #
-# Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
-# handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
+# A connection's requests are answered in order, one at a time. When a client leaves, its handler is cancelled at once.
+# Half-closing counts as leaving: no HTTP client in use does it.
 
 BACKLOG = 4096  # a burst of clients after a restart
 PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler runs
@@ -12589,8 +12539,7 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, to which every layer adds, and the way to answer it: body() first, then answer(), or start(),
-    write()s and end()."""
+    """One request: its record, to which every layer adds, and its answer: body(), then answer(), or start(), write(), end()."""
     status = 0  # 0 before it is known
     note = ""  # of its handler, for the access line
     # the record of its targets
@@ -12650,7 +12599,7 @@ class Client:
         return self.data
 
     def hold(self, size: int) -> None:
-        """Counts the bytes of this body before they are read; GatewayError if there are too many."""
+        """Counts bytes of the body before they are read; GatewayError: too many."""
         if size == self.held:
             return
         if limit := self.connection.server.acquire("bytes", self.holders, size - self.held):
@@ -12792,8 +12741,7 @@ class Connection(StreamConnection):
             raise
 
     async def next_head(self) -> RequestHead | None:
-        """The head of the next request; None if none will come. header_timeout_s counts from its first byte. The wait while
-        draining is short, not zero: a client may have sent its request already."""
+        """None if no more will come. header_timeout_s counts from the first byte. Draining waits briefly: one may be coming."""
         if self.holders:
             self.server.idle.setdefault(self, self.loop.time())
         while (part := self.http.next()) is NEED_DATA and self.http.idle:
@@ -12894,7 +12842,7 @@ class Connection(StreamConnection):
         return True
 
     def skip_body(self) -> bool:
-        """Drops what was received of an unread body; True at its end."""
+        """Drops what has come of an unread body; True at its end."""
         while not self.body_done:
             part = self.http.next()
             if part is NEED_DATA:
@@ -12920,7 +12868,7 @@ class Connection(StreamConnection):
             return False
 
     async def drain(self) -> None:
-        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone when the client left, or made no room in write_timeout_s."""
+        """Waits while WRITE_HIGH_BYTES are unsent; ClientGone: the client left, or made no room in write_timeout_s."""
         if self.unsent_bytes() <= WRITE_HIGH_BYTES:
             return
         try:
@@ -12972,10 +12920,9 @@ def http_date(now_s: int) -> str:
 
 
 async def listen(config: ServerConfig) -> list[socket.socket]:
-    """A listening socket for each address of the host, all with one port."""
+    """A socket for each address of the host, all with one port."""
     host, port = config.host, config.port
-    found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                                                         flags=socket.AI_PASSIVE)
+    found = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     failure = OSError(errno.EADDRNOTAVAIL, "no address to listen on")
     for family, _, _, _, address in dict.fromkeys(found):
@@ -13025,7 +12972,7 @@ class Server:
         self.any_host = not config.public_hosts and not is_loopback(config.host)
 
     async def start(self, sockets: Sequence[socket.socket] = (), at_once: int = ACCEPT_STEP) -> None:
-        """Begins to accept, `at_once` in one turn of the loop; without sockets on new ones for host and port."""
+        """Accepts `at_once` in one turn of the loop; without sockets on new ones for host and port."""
         loop = asyncio.get_running_loop()
         self.sockets = sockets or await listen(self.config)
         self.address = self.sockets[0].getsockname()[:2]
@@ -13062,7 +13009,7 @@ class Server:
         return [""] if is_loopback(peer) or self.trusts(peer) else ["", peer]
 
     def acquire(self, share: str, holders: Sequence[str], more: int) -> str:
-        """Adds `more`, which may be negative, for each holder; or returns the name of the limit that forbids it."""
+        """Adds `more`, perhaps negative, for each holder, or returns the name of the limit that forbids it."""
         for holder in holders:
             limit = SHARES[share][holder != ""]
             if more > 0 and self.used[share, holder] + more > getattr(self.config, limit):
@@ -13103,8 +13050,7 @@ class Server:
         return peer
 
     def check_host(self, head: RequestHead, dashboard: bool = False) -> None:
-        """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
-        checked also where any name is allowed."""
+        """Another site could point its name here (DNS rebinding). The dashboard's is checked also where any name is allowed."""
         name = head.headers.get("host").lower()
         if ":" in name and name[-1] != "]":  # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
@@ -13137,7 +13083,7 @@ class Server:
         await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
-        """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
+        """Accepts the connections in the queues first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
         with contextlib.suppress(NotImplementedError):  # Windows
@@ -13163,7 +13109,7 @@ class Server:
 
 # --- 12.3 systemd ---
 #
-# It hands over listening sockets (sd_listen_fds(3)) and is notified of the state of the process (sd_notify(3)).
+# It hands over listening sockets (sd_listen_fds(3)) and is told the state of the process (sd_notify(3)).
 
 FIRST_HANDED_FD = 3
 
@@ -13185,7 +13131,7 @@ def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 def with_address(config: ServerConfig, sockets: Sequence[socket.socket]) -> ServerConfig:
-    """The settings with the address of the sockets: of several, one that other machines can reach."""
+    """The address of the sockets: of several, one that other machines can reach."""
     if not sockets:
         return config
     host, port, *_ = min((made.getsockname() for made in sockets), key=lambda address: is_loopback(address[0]))
@@ -13233,7 +13179,7 @@ ACCESS_LOG_S = 0.05  # a log record for each request costs as much as parsing it
 
 
 class GatewayServer(Server):
-    """Serves one gateway, logs each request, and takes another configuration while it runs."""
+    """Takes another configuration while it runs."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
@@ -15200,12 +15146,12 @@ fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
 "claude-mythos-5-1": {"system_anywhere": true},
 "claude-fable-5 claude-mythos-5": {"system_anywhere": true, "forced_choice": true},
 "claude-fable-5-1 claude-fable-5-2 claude-mythos-5-2": {"system_anywhere": true, "binds_thinking": true},
-"claude-opus-5-5":   {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
-"claude-opus-5":     {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
-"claude-opus-4-8":   {"system_anywhere": true, "forced_choice": true, "disable_thinking": ""},
-"claude-opus-4-7":   {"forced_choice": true, "disable_thinking": ""},
-"claude-sonnet-5":   {"forced_choice": true, "disable_thinking": "disabled"},
-"claude-haiku-5-5":  {"like": "claude-sonnet-5", "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-5-5": {"system_anywhere": true, "binds_thinking": true, "always_show_thinking": true},
+"claude-opus-5": {"system_anywhere": true, "forced_choice": true, "disable_thinking": "disabled"},
+"claude-opus-4-8": {"system_anywhere": true, "forced_choice": true, "disable_thinking": ""},
+"claude-opus-4-7": {"forced_choice": true, "disable_thinking": ""},
+"claude-sonnet-5": {"forced_choice": true, "disable_thinking": "disabled"},
+"claude-haiku-5-5": {"like": "claude-sonnet-5", "binds_thinking": true, "always_show_thinking": true},
 "claude-sonnet-5-5": {"disable_thinking": "between_tools", "binds_thinking": true, "always_show_thinking": true},
 "claude-opus-4-6 claude-sonnet-4-6": {"like": "claude-opus-4-7", "efforts": "low low low medium high max", "sampling": true},
 "claude-sonnet-4-5 claude-haiku-4-5": {
@@ -15213,11 +15159,11 @@ fill_table(ANTHROPIC_MODELS, AnthropicModel(), """{
     "forced_choice": true, "prefill": true, "web_search": "web_search_20250305"},
 "claude-opus-4-5": {"like": "claude-sonnet-4-5", "efforts": "low low low medium high"},
 "claude-sonnet-4 claude-3-7": {"like": "claude-sonnet-4-5", "default_max_tokens": 8192, "json_schema": false},
-"claude-opus-4":   {"like": "claude-sonnet-4", "max_tokens": 32000},
+"claude-opus-4": {"like": "claude-sonnet-4", "max_tokens": 32000},
 "claude-opus-4-1": {"like": "claude-opus-4", "json_schema": true},
-"claude-3-5":      {"like": "claude-sonnet-4", "thinking": "", "max_tokens": 8192},
-"claude-3":        {"like": "claude-3-5", "max_tokens": 4096, "web_search": ""},
-"":                {"like": "claude-3", "max_tokens": 0, "prefill": false}
+"claude-3-5": {"like": "claude-sonnet-4", "thinking": "", "max_tokens": 8192},
+"claude-3": {"like": "claude-3-5", "max_tokens": 4096, "web_search": ""},
+"": {"like": "claude-3", "max_tokens": 0, "prefill": false}
 }""")
 
 # gemini-2.5-pro cannot stop thinking
@@ -15228,7 +15174,7 @@ fill_table(GEMINI_MODELS, GeminiModel(), """{
 "gemini-3.1-pro gemini-3.7-flash gemini-3.8-flash gemini-4 gemini-pro-latest": {"values": "LOW LOW LOW MEDIUM HIGH"},
 "gemini-4-argon": {"like": "gemini-4", "max_tokens": 65536},
 "gemini-2.5-pro": {"thinking_param": "thinkingBudget", "values": "128 512 2048 8192 16384 32768", "combines_tools": false},
-"gemini-2.5":     {"thinking_param": "thinkingBudget", "values": "0 512 2048 8192 16384 24576", "combines_tools": false},
+"gemini-2.5": {"thinking_param": "thinkingBudget", "values": "0 512 2048 8192 16384 24576", "combines_tools": false},
 "gemini-2.5-flash-image gemini-2. gemini-1 gemini-pro gemma learnlm": {"thinking_param": "", "combines_tools": false}
 }""")
 

@@ -8030,8 +8030,8 @@ def day_of(text: str) -> int:
 
 
 BAD_KEYS = (  # "scheme token" of an Authorization header -> what to do
-    (r"(bearer)? \Z", "No API key was sent. Export POMEX_API_KEY (in Codex the variable that env_key names) in this shell, then "
-     "start the client again."),
+    (r"(bearer)? \Z", "No API key was sent. Export POMEX_API_KEY (in Codex the variable that env_key names) in this shell, "
+     "then start the client again."),
     (r"(?!bearer )", "The Authorization header must read: Bearer sk-rh-…"),
     (r"bearer (\$([A-Z0-9_]{1,64}|\{[A-Z0-9_]{1,64}\}|env:[A-Z0-9_]{1,64})|%[A-Z0-9_]{1,64}%)\Z",
      'The key arrived as the text "{token}"; the shell did not expand it. Use double quotes.'),

@@ -14321,8 +14321,6 @@ PAGE = r"""<!doctype html>
   --bad:light-dark(#ab231c,#ff938a);
   --bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);--s2:light-dark(#4a60cf,#8c9df7);
   --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d)}
-[data-theme=dark]{color-scheme:dark}
-[data-theme=light]{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
   font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
@@ -14568,43 +14566,40 @@ textarea{height:auto}
 "use strict";
 // --- nodes ---
 const $ = (selector, root = document) => root.querySelector(selector);
-const SVG = $("svg").namespaceURI;
-
-// An attribute of null or false is left out, one named on... is a listener. Children are nodes or text, never markup.
-function el(tag, attributes, ...children) {
-  const isSvg = /^(svg|path|rect|line|text)$/.test(tag);
-  const node = isSvg ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value == null || value === false) continue;
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "value" && tag !== "option") node.value = value;
-    else node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.flat(4).filter(child => child != null && child !== false));
-  return node;
-}
-const withClass = tag => (className, ...children) => el(tag, {class: className || null}, children);
-const div = withClass("div"), span = withClass("span"), para = withClass("p"), ul = withClass("ul");
-const td = withClass("td");
-const tr = (...cells) => el("tr", {}, cells);
-const h2 = (...content) => el("h2", {}, content);
-const bold = (...content) => el("b", {}, content);
-const code = text => el("code", {}, text);
-const card = (className, ...content) => div("card " + className, content);
-const heading = (title, ...content) => div("hd", h2(title), content);
-const pageTop = (title, ...content) => div("top", el("h1", {}, title), content);
-const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
-const button = (text, className, onclick, attributes) => el("button",
-  {class: "btn " + className, type: "button", onclick: event => onclick(event.currentTarget), ...attributes}, text);
-const submitButton = text => el("button", {class: "btn p"}, text);
-const copyButton = (text, className, getText, attributes) =>
-  button(text, className, pressed => copy(getText(), pressed), attributes);
 
 // Callers can send names of any length, and characters that change the direction of the text around them.
 function clip(value, length = 120) {
   const text = String(value ?? "").replace(/\0/g, "␀");
   return text.length > length ? text.slice(0, length) + "…" : text;
 }
+
+// Attributes may be just a class; one of null or false is left out, a function listens. Children are nodes or text,
+// never markup.
+function el(tag, attributes, ...children) {
+  const like = /^(svg|path|rect|line|text)$/.test(tag) ? $("svg") : document.body;
+  const node = document.createElementNS(like.namespaceURI, tag);
+  const named = typeof attributes === "string" ? {class: attributes} : attributes || {};
+  for (const [name, value] of Object.entries(named)) {
+    if (typeof value === "function") node[name] = value;
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  const shown = children.flat(4).filter(child => child != null && child !== false);
+  node.append(...shown.map(child => child instanceof Node ? child : clip(child, 600)));
+  return node;
+}
+const [div, span, para, ul, td, svg, rect] = ["div", "span", "p", "ul", "td", "svg", "rect"].map(tag =>
+  (...parts) => el(tag, ...parts));
+const [h2, bold, code, li, tr] = ["h2", "b", "code", "li", "tr"].map(tag => (...content) => el(tag, "", content));
+const card = (className, ...content) => div("card " + className, content);
+const heading = (title, ...content) => div("hd", h2(title), content);
+const pageTop = (title, ...content) => div("top", el("h1", "", title), content);
+const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
+const button = (text, className, onclick, attributes) => el("button",
+  {class: "btn " + className, type: "button", onclick: event => onclick(event.currentTarget), ...attributes}, text);
+const submitButton = text => el("button", "btn p", text);
+const copyButton = (text, className, getText, attributes) =>
+  button(text, className, pressed => copy(getText(), pressed), attributes);
+
 // The title has what is clipped.
 function bdi(value, length = 120) {
   const isClipped = String(value ?? "").length > length;
@@ -14614,32 +14609,29 @@ function bdi(value, length = 120) {
 // A column is [heading, class, cell(row)].
 const tableRows = (columns, rows) =>
   rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
-function table(className, caption, columns, rows, foot) {
-  const head = columns.map(([heading, headClass]) => el("th", {class: headClass || null, scope: "col"}, heading));
-  return el("table", {class: className}, el("caption", {class: "sr"}, caption), el("thead", {}, tr(head)),
-    el("tbody", {}, tableRows(columns, rows)), foot);
-}
-
-function facts(pairs) {
-  const items = pairs.filter(Boolean).map(([term, detail]) => [el("dt", {}, term), el("dd", {}, detail)]);
-  return el("dl", {class: "facts"}, items);
-}
+const table = (className, caption, columns, rows, foot) => el("table", className, el("caption", "sr", caption),
+  el("thead", "", tr(columns.map(([heading, className]) => el("th", {class: className, scope: "col"}, heading)))),
+  el("tbody", "", tableRows(columns, rows)), foot);
+const facts = pairs => el("dl", "facts",
+  pairs.filter(Boolean).map(([term, detail]) => [el("dt", "", term), el("dd", "", detail)]));
 
 // The user's choices on the overview; a measure of "" is spend if there is any, else requests.
 const picked = {range: "today", breakdown: "model", measure: ""};
-// Buttons of which one is pressed; an option is [value, text].
-function segments(label, name, options, chosen, draw) {
-  const buttons = options.map(([value, text]) => {
-    const onclick = () => {
-      for (const each of buttons) each.ariaPressed = String(each === segment);
-      picked[name] = value;
-      draw();
-    };
-    const segment = el("button", {type: "button", "data-focus": name + value, onclick}, text);
-    segment.ariaPressed = String(value === chosen);
-    return segment;
-  });
-  return el("div", {class: "seg", role: "group", "aria-label": label}, buttons);
+// Buttons of which one is pressed, of `choices`: {value: {title}}.
+function segments(label, name, choices, chosen, draw = view.redraw) {
+  const box = div({class: "seg", role: "group", "aria-label": label});
+  function press(value) {
+    for (const each of box.children) each.ariaPressed = each.value === value;
+  }
+  function onclick({currentTarget}) {
+    picked[name] = currentTarget.value;
+    press(picked[name]);
+    draw();
+  }
+  box.append(...Object.entries(choices).map(([value, {title}]) =>
+    el("button", {type: "button", "data-focus": name + value, value, onclick}, title)));
+  press(chosen);
+  return box;
 }
 
 // A box that scrolls takes the focus, so that the keyboard can scroll it.
@@ -14647,14 +14639,14 @@ const scrollBox = (tag, className, label, ...content) =>
   el(tag, {class: className, tabindex: 0, role: "group", "aria-label": label}, content);
 
 const piece = (className, x, width) =>
-  el("rect", {class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
-const track = (...pieces) => el("svg",
+  rect({class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
+const track = (...pieces) => svg(
   {class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true"},
   piece("trk", 0, 100), pieces);
 function bar(fraction, className, mark) {
   const x = mark * 100;
   const line = {class: "tick", x1: x, x2: x, y1: 0, y2: 8, "vector-effect": "non-scaling-stroke"};
-  return track(fraction > 0 ? piece(className, 0, fraction * 100) : null, mark ? el("line", line) : null);
+  return track(fraction > 0 && piece(className, 0, fraction * 100), mark > 0 && el("line", line));
 }
 function budgetClass(fraction) {
   if (fraction >= .95) return "bad";
@@ -14662,12 +14654,12 @@ function budgetClass(fraction) {
 }
 
 const STROKE = {fill: "none", "stroke-linecap": "round", "stroke-linejoin": "round"};
-const icon = d => el("svg", {viewBox: "0 0 16 16", "aria-hidden": "true"},
+const icon = d => svg({viewBox: "0 0 16 16", "aria-hidden": "true"},
   el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
-const brand = () => div("brand", el("svg", {viewBox: "0 0 24 24", "aria-hidden": "true"},
+const brand = () => div("brand", svg({viewBox: "0 0 24 24", "aria-hidden": "true"},
   el("path", {class: "ok", d: "M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 " +
-    "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
-  el("path", {class: "ok", d: "M12.6 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
+    "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8zm.6-1.4" +
+    "c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
   el("path", {d: "M7.5 13h8M13 10.2l2.9 2.8-2.9 2.8", ...STROKE, stroke: "var(--on-accent)", "stroke-width": 1.9})),
   "Pomex");
 
@@ -14702,7 +14694,8 @@ async function copy(text, pressed) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {                 // the clipboard API needs HTTPS or localhost
-    const area = el("textarea", {value: text});
+    const area = el("textarea");
+    area.value = text;
     (pressed.closest("dialog") || document.body).append(area);
     area.select();
     document.execCommand("copy");
@@ -14721,11 +14714,8 @@ const sum = (items, value) => items.reduce((total, each) => total + value(each),
 const count = n => n.toLocaleString("en-US");
 const pct = (part, whole, digits = 1) => whole ? (100 * part / whole).toFixed(digits) + " %" : "0 %";
 
-function usd(nanos, digits = Math.abs(nanos) < 99995e4 ? 4 : 2) {
-  if (!nanos) return "$0";
-  const options = {minimumFractionDigits: digits, maximumFractionDigits: digits};
-  return (nanos < 0 ? "-$" : "$") + Math.abs(nanos / 1e9).toLocaleString("en-US", options);
-}
+const usd = (nanos, digits = Math.abs(nanos) < 99995e4 ? 4 : 2) => nanos ? (nanos / 1e9).toLocaleString("en-US",
+  {style: "currency", currency: "USD", minimumFractionDigits: digits, maximumFractionDigits: digits}) : "$0";
 function tokens(n) {
   if (n >= 1e6) return (n / 1e6).toFixed(1) + " M";
   return n >= 1e3 ? (n / 1e3).toFixed(1) + " k" : String(n);
@@ -14733,11 +14723,7 @@ function tokens(n) {
 const axisUsd = nanos =>        // $0.0025, $0.50, $2
   "$" + (nanos / 1e9).toLocaleString("en-US", {maximumSignificantDigits: 4}).replace(/\.\d$/, "$&0");
 const shortTokens = n => tokens(n).replace(".0", "");
-function seconds(ms) {
-  const value = ms / 1000;
-  if (value < 1) return value.toFixed(2);
-  return value.toFixed(value < 100 ? 1 : 0);
-}
+const seconds = ms => (ms / 1000).toFixed((ms < 1e3) + (ms < 1e5));      // 0.25, 2.5, 250
 function duration(total) {
   for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]]) {
     if (total >= size) return Math.floor(total / size) + " " + unit;
@@ -14751,37 +14737,33 @@ const day = date => date.getDate() + " " + date.toLocaleString("en-US", {month: 
 function time(ms) {
   const date = new Date(ms);
   const isToday = date.toDateString() === new Date().toDateString();
-  const text = (isToday ? "" : day(date) + " ") + date.toTimeString().slice(0, 8);
-  return el("time", {title: date.toString(), datetime: date.toISOString()}, text);
+  return el("time", {title: date.toString(), datetime: date.toISOString()},
+    isToday ? "" : day(date) + " ", date.toTimeString().slice(0, 8));
 }
 
 // --- forms and dialogs ---
-function field(label, name, {wide, ...attributes} = {}, tag = "input", options = []) {
-  const id = "f-" + name;
-  const choices = options.map(([value, text]) => el("option", {value, selected: value === attributes.value}, text));
-  const control = el(tag, {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": id + "-error",
-    ...attributes}, choices);
-  return el("label", {class: wide ? "w" : "m"}, label, control, el("span", {class: "err", id: id + "-error"}));
+function field(label, name, {wide, ...attributes} = {}, tag = "input", ...content) {
+  const id = "f-" + name, error = id + "-error";
+  const control = {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": error, ...attributes};
+  return el("label", wide ? "w" : "m", label, el(tag, control, content), span({class: "err", id: error}));
 }
 const amount = (label, name, placeholder, value) =>
   field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
-const choice = (label, name, options, attributes) => field(label, name, attributes, "select", options);
+const choice = (label, name, options, attributes = {}) => field(label, name, attributes, "select",
+  options.map(([value, text = value]) => el("option", {value, selected: value === attributes.value}, text)));
 
 // Shows an error at the field that it names, else below the form.
 function showFormError(form, error) {
   for (const each of form.querySelectorAll(".err")) each.textContent = "";
   for (const each of form.querySelectorAll("[aria-invalid]")) each.ariaInvalid = null;
   if (!error) return;
-  const text = clip(error.message, 300);
   const control = error.param && form.elements.namedItem(error.param === "expires_s" ? "expires_days" : error.param);
   if (control) {
     control.ariaInvalid = "true";
-    control.nextElementSibling.textContent = text;
     control.focus();
-    return;
-  }
-  if (!$(".err.all", form)) form.append(el("p", {class: "err all", role: "alert"}));
-  $(".err.all", form).textContent = text;
+  } else if (!$(".err.all", form)) form.append(para({class: "err all", role: "alert"}));
+  const place = control ? control.nextElementSibling : $(".err.all", form);
+  place.textContent = clip(error.message, 300);
 }
 
 const fieldError = (param, message) => Object.assign(new Error(message), {param});
@@ -14829,20 +14811,16 @@ let view = {};              // refresh() and live(kind, data) of the page that i
 let visit = 0;              // counts the pages shown: an answer for an earlier one is not drawn
 const isAdmin = () => session.role === "admin";
 
-const post = body =>
-  ({method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
+const post = body => ({method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
 async function api(path, body) {
-  let response;
-  try {
-    response = await fetch("/admin/api/" + path, body && post(body));
-  } catch {
+  const response = await fetch("/admin/api/" + path, body && post(body)).catch(() => {
     throw new Error("The gateway does not answer. Is it running?");
-  }
+  });
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
-  const {message, param} = answer.error || {};
-  if (response.status === 401 && path !== "login") showLogin(session ? "The session has ended. Log in again." : "");
-  throw Object.assign(fieldError(param, message || "HTTP " + response.status), {status: response.status});
+  const {message, param} = answer.error || {}, {status} = response;
+  if (status === 401 && path !== "login") showLogin(session ? "The session has ended. Log in again." : "");
+  throw Object.assign(fieldError(param, message || "HTTP " + status), {status});
 }
 
 // Loads data and draws it, or the error, into a box, unless the user has left the page meanwhile.
@@ -14854,7 +14832,7 @@ async function fill(box, load, draw) {
   } catch (error) {
     if (visit !== begun || !session) return;
     const retry = button("Retry", "s", () => fill(box, load, draw));
-    swap(box, el("div", {class: "note bad", role: "alert"}, span("", clip(error.message, 600)), retry));
+    swap(box, div({class: "note bad", role: "alert"}, span("", error.message), retry));
   }
 }
 
@@ -14865,20 +14843,17 @@ function showLogin(note) {
   visit++;
   document.title = "Log in · Pomex";
   const onsubmit = whenSubmitted(async ({token}) => {
-    try {
-      await api("login", {token: token.trim()});
-    } catch (error) {
+    await api("login", {token: token.trim()}).catch(error => {
       throw fieldError("token", error.message);
-    }
+    });
     begin();
   });
-  const form = el("form", {class: "gap", onsubmit},
-    field("Admin token or API key", "token", {type: "password", required: true}), submitButton("Log in"));
   $("#root").replaceChildren(el("main", {class: "login", id: "main", tabindex: -1}, div("card", brand(),
-    el("h1", {}, "Log in"),
+    el("h1", "", "Log in"),
     para("sub", "With the admin token, or with an API key to see its own usage. To get a login link, run: ",
       code("python pomex.py admin-url")),
-    form)));
+    el("form", {class: "gap", onsubmit},
+      field("Admin token or API key", "token", {type: "password", required: true}), submitButton("Log in")))));
   $("#f-token-error").textContent = note;
   $("#f-token").focus();
 }
@@ -14904,51 +14879,46 @@ async function begin() {
 
 // --- the frame around the pages ---
 const LINES = "M3 3h10M3 8h10M3 13h6";
-const PAGES = [
-  {id: "overview", title: "Overview", show: showOverview, icon: "M2 9h4l2-6 2 11 2-5h2"},
-  {id: "keys", title: "Keys", show: showKeys, adminOnly: true,
-    icon: "M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6"},
-  {id: "usage", title: "Usage log", show: showUsage, icon: LINES},
-  {id: "models", title: "Models", show: showModels, icon: "M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6"},
-  {id: "providers", title: "Providers", show: showProviders, adminOnly: true,
-    icon: "M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01"},
-  {id: "playground", title: "Playground", show: showPlayground, icon: "M4 3v10l9-5z"},
-  {id: "setup", title: "Setup", show: showSetup, icon: "M2.5 8.5 6 12l7.5-8"},
-  {id: "audit", title: "Audit", show: showAudit, adminOnly: true, icon: LINES},
+const PAGES = [     // [id, title, icon, show(main, query, rest of the path)]
+  ["overview", "Overview", "M2 9h4l2-6 2 11 2-5h2", showOverview],
+  ["keys", "Keys", "M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6", showKeys],
+  ["usage", "Usage log", LINES, showUsage],
+  ["models", "Models", "M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6", showModels],
+  ["providers", "Providers", "M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01", showProviders],
+  ["playground", "Playground", "M4 3v10l9-5z", showPlayground],
+  ["setup", "Setup", "M2.5 8.5 6 12l7.5-8", showSetup],
+  ["audit", "Audit", LINES, showAudit],
 ];
-const openPages = () => PAGES.filter(page => isAdmin() || !page.adminOnly);
+const openPages = () => PAGES.filter(([id]) => isAdmin() || !["keys", "providers", "audit"].includes(id));
 
 function showFrame() {
   const {counts, key, address, version, up_s} = session;
-  const links = openPages().map(({id, title, icon: d}) => el("li", {},
-    link(null, "/admin#" + id, [icon(d), title, id in counts ? span("n", counts[id]) : null], {"data-id": id})));
+  const links = openPages().map(([id, title, d]) => li(
+    link(null, "/admin#" + id, [icon(d), title, id in counts && span("n", counts[id])], {"data-id": id})));
   async function logOut() {
     await api("logout", {}).catch(() => null);
     showLogin("Logged out.");
   }
   $("#root").replaceChildren(div("app",
-    el("header", {class: "rail"}, brand(),
-      el("nav", {"aria-label": "Pages"}, el("ul", {class: "nav", id: "nav"}, links)),
+    el("header", "rail", brand(), el("nav", {"aria-label": "Pages"}, ul({class: "nav", id: "nav"}, links)),
       div("foot", div("", button("Light / dark", "s g", switchTheme), button("Log out", "s g", logOut)),
-        para("", key && `Key ${clip(key.name)}\n`, `${clip(address)}\npomex.py ${version}\nup ${duration(up_s)}`))),
+        para("", key && `Key ${key.name}\n`, `${address}\npomex.py ${version}\nup ${duration(up_s)}`))),
     el("main", {id: "main", tabindex: -1})));
 }
 
-const rootData = document.documentElement.dataset;
-const savedTheme = localStorage.getItem("pomex-theme");
-if (savedTheme) rootData.theme = savedTheme;
+const {style} = document.documentElement;
+style.colorScheme = localStorage.getItem("pomex-theme");
 function switchTheme() {
-  const isDark = rootData.theme ? rootData.theme === "dark" : matchMedia("(prefers-color-scheme:dark)").matches;
-  rootData.theme = isDark ? "light" : "dark";
-  localStorage.setItem("pomex-theme", rootData.theme);
+  const current = style.colorScheme || (matchMedia("(prefers-color-scheme:dark)").matches ? "dark" : "light");
+  style.colorScheme = current === "dark" ? "light" : "dark";
+  localStorage.setItem("pomex-theme", style.colorScheme);
 }
 
-let isFirstPage = true;
 function route() {
   if (!session) return;
   const [path, query] = (location.hash.slice(1) || "overview").split("?");
   const [id, ...rest] = path.split("/");
-  const page = openPages().find(each => each.id === id);
+  const page = openPages().find(each => each[0] === id);
   if (!page) {
     location.replace("#overview");
     return;
@@ -14959,25 +14929,24 @@ function route() {
     askToLeave(path);
     return;
   }
-  visit++;
-  view = {};
+  const [, title, , show] = page, main = $("#main");
+  const isFirst = !visit++;
   for (const each of document.querySelectorAll("#nav a")) each.ariaCurrent = each.dataset.id === id ? "page" : null;
-  document.title = page.title + " · Pomex";
-  const main = $("#main");
+  document.title = title + " · Pomex";
   main.replaceChildren();
-  view = page.show(main, new URLSearchParams(query), rest.join("/")) || {};
-  if (!isFirstPage) {
+  view = {};
+  view = show(main, new URLSearchParams(query), rest.join("/")) || {};
+  if (!isFirst) {
     main.focus({preventScroll: true});
     scrollTo(0, 0);
   }
-  isFirstPage = false;
   $("#nav").scrollLeft = $("#nav [aria-current]").offsetLeft - 80;
 }
 addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin() : route());
 
 // --- live events: one connection, closed while the page is hidden ---
 let feed = null, feedIsOpen = false;
-const liveMark = () => el("span", {class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"),
+const liveMark = () => span({class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"),
   feedIsOpen ? "Live" : "Reconnecting");
 function setFeedIsOpen(isOpen) {
   feedIsOpen = isOpen;
@@ -15031,12 +15000,19 @@ function throttle(action) {
   return () => timer ||= setTimeout(run, Math.max(50, last + 1500 - Date.now()));
 }
 
+// A page with a body that is drawn from what `load` answers, again when something happens. Of what it returns, `redraw`
+// is for other choices of the user, from the same data.
 function livePage(main, parts, load, draw) {
   const body = div();
+  let data = null;
+  const redraw = () => data && swap(body, draw(data));
+  const refresh = () => fill(body, load, answer => {
+    data = answer;
+    return draw(data);
+  });
   main.append(...parts, body);
-  const refresh = () => fill(body, load, data => draw(data, body));
   refresh();
-  return {refresh, live: throttle(refresh)};
+  return {refresh, redraw, live: throttle(refresh)};
 }
 
 // --- parts of several pages ---
@@ -15061,15 +15037,15 @@ function requestPath(row) {
   const last = row.tried.length - 1;
   const failed = row.tried.filter((name, i) => row.status === "failed" ? i < last : name !== row.provider);
   const hops = failed.map(name =>
-    [el("s", {}, clip(name)), span("sr", " failed, then"), el("span", {"aria-hidden": "true"}, " → ")]);
-  return span("hop", " via ", hops, clip(row.provider || NO_PROVIDER));
+    [el("s", "", name), span("sr", " failed, then"), span({"aria-hidden": "true"}, " → ")]);
+  return span("hop", " via ", hops, row.provider || NO_PROVIDER);
 }
 
 const REQUEST_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.started_ms)],
   ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model),
     {"data-focus": row.response_id}), requestPath(row)]],
-  ["Key", "second", row => bdi(row.key || "deleted key")],
+  ["Key", "second", row => row.key || "deleted key"],
   ["In / cached / out", "r nw opt opt2", row => [row.input, row.cached, row.output].map(tokens).join(" / ")],
   ["First token / total", "r nw opt", ({first_ms, total_ms}) =>
     (first_ms ? seconds(first_ms) + " / " : "") + seconds(total_ms) + " s"],
@@ -15082,7 +15058,7 @@ const requestTable = rows => table("stack", "Requests, newest first", REQUEST_CO
 
 function missingKeys(providers) {
   if (!providers.length) return null;
-  const rows = providers.map(({name, env_key}) => el("li", {}, name, code("export " + env_key + "=...")));
+  const rows = providers.map(({name, env_key}) => li(name, code("export " + env_key + "=...")));
   return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows),
     para("d", "Then restart Pomex.")));
 }
@@ -15107,51 +15083,50 @@ function barChart(title, chart) {
   const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
   const highest = Math.max(...totals);
   const left = 44, top = 8, bottom = 22;
-  let current = Math.min(slots - 1, Math.max(0, chart.now));
-  let isTable = false;
-  const reading = el("p", {class: "read", "aria-live": "polite"});
-  const svg = el("svg", {class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
+  let current = 0;
+  const reading = para({class: "read", "aria-live": "polite"});
+  const plot = svg({class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
     "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
-  const box = div("grow");
-  const add = (tag, attributes, ...children) => svg.append(el(tag, attributes, ...children));
+  const box = div("grow", reading, plot);
 
   function draw() {
-    const width = svg.clientWidth, height = Math.max(208, svg.clientHeight);
+    const width = plot.clientWidth, height = Math.max(208, plot.clientHeight);
     if (width < 60) return;
     const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
     const step = roundUp(Math.max(highest, chart.least) / 3);
     const limit = Math.max(step * Math.ceil(highest / step), step);
+    const x = slot => left + slot * slotWidth;
     const y = value => top + plotHeight * (1 - value / limit);
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.replaceChildren();
+    const shapes = [];
     for (let value = 0; value <= limit * 1.001; value += step) {
-      add("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)});
-      add("text", {x: 0, y: y(value) + 4}, chart.formatAxis(value));
+      shapes.push(el("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)}),
+        el("text", {x: 0, y: y(value) + 4}, chart.formatAxis(value)));
     }
-    add("rect", {class: "cur", x: left + current * slotWidth, width: slotWidth, y: top, height: plotHeight});
+    shapes.push(rect({class: "cur", x: x(current), width: slotWidth, y: top, height: plotHeight}));
     for (let slot = 0; slot < slots; slot++) {
       let below = 0;
       for (const {color, values} of series.filter(each => each.values[slot])) {
         const y1 = y(below + values[slot]), gap = below ? 1 : 0;
-        add("rect", {class: "k" + color, x: left + slot * slotWidth + slotWidth * .16, width: slotWidth * .68, y: y1,
-          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5});
+        shapes.push(rect({class: "k" + color, x: x(slot + .16), width: slotWidth * .68, y: y1,
+          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5}));
         below += values[slot];
       }
     }
     for (let slot = 0; slot < slots; slot += chart.labelEvery * (width < 520 ? 2 : 1)) {
-      const x = left + slot * slotWidth + slotWidth / 2;
-      add("text", {x, y: height - 5, "text-anchor": "middle"}, chart.tick(slot));
+      shapes.push(el("text", {x: x(slot + .5), y: height - 5, "text-anchor": "middle"}, chart.tick(slot)));
     }
+    plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    plot.replaceChildren(...shapes);
     const parts = series.filter(each => each.values[current])
-      .map(each => "  ·  " + clip(each.name) + " " + format(each.values[current]));
-    reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), parts.join(""));
+      .map(each => `  ·  ${each.name} ${format(each.values[current])}`);
+    reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), ...parts);
   }
   function moveTo(slot) {
     current = Math.max(0, Math.min(slots - 1, slot));
     draw();
   }
   function onpointermove(event) {
-    const place = svg.getBoundingClientRect();
+    const place = plot.getBoundingClientRect();
     moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
   }
   function onkeydown(event) {
@@ -15161,28 +15136,22 @@ function barChart(title, chart) {
     event.preventDefault();
   }
   function asTable() {
-    const parts = [...series, {name: "All", values: totals}];
-    const columns = parts.map(({name, values}) => [clip(name), "r", slot => format(values[slot])]);
+    const columns = [...series, {name: "All", values: totals}].map(({name, values}) =>
+      [name, "r", slot => format(values[slot])]);
     const used = [...totals.keys()].filter(slot => totals[slot]);
-    return scrollBox("div", "scroll", title + " as a table",
-      table(null, title, [["Time", "nw", label], ...columns], used));
-  }
-  function show() {
-    flip.textContent = isTable ? "View as chart" : "View as table";
-    swap(box, isTable ? asTable() : [reading, svg]);
-    draw();
+    return scrollBox("div", "scroll", title + " as a table", table(null, title, [["Time", "nw", label], ...columns], used));
   }
   function onclick() {
-    isTable = !isTable;
-    show();
+    const isChart = box.contains(plot);
+    flip.textContent = isChart ? "View as chart" : "View as table";
+    swap(box, isChart ? asTable() : [reading, plot]);
   }
-  const flip = el("button", {class: "sub", type: "button", "data-focus": "flip", onclick});
-  const legend = series.map(({name, color, values}) => el("li", {},
-    el("svg", {viewBox: "0 0 10 10", "aria-hidden": "true"},
-      el("rect", {width: 10, height: 10, rx: 2, class: "k" + color})),
-    clip(name) + " ", bold(format(sum(values, Number)))));
-  new ResizeObserver(draw).observe(svg);
-  show();
+  const flip = el("button", {class: "sub", type: "button", id: "flip", onclick}, "View as table");
+  const legend = series.map(({name, color, values}) => li(
+    svg({viewBox: "0 0 10 10", "aria-hidden": "true"}, rect({width: 10, height: 10, rx: 2, class: "k" + color})),
+    name + " ", bold(format(sum(values, Number)))));
+  moveTo(chart.now);
+  new ResizeObserver(draw).observe(plot);       // calls it at once, too
   return [heading(title, chart.control, flip), ul("leg", legend), box];
 }
 
@@ -15240,7 +15209,7 @@ function setupTabs(block, token = "sk-rh-…") {
 
 const STEP_MARKS = {done: "✓", bad: "!"};
 const STEP_WORDS = {done: "Done. ", now: "Waiting. "};
-const step = (state, title, ...details) => el("li", {}, span("st " + state, STEP_MARKS[state]),
+const step = (state, title, ...details) => li(span("st " + state, STEP_MARKS[state]),
   span("", bold(title), span("sr", STEP_WORDS[state]), details));
 
 // --- the overview ---
@@ -15254,38 +15223,32 @@ const MEASURES = {
   requests: {title: "Requests", format: count, formatAxis: shortTokens, least: 3},
   tokens: {title: "Tokens", format: tokens, formatAxis: shortTokens, least: 3},
 };
-const optionsOf = choices => Object.entries(choices).map(([value, {title}]) => [value, title]);
 
 function showOverview(main) {
-  const load = () => {
+  const ranges = segments("Time range", "range", RANGES, picked.range, () => view.refresh());
+  function load() {
     const {days, stepMs, slots} = RANGES[picked.range];
     return api(`overview?since=${midnight() - (days - 1) * DAY_MS}&step=${stepMs}&slots=${slots}`);
-  };
-  const draw = (data, body) => {
-    const redraw = () => swap(body, drawOverview(data, redraw));
-    return drawOverview(data, redraw);
-  };
-  const ranges = segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh());
-  const page = livePage(main, [pageTop("Overview", liveMark(), ranges)], load, draw);
-  return page;
+  }
+  return livePage(main, [pageTop("Overview", liveMark(), ranges)], load, drawOverview);
 }
 
-function drawOverview(data, redraw) {
+function drawOverview(data) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
   const empty = isEmpty && card("empty", h2("No request yet"),
     para("", "Set up Codex, or try the demo in the playground."),
     link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
-  const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
+  const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", name), requests, total, "ok"));
   const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
   return [
     div("card sum", spendBox(data), div("kpis", keyFigures(data))),
     div("grid", empty,
-      card("pad c8 grow", overviewChart(data, redraw)),
+      card("pad c8 grow", overviewChart(data)),
       card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
         heading("By result"), ul("rows", byResult)),
-      card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by, redraw)),
+      card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by)),
       isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
         providerLatencies(data.providers)) : null,
       card("full", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
@@ -15334,10 +15297,10 @@ function keyFigures({totals, by, first_ms, total_ms}) {
       `${count(failed)} of ${count(requests)}; failover saved ${count(ended("failed over"))}`],
   ];
   return figures.map(([title, value, unit, note]) =>
-    div("kpi", div("lab", title), div("v", value, unit ? el("i", {}, unit) : null), div("d", note)));
+    div("kpi", div("lab", title), div("v", value, unit ? el("i", "", unit) : null), div("d", note)));
 }
 
-function overviewChart(data, redraw) {
+function overviewChart(data) {
   const shown = picked.measure || (data.totals.cost_nanos ? "cost_nanos" : "requests");
   const range = RANGES[picked.range], measure = MEASURES[shown], {days} = range;
   const color = seriesColors(data.series.map(each => each.name));
@@ -15352,17 +15315,17 @@ function overviewChart(data, redraw) {
   }
   const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
   const now = Math.floor((data.now_ms - data.since_ms) / data.step_ms);
-  const control = segments("Measure", "measure", optionsOf(MEASURES), shown, redraw);
+  const control = segments("Measure", "measure", MEASURES, shown);
   return barChart(`${measure.title} by ${range.unit}`, {...range, ...measure, series, label, tick, now, control});
 }
 
 function share(label, requests, total, barClass) {
   if (!requests) return null;
-  return el("li", {}, label, span("", count(requests), span("dim", "  " + pct(requests, total))),
+  return li(label, span("", count(requests), span("dim", "  " + pct(requests, total))),
     bar(requests / Math.max(1, total), barClass));
 }
 
-function whereItWent(by, redraw) {
+function whereItWent(by) {
   const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
     bdi(row.name || "deleted key"));
   const columns = [
@@ -15372,8 +15335,8 @@ function whereItWent(by, redraw) {
     ["Cached", "r opt", row => tokens(row.cached)],
     ["Cost", "r nw", costOfAll],
   ];
-  const options = [["model", "Model"], ["key", "Key"]];
-  const control = isAdmin() && segments("Break down by", "breakdown", options, picked.breakdown, redraw);
+  const choices = {model: {title: "Model"}, key: {title: "Key"}};
+  const control = isAdmin() && segments("Break down by", "breakdown", choices, picked.breakdown);
   const rows = by[picked.breakdown].slice(0, 8);
   return [div("tb", h2("Where it went"), control), table(null, "Where it went", columns, rows)];
 }
@@ -15385,7 +15348,7 @@ function providerLatencies(providers) {
     return track(to ? [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)] : null);
   };
   const columns = [
-    ["Provider", "nw", each => span("name", stateDot(each), "  " + clip(each.name))],
+    ["Provider", "nw", each => span("name", stateDot(each), "  " + each.name)],
     ["State", "nw", each => each.state],
     ["Range", "", range],
     ["p50 / p95", "r nw", ({first_ms: [p50, p95]}) => p95 ? `${seconds(p50)} / ${seconds(p95)} s` : span("dim", "-")],
@@ -15396,7 +15359,7 @@ function providerLatencies(providers) {
   if (!failing) return latencies;
   const {name, error, back_s} = failing;
   const retry = back_s ? ` (tried again in ${back_s} s)` : "";
-  return [latencies, para("note bad", `${name}: ${clip(error.message, 300)}${retry}`)];
+  return [latencies, para("note bad", `${name}: ${error.message}${retry}`)];
 }
 
 // --- keys and accounts ---
@@ -15424,7 +15387,7 @@ function showKeys(main) {
   const onsubmit = whenSubmitted(async (wanted, form) => {
     newKey = await api("keys", wanted);
     form.reset();
-    await page.refresh();
+    await view.refresh();
     announce(`Key ${newKey.name} created`);
     $("#copykey")?.focus();
   });
@@ -15432,8 +15395,7 @@ function showKeys(main) {
     field("Name", "name", {wide: true, placeholder: "ci-runner", required: true}),
     keyFields({}), choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
   const parts = [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))];
-  const page = livePage(main, parts, load, draw);
-  return page;
+  return livePage(main, parts, load, draw);
 }
 
 const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
@@ -15456,8 +15418,8 @@ function newKeyPanel() {
     view.refresh();
     $("#main").focus();
   };
-  return el("div", {class: "card new", role: "region", "aria-labelledby": "new-key"},
-    div("hdr", div("", el("b", {id: "new-key"}, bdi(name), " is ready. Copy the key now."),
+  return div({class: "card new", role: "region", "aria-labelledby": "new-key"},
+    div("hdr", div("", el("b", {id: "new-key"}, name, " is ready. Copy the key now."),
       para("", "Pomex keeps only its hash, so nobody can show it again.")), button("I have stored it", "", stored)),
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
@@ -15467,7 +15429,7 @@ function newKeyPanel() {
 
 function askToLeave(path) {
   const text = para("", "It is not shown again once you leave this page.");
-  openForm(`Have you stored the key of ${clip(newKey.name)}?`, text, "I have stored it", () => {
+  openForm(`Have you stored the key of ${newKey.name}?`, text, "I have stored it", () => {
     newKey = null;
     location.hash = path;
   }, "Back to the key");
@@ -15511,7 +15473,7 @@ function keyColumns(accounts, now_s) {
     return [div("nw", total, span("dim", limit)), bar(usedPart(key), budgetClass(usedPart(key)))];
   }
   return [
-    ["Name", "", key => span("name", bdi(key.name))],
+    ["Name", "", key => span("name", key.name)],
     ["Key", "nw dim opt", key => code(key.hint)],
     ["Models", "opt wrap", key => key.models ? bdi(key.models.split(" ").join(", "), 60) : "all models"],
     ["Spent", "full-row", spent],
@@ -15533,7 +15495,7 @@ function accountBalance({prepaid, credit_nanos, spent_nanos}) {
   return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : "";
 }
 const ACCOUNT_COLUMNS = [
-  ["Name", "", each => span("name", bdi(each.name))],
+  ["Name", "", each => span("name", each.name)],
   ["Kind", "opt", accountKind],
   ["This month", "r nw", each => usd(each.month_nanos, 2)],
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
@@ -15549,7 +15511,7 @@ function openEditKey(key, accounts) {
   const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
   openForm("Edit key " + key.name, [
     keyFields(key),
-    choice("Account", "account", accounts.map(({name}) => [name, name]), {value: key.account}),
+    choice("Account", "account", accounts.map(({name}) => [name]), {value: key.account}),
     limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
     limit("Concurrent requests", "concurrent"),
     choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
@@ -15559,7 +15521,7 @@ function openEditKey(key, accounts) {
 
 function openRevokeKey(key) {
   const text = "Its next request is refused. Streams in progress end normally. This cannot be undone.";
-  openForm(`Revoke key ${clip(key.name)}?`, para("", text), "Revoke",
+  openForm(`Revoke key ${key.name}?`, para("", text), "Revoke",
     () => api(`keys/${key.id}/revoke`, {}), "Keep it");
 }
 
@@ -15615,7 +15577,7 @@ function statementTable({charges, credits, before_nanos, spent_nanos, after_nano
     {model: "Balance before", cost_nanos: before_nanos}, ...credits.map(credit),
     {model: "Charges", cost_nanos: -spent_nanos}, {model: "Balance after", cost_nanos: after_nanos},
   ];
-  return table(null, "Charges by model", columns, charges, el("tfoot", {}, tableRows(columns, balance)));
+  return table(null, "Charges by model", columns, charges, el("tfoot", "", tableRows(columns, balance)));
 }
 
 // --- the usage log and one request ---
@@ -15628,10 +15590,7 @@ const FILTERS = {
 };
 
 function showUsage(main, query, id) {
-  if (id) {
-    showRequest(main, decodeURIComponent(id));
-    return null;
-  }
+  if (id) return showRequest(main, decodeURIComponent(id));
   const exports = div("tb"), older = div("acts pad2");
   let rows = [];
 
@@ -15667,9 +15626,9 @@ function showUsage(main, query, id) {
     if (value) query.set(name, value);
     else query.delete(name);
     history.replaceState(null, "", "#usage?" + query);
-    page.refresh();
+    view.refresh();
   }
-  const choices = {time: TIMES, result: [["", "any"], ...Object.keys(RESULTS).map(result => [result, result])]};
+  const choices = {time: TIMES, result: [["", "any"], ...Object.keys(RESULTS).map(result => [result])]};
   function filter(name) {
     const value = query.get(name) || "";
     const onchange = event => setFilter(name, event.target.value.trim());
@@ -15701,20 +15660,21 @@ function noRequests(query) {
 }
 
 function showRequest(main, id) {
-  const body = div();
-  main.append(pageTop("Request", link("btn s", "#usage", "Back to the log")), body);
-  fill(body, () => api("usage/" + encodeURIComponent(id)), ({row, trace, lines}) => {
-    const curl = () => curlCommand({model: row.model, input: "…", stream: true});
-    return div("grid",
-      card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
-        div("acts", copyButton("Copy as curl", "s", curl))),
-      card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
-        heading("Time"), ul("rows", phases(row)),
-        para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
-      card("full", heading("Tokens and cost", span("",
-        `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
-        `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`)), costTable(row, lines)));
-  });
+  livePage(main, [pageTop("Request", link("btn s", "#usage", "Back to the log"))],
+    () => api("usage/" + encodeURIComponent(id)), drawRequest);
+}
+
+function drawRequest({row, trace, lines}) {
+  const curl = () => curlCommand({model: row.model, input: "…", stream: true});
+  const counts = `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
+    `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`;
+  return div("grid",
+    card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
+      div("acts", copyButton("Copy as curl", "s", curl))),
+    card("pad c6", heading("Path"), el("ol", "steps", attemptSteps(row, trace)),
+      heading("Time"), ul("rows", phases(row)),
+      para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
+    card("full", heading("Tokens and cost", span("", counts)), costTable(row, lines)));
 }
 
 function requestFacts(row, trace) {
@@ -15727,9 +15687,9 @@ function requestFacts(row, trace) {
     ["Response id", code(bdi(row.response_id))], ["x-request-id", code(bdi(row.request_id))],
     row.upstream_id && ["Upstream id", code(bdi(row.upstream_id))],
     ["Terminal event", terminal],
-    row.error_code && ["Error", span("", code(clip(row.error_code)), " ", clip(row.error, 600))],
-    trace.dropped.length && ["Dropped", clip(trace.dropped.join(", "), 400)],
-    row.estimated && ["Tokens", "estimated: " + clip(row.estimated)],
+    row.error_code && ["Error", span("", code(row.error_code), " ", row.error)],
+    trace.dropped.length && ["Dropped", trace.dropped.join(", ")],
+    row.estimated && ["Tokens", "estimated: " + row.estimated],
   ];
 }
 
@@ -15738,14 +15698,14 @@ function attemptSteps(row, {tried, tried_ms}) {
     const colon = text.indexOf(": ");
     const after = seconds(tried_ms[i] - (tried_ms[i - 1] || 0));
     const reason = `${text.slice(colon + 2)}, after ${after} s`;
-    return step("bad", clip(text.slice(0, colon)), clip(reason, 400));
+    return step("bad", text.slice(0, colon), reason);
   });
   const failed = row.status === "failed";
   if (failed && steps.length) return steps;
   let outcome = failed ? row.error || row.error_code : "answered";
   if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
-  const name = clip(row.provider || NO_PROVIDER);
-  return [...steps, step(failed ? "bad" : "done", name, clip(outcome, 400))];
+  const name = row.provider || NO_PROVIDER;
+  return [...steps, step(failed ? "bad" : "done", name, outcome)];
 }
 
 function phases(row) {
@@ -15760,7 +15720,7 @@ function phases(row) {
   return ends.filter(Boolean).map(([name, end_ms, barClass]) => {
     const from = start, length = Math.max(from, end_ms) - from;
     start += length;
-    return el("li", {}, span("", name), span("", seconds(length) + " s"),
+    return li(span("", name), span("", seconds(length) + " s"),
       track(piece(barClass, from / total * 100, length / total * 100)));
   });
 }
@@ -15774,40 +15734,35 @@ function costTable(row, lines) {
   const rate = part => part.what === "web searches" ? `$${part.picos / 1e9} / 1,000` : "$" + part.picos / 1e6;
   const columns = [
     ["What", "", part => part.what],
-    ["Provider", "opt", part => clip(part.line.provider) + (part.line === lines.at(-1) ? "" : ", given up")],
+    ["Provider", "opt", part => part.line.provider + (part.line === lines.at(-1) ? "" : ", given up")],
     ["Tokens", "r", part => count(part.count)],
     ["USD per million", "r ml", rate],
     ["Cost", "r", part => usd(part.nanos, 6)],
   ];
   const factor = row.multiplier === 1e6 ? "" : ` (prices × ${row.multiplier / 1e6})`;
   return table("stack", "Cost lines", columns, billed.flatMap(line => line.parts.map(part => ({...part, line}))),
-    el("tfoot", {}, tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
+    el("tfoot", "", tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
 }
 
 // --- models, providers, audit ---
 function showModels(main) {
-  const body = div();
-  let data = null;
-  const input = el("input", {type: "search", placeholder: "Find a model", "aria-label": "Find a model",
-    oninput: () => swap(body, draw())});
-  function draw() {
+  const name = "Find a model";
+  const input = el("input", {type: "search", placeholder: name, "aria-label": name, oninput: () => view.redraw()});
+  function draw(data) {
     const wanted = input.value.toLowerCase();
     const models = data.models.filter(model => model.name.toLowerCase().includes(wanted));
-    const found = models.length ? table("stack", "Models", MODEL_COLUMNS, models.slice(0, 400))
-      : para("empty", "No model of that name.");
     const any = data.any.join(", ");
     return [
-      div("grid", card("full", heading(models.length + " models",
-        span("", "USD per million tokens; prices of " + data.prices_date)), found)),
+      div("grid", card("full",
+        heading(models.length + " models", span("", "USD per million tokens; prices of " + data.prices_date)),
+        models.length ? table("stack", "Models", MODEL_COLUMNS, models.slice(0, 400))
+          : para("empty", "No model of that name."))),
       any && para("note ok", `Any other model of ${any} works too, as provider/model-name.`),
       missingKeys(data.missing),
     ];
   }
-  main.append(pageTop("Models", div("", input)), body);
-  fill(body, () => api("models"), answer => {
-    data = answer;
-    return draw();
-  });
+  const {refresh, redraw} = livePage(main, [pageTop("Models", div("", input))], () => api("models"), draw);
+  return {refresh, redraw};
 }
 
 // Prices are [input, output, cached input] in USD per million tokens.
@@ -15836,7 +15791,7 @@ const MODEL_COLUMNS = [
 ];
 
 function modelTag({state, price, source}) {
-  const tag = (className, title, text) => el("span", {class: "tag " + className, title}, text);
+  const tag = (className, title, text) => span({class: "tag " + className, title}, text);
   if (state in STATES) return tag(STATES[state], state, state);
   if (state !== "ready") return tag("warn", state, "not usable");
   return price ? tag("ok", "Price from " + source, "ready") : span("tag warn", "no price set");
@@ -15852,7 +15807,7 @@ function showProviders(main) {
       const result = await api(path, {}).catch(error => ({ok: false, text: error.message}));
       results[name] = result;
       announce(`${name}: ${result.text || verb + "d"}`);
-      page.refresh();
+      view.refresh();
     }
     return button(text, "s", run, {"aria-label": `${text}: ${name}`, "data-focus": verb + name});
   }
@@ -15861,20 +15816,19 @@ function showProviders(main) {
     const isDisabled = state === "disabled";
     const result = results[name];
     return card("pad c6",
-      div("hd", h2(stateDot(provider), "  " + clip(name)),
+      div("hd", h2(stateDot(provider), "  " + name),
         span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
       minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
       isDisabled ? para("note", "No new request goes there until you enable it.") : null,
-      result?.text ? el("p", {class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
-        clip(result.text, 500) + (result.ms ? ` ${result.ms} ms.` : "")) : null,
+      result?.text ? para({class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
+        result.text + (result.ms ? ` ${result.ms} ms.` : "")) : null,
       div("acts",
         usageLink("provider", name, "btn s"),
         action(provider, "test", "Test now"),
         isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
   }
   const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
-  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
-  return page;
+  return livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
 }
 
 // A column for each minute of the last hour.
@@ -15882,11 +15836,11 @@ function minuteStrip(minutes, label) {
   const highest = Math.max(1, ...minutes.map(([requests]) => requests));
   const column = (className, minute, n) => {
     const height = 28 * n / highest;
-    return n ? el("rect", {class: className, x: minute * 4, width: 3, y: 28 - height, height}) : null;
+    return n ? rect({class: className, x: minute * 4, width: 3, y: 28 - height, height}) : null;
   };
   const columns = minutes.map(([requests, failed], minute) =>
     [column("trk", minute, highest), column("ok", minute, requests), column("bad", minute, failed)]);
-  return el("svg", {class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img",
+  return svg({class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img",
     "aria-label": label}, columns);
 }
 
@@ -15897,9 +15851,9 @@ function providerFacts(provider) {
     ["Last hour", `${count(requests)} requests, ${count(failed)} failed`],
     ["In flight", count(provider.open)],
     ["First token", latency(provider.first_ms)], ["Full response", latency(provider.total_ms)],
-    ["Speaks", provider.wire_api + (provider.base_url ? " at " + clip(provider.base_url) : ", offline")],
-    key_source && ["Key from", clip(key_source)],
-    error && ["Last error", span("", time(error.time_ms), " ", clip(error.message, 500))],
+    ["Speaks", provider.wire_api + (provider.base_url ? " at " + provider.base_url : ", offline")],
+    key_source && ["Key from", key_source],
+    error && ["Last error", span("", time(error.time_ms), " ", error.message)],
   ];
 }
 
@@ -15920,7 +15874,7 @@ function showAudit(main) {
 function showPlayground(main, query) {
   const output = scrollBox("div", "out", "Answer");
   const events = el("ol", {class: "ev scroll", tabindex: 0, "aria-label": "Events"});
-  const status = el("p", {class: "sub", role: "status"}, "Nothing sent yet.");
+  const status = para({class: "sub", role: "status"}, "Nothing sent yet.");
   const names = el("datalist", {id: "names"});
   let running = null;
   const stop = button("Stop", "", () => running?.abort(), {disabled: true});
@@ -15977,10 +15931,10 @@ function showPlayground(main, query) {
   }
   function addEvent(ms, type, event) {
     if (events.childElementCount >= 600) return;
-    const shown = el("pre", {class: "code wrap"});
+    const shown = el("pre", "code wrap");
     const ontoggle = () => shown.textContent = clip(JSON.stringify(event, null, 1), 20000);
-    events.append(el("li", {}, el("details", {ontoggle}, el("summary", {}, span("dim r", Math.round(ms) + " ms"),
-      span("dim r", event.sequence_number), span("", clip(type))), shown)));
+    events.append(li(el("details", {ontoggle}, el("summary", "", span("dim r", Math.round(ms) + " ms"),
+      span("dim r", event.sequence_number), span("", type)), shown)));
   }
   function showEvent(type, event, ms) {
     if (type === "response.output_text.delta") output.append(event.delta);
@@ -16001,11 +15955,11 @@ function showPlayground(main, query) {
   const form = el("form", {class: "gap", onsubmit: whenSubmitted(async () => run(requestBody()))},
     field("Model", "model",
       {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
-    field("Input", "input", {rows: 4, required: true, value: "What is 2 + 2?"}, "textarea"),
+    field("Input", "input", {rows: 4, required: true}, "textarea", "What is 2 + 2?"),
     field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
     field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}, "textarea"),
     choice("Reasoning effort", "effort",
-      [["", "model default"], ...["low", "medium", "high"].map(each => [each, each])]),
+      [["", "model default"], ["low"], ["medium"], ["high"]]),
     div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAsButton))));
   main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
     card("pad", heading("Answer"), output, status),

@@ -14313,100 +14313,96 @@ PAGE = r"""<!doctype html>
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">
 <style>
 :root{color-scheme:light dark;--bg:light-dark(#f5f6f3,#0f1210);--surface:light-dark(#fff,#161a17);
-  --sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);
-  --line2:light-dark(#848d82,#6f7a72);--ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);
-  --ink3:light-dark(#5d665f,#929b94);--accent:light-dark(#0b6650,#63cfa8);
-  --on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
-  --warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);
-  --bad:light-dark(#ab231c,#ff938a);
+  --sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);--line2:light-dark(#848d82,#6f7a72);
+  --ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);--ink3:light-dark(#5d665f,#929b94);
+  --accent:light-dark(#0b6650,#63cfa8);--on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
+  --warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);--bad:light-dark(#ab231c,#ff938a);
   --bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);--s2:light-dark(#4a60cf,#8c9df7);
   --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d)}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);
-  font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
+body{margin:0;background:var(--bg);color:var(--ink);font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
 h1,h2,p,dl,dd,ul,ol,pre{margin:0;padding:0}
 ul,ol{list-style:none}
-h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em;overflow-wrap:anywhere}
-h2{font-size:14px;line-height:20px;font-weight:620}
+h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em}
+h2{font-size:14px;font-weight:620}
 code,pre,.mono{font-family:ui-monospace,"Cascadia Mono",monospace;font-size:12.5px}
 a{color:inherit}
+button{border:0;background:none;padding:0;font:inherit;cursor:pointer}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
-.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;
-  border-radius:6px;z-index:9}
+.brand,.nav a,.top,.leg li,.hdr,.tb{display:flex;align-items:center}
+.foot div,.top,.hd,.leg,.hdr,.tb,.mk,.acts{display:flex;flex-wrap:wrap}
+.live,.btn,.tag{display:inline-flex;align-items:center}
+h1,.foot,.note,.leg li,.wrap,.name,.rows li,.keyv code,.steps li,.facts dd,.out{overflow-wrap:anywhere}
+.sr,.btn,.v,th,.nw,.tag{white-space:nowrap}
+.live,.seg button,.btn.s,.hd span,.sub,.lab,.note,.leg,.read,table,.rows li,.keyv code,.steps li,label,.facts{font-size:13px}
+.foot,.d,.tag,.err{font-size:12px;line-height:18px}
+.nav a,.live,.seg button,.empty,.leg,.read,.tag,.steps li,label{color:var(--ink2)}
+.nav .n,.foot,.hd span,.sub,.lab,.v i,.d,th,.dim,.hop,.st,.facts dt{color:var(--ink3)}
+.ok{--tone:var(--accent);--soft:var(--accent-soft)}
+.warn{--tone:var(--warn);--soft:var(--warn-soft)}
+.bad{--tone:var(--bad);--soft:var(--bad-soft)}
+.ok,.warn,.bad{fill:var(--tone)}
+.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;border-radius:6px;
+  z-index:9}
 .skip:focus{top:8px}
 .app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
 .rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
-.brand{display:flex;align-items:center;gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;
-  letter-spacing:-.01em}
+.brand{gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
 .brand svg{width:24px;height:24px;flex:none}
-.nav a{display:flex;align-items:center;gap:10px;height:36px;padding:0 10px;border-radius:7px;
-  text-decoration:none;color:var(--ink2);font-weight:500}
-.nav a:hover{background:var(--sunken)}
-.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);
-  font-weight:600}
+.nav a{gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;font-weight:500}
+.nav a:hover,.btn.g:hover{background:var(--sunken)}
+.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
 .nav svg{width:16px;height:16px;flex:none}
 .nav a[aria-current] svg{color:var(--accent)}
-.nav .n{margin-left:auto;font-size:12px;color:var(--ink3);font-weight:500}
-.foot{margin-top:auto;padding:0 10px;font-size:12px;line-height:18px;color:var(--ink3);overflow-wrap:anywhere}
+.nav .n{margin-left:auto;font-size:12px;font-weight:500}
+.foot{margin-top:auto;padding:0 10px}
 .foot p{white-space:pre-line}
-.foot div{display:flex;flex-wrap:wrap;gap:0 4px;margin:0 0 10px -10px}
+.foot div{gap:0 4px;margin:0 0 10px -10px}
 main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}
 main:focus{outline:0}
-.top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}
-.top h1{margin-right:auto}
-.live{display:inline-flex;align-items:center;gap:8px;color:var(--ink2);font-size:13px}
-.dot{width:8px;height:8px;border-radius:50%;background:var(--accent);flex:none;display:inline-block}
-.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
+.top{gap:12px 16px;margin-bottom:20px}
+.top h1,.hd h2{margin-right:auto}
+.live{gap:8px}
+.dot,.st.now::after{width:8px;height:8px;border-radius:50%;background:var(--tone);flex:none;display:inline-block}
 .dot.off{background:none;border:1.5px solid var(--ink3)}
-.live .dot:not(.off){animation:pulse 2s infinite}
+.live .ok{animation:pulse 2s infinite}
 @keyframes pulse{50%{opacity:.3}}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
-.seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
-  font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
-  font-weight:600;box-shadow:0 0 0 1px var(--line)}
-.btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
-  border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
-  font-weight:560;cursor:pointer;text-decoration:none;white-space:nowrap}
+.seg button{height:30px;padding:0 12px;border-radius:6px}
+.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);font-weight:600;
+  box-shadow:0 0 0 1px var(--line)}
+.btn{justify-content:center;height:34px;padding:0 14px;border-radius:8px;border:1px solid var(--line2);
+  background:var(--surface);color:var(--ink);font-weight:560;text-decoration:none}
 .btn:hover{border-color:var(--ink2)}
 .btn:disabled{opacity:.55;cursor:default}
 .btn.p{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
-.btn.s{height:28px;padding:0 10px;font-size:13px;border-radius:6px}
+.btn.s{height:28px;padding:0 10px;border-radius:6px}
 .btn.g{border-color:transparent;background:none}
-.btn.g:hover{background:var(--sunken)}
 .btn.del{color:var(--bad)}
 .card{background:var(--surface);border:1px solid var(--line);border-radius:12px;min-width:0;
   box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}
 .grid>*{grid-column:1/-1}
-.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}
-.c5{grid-column:span 5}.c4{grid-column:span 4}
+.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}.c5{grid-column:span 5}.c4{grid-column:span 4}
 .pad{padding:18px 20px}
-.hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}
-.hd h2{margin-right:auto}
-.hd span,.sub{color:var(--ink3);font-size:13px}
-button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;
-  cursor:pointer}
+.hd{align-items:baseline;gap:8px 12px;margin-bottom:12px}
+button.sub{text-decoration:underline}
 .sum,.kpis,.two{display:grid;gap:1px;background:var(--line);overflow:hidden}
 .sum{grid-template-columns:minmax(270px,1.25fr) 3fr}
 .money,.kpi,.two>div{background:var(--surface);min-width:0}
 .money{padding:20px 22px}
-.lab{font-size:13px;line-height:18px;color:var(--ink3)}
+.lab{line-height:18px}
 .big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}
-.v i{line-height:1;font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
+.v i{line-height:1;font-style:normal;font-size:.58em;letter-spacing:0;font-weight:500}
 .kpis{grid-template-columns:repeat(3,1fr)}
 .kpi{padding:16px 20px}
-.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;white-space:nowrap;height:28px}
-.d{font-size:12px;line-height:18px;color:var(--ink3)}
+.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;height:28px}
 .money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
-.note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--warn-soft);
-  color:var(--warn);font-size:13px;overflow-wrap:anywhere}
-.note.bad{background:var(--bad-soft);color:var(--bad)}
-.note.ok{background:var(--accent-soft);color:var(--accent)}
+.note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--soft);color:var(--tone)}
 .note .btn{margin-left:auto}
 ul+.hd,ol+.hd{margin:20px 0 10px}
-.empty{padding:36px 20px;text-align:center;color:var(--ink2)}
+.empty{padding:36px 20px;text-align:center}
 .empty p{margin:4px auto 14px;max-width:52ch}
 svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .k1{fill:var(--s1)}.k2{fill:var(--s2)}.k3{fill:var(--s3)}.k4{fill:var(--s4)}.k5{fill:var(--s5)}
@@ -14416,105 +14412,86 @@ svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .tick{stroke:var(--ink);stroke-width:2}
 .bar,.strip,.chart{display:block;width:100%}
 .bar{height:8px}
-svg .ok{fill:var(--accent)}svg .warn{fill:var(--warn)}svg .bad{fill:var(--bad)}
 .soft{opacity:.35}
 .strip{height:28px;margin-bottom:14px}
-.leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
-.leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
+.leg{gap:6px 18px}
+.leg li{gap:7px}
 .leg svg{width:10px;height:10px;flex:none}
-.leg b{font-weight:600;color:var(--ink)}
-.read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}
-.read b{color:var(--ink)}
-.chart{height:208px;touch-action:pan-y}
+.leg b,.steps b{font-weight:600;color:var(--ink)}
+.read{min-height:20px;margin:10px 0 6px}
+.read b,.name{color:var(--ink)}
+.chart{flex:1 1 208px;min-height:208px;touch-action:pan-y}
 .grow{display:flex;flex-direction:column}
-.grow .chart{flex:1 1 208px;min-height:208px}
 .scroll{overflow:auto;max-height:320px}
-table{border-collapse:collapse;width:100%;font-size:13px}
-th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-size:12px;white-space:nowrap}
-td{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
+table{border-collapse:collapse;width:100%}
+th{font-weight:500;text-align:left;padding:0 12px 8px 0;font-size:12px}
+td,.rows li,.ev li{border-top:1px solid var(--line)}
+td{padding:9px 12px 9px 0;vertical-align:middle}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
 .r{text-align:right}
-.nw{white-space:nowrap}
-.dim{color:var(--ink3)}
 div.mono{min-width:168px}
 th.ka{font-size:0}
-.wrap{overflow-wrap:anywhere}
 tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
 .full{padding:18px 0 6px}
 .full .hd,.full>.pad2{padding:0 20px}
 .full th:first-child,.full td:first-child{padding-left:20px}
 .full th:last-child,.full td:last-child{padding-right:20px}
-.name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}
+.name,.tag{font-weight:560}
 a.name{text-decoration:none}
 a.name:hover{text-decoration:underline}
-.tag{display:inline-flex;align-items:center;padding:1px 8px;border-radius:99px;font-size:12px;
-  line-height:18px;font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;
-  max-width:100%;overflow:hidden}
-.tag.ok{background:var(--accent-soft);color:var(--accent)}
-.tag.warn{background:var(--warn-soft);color:var(--warn)}
-.tag.bad{background:var(--bad-soft);color:var(--bad)}
-.hop{color:var(--ink3)}
+.tag{padding:1px 8px;border-radius:99px;background:var(--soft,var(--sunken));max-width:100%;overflow:hidden}
+.tag:is(.ok,.warn,.bad){color:var(--tone)}
 .hop s{text-decoration-color:var(--bad);text-decoration-thickness:1.5px}
-.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0;
-  border-top:1px solid var(--line);font-size:13px;overflow-wrap:anywhere}
+.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0}
 .rows li:first-child{border-top:0;padding-top:0}
 .rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
 .new{border-color:var(--accent);overflow:hidden}
-.new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;
-  flex-wrap:wrap}
-.new .hdr div{margin-right:auto;max-width:64ch}
-.two{grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
+.hdr{background:var(--accent-soft);padding:16px 20px;gap:12px}
+.hdr div{margin-right:auto;max-width:64ch}
+.two{grid-template-columns:1fr 1.25fr}
 .two>div{padding:20px}
 .keyv{display:flex;gap:8px;margin:6px 0 4px}
-.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;
-  overflow-wrap:anywhere;font-size:13px;line-height:18px}
+.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;line-height:18px}
 .steps{margin:20px 0 0;display:grid;gap:12px}
-.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
-  overflow-wrap:anywhere}
-.steps b{color:var(--ink);font-weight:600;display:block}
-.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;
-  place-items:center;font-size:11px;font-weight:600;color:var(--ink3)}
+.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px}
+.steps b{display:block}
+.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;place-items:center;font-size:11px;
+  font-weight:600}
 .st.done{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .st.bad{border-color:var(--bad);color:var(--bad)}
-.st.now{border-color:var(--accent);color:var(--accent)}
-.st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);
-  animation:pulse 1.4s infinite}
-.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
-  margin-top:10px}
-pre.wrap{white-space:pre-wrap}
-.tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}
+.st.now{border-color:var(--accent);--tone:var(--accent)}
+.st.now::after{content:"";animation:pulse 1.4s infinite}
+.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;margin-top:10px}
+pre.wrap,.out{white-space:pre-wrap}
+.tb{justify-content:space-between;gap:8px}
 .tb+table{margin-top:8px}
-.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}
-label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;align-content:start}
+.mk{gap:12px;align-items:flex-end}
+label{display:grid;gap:4px;font-weight:500;align-content:start}
 .err:empty{display:none}
-.err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
-input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);
-  color:var(--ink);font:inherit;padding:0 10px;min-width:0;width:100%}
+.err{color:var(--bad);font-weight:400}
+input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);color:var(--ink);
+  font:inherit;padding:0 10px;min-width:0;width:100%}
 textarea{height:auto;padding:8px 10px;resize:vertical}
 input[aria-invalid]{border-color:var(--bad)}
 .w{flex:1 1 220px}.m{flex:1 1 100px}
 .gap{display:grid;gap:16px;align-content:start}
-dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);
-  padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
+dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);padding:22px;
+  width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
 dialog::backdrop{background:#0008}
 dialog h2{font-size:16px;margin-bottom:12px}
-.acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}
+.acts{gap:8px;justify-content:flex-end;margin-top:18px}
 .fields{display:grid;grid-template-columns:1fr 1fr;gap:12px}
 .fields p{grid-column:1/-1}
-.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
-.facts dt{color:var(--ink3)}
-.facts dd{overflow-wrap:anywhere}
+.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px}
 .ev{font-size:12.5px}
-.ev li{border-top:1px solid var(--line)}
 .ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0}
-.ev summary::-webkit-details-marker{display:none}
-.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
+.ev summary::-webkit-details-marker,.only{display:none}
+.out{min-height:60px}
 .login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}
 .login .card{padding:28px}.login h1{margin:0 0 6px}
 .login form{margin-top:18px}
 .login .brand{padding:0 0 18px}
-.only{display:none}
 @media (max-width:1080px){
 .sum,.two{grid-template-columns:minmax(0,1fr)}
 .grid>*{grid-column:1/-1}
@@ -14522,15 +14499,15 @@ dialog h2{font-size:16px;margin-bottom:12px}
 @media (max-width:1180px){.opt2{display:none!important}}
 @media (max-width:960px){.opt{display:none!important}}
 @media (max-width:760px){
-.app{display:block}
-.rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;
-  display:grid;grid-template-columns:1fr auto;gap:8px 12px}
-.brand{padding:0}
-.foot{margin:0;padding:0}.foot p{display:none}
+.app,.only{display:block}
+.rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;display:grid;
+  grid-template-columns:1fr auto;gap:8px 12px}
+.brand,.foot{margin:0;padding:0}
+.foot p,.nav svg,.nav .n,.stack thead{display:none}
 .foot div{margin:0;flex-wrap:nowrap}
 .rail nav{grid-column:1/-1;order:3;min-width:0}
 .nav{display:flex;overflow-x:auto;scrollbar-width:none;margin:0 -16px;padding:3px 12px;scroll-padding:0 16px}
-.nav li{flex:none}.nav svg,.nav .n{display:none}.nav a{height:40px}
+.nav li{flex:none}.nav a{height:40px}
 main{padding:16px 16px 40px;border:0}
 .top h1{width:100%}
 .kpis{grid-template-columns:1fr 1fr}
@@ -14538,20 +14515,17 @@ main{padding:16px 16px 40px;border:0}
 .btn,.seg button{height:40px}.btn.s{height:36px}
 .pad,.two>div{padding:16px}
 .full .hd,.full>.pad2{padding:0 16px}
-.stack thead{display:none}
-.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
-  border-top:1px solid var(--line)}
+.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;border-top:1px solid var(--line)}
 .stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
 .second,.full-row{order:1}
 .full-row{grid-column:1/-1}
 .stack .ka{margin-left:-10px;text-align:left}
-.only{display:block}
 .stack .ml{text-align:left;color:var(--ink3)}
-label,label.m{flex:1 1 40%}.w{flex-basis:100%}
+label,label.m{flex:1 1 40%}.w,.keyv code{flex-basis:100%}
 .mk .btn{flex:1 1 100%}
-input,select,textarea{height:40px;font-size:16px}
-textarea{height:auto}
-.keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}
+input,select{height:40px}
+input,select,textarea{font-size:16px}
+.keyv{flex-wrap:wrap}.keyv .btn{flex:1}
 }
 @media (prefers-reduced-motion:reduce){*{animation:none!important}}
 @media (forced-colors:active){
@@ -14946,7 +14920,7 @@ addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin
 
 // --- live events: one connection, closed while the page is hidden ---
 let feed = null, feedIsOpen = false;
-const liveMark = () => span({class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"),
+const liveMark = () => span({class: "live", id: "live"}, span("dot " + (feedIsOpen ? "ok" : "off")),
   feedIsOpen ? "Live" : "Reconnecting");
 function setFeedIsOpen(isOpen) {
   feedIsOpen = isOpen;
@@ -15819,7 +15793,7 @@ function showProviders(main) {
       div("hd", h2(stateDot(provider), "  " + name),
         span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
       minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
-      isDisabled ? para("note", "No new request goes there until you enable it.") : null,
+      isDisabled ? para("note warn", "No new request goes there until you enable it.") : null,
       result?.text ? para({class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
         result.text + (result.ms ? ` ${result.ms} ms.` : "")) : null,
       div("acts",

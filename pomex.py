@@ -14568,11 +14568,11 @@ const card = (className, ...content) => div("card " + className, content);
 const heading = (title, ...content) => div("hd", h2(title), content);
 const pageTop = (title, ...content) => div("top", el("h1", "", title), content);
 const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
-const button = (text, className, onclick, attributes) => el("button",
-  {class: "btn " + className, type: "button", onclick: event => onclick(event.currentTarget), ...attributes}, text);
+const button = (text, className, onclick, label, id) => el("button", {class: "btn " + className, type: "button", id,
+  "aria-label": label, onclick: event => onclick(event.currentTarget)}, text);
 const submitButton = text => el("button", "btn p", text);
-const copyButton = (text, className, getText, attributes) =>
-  button(text, className, pressed => copy(getText(), pressed), attributes);
+const copyButton = (text, className, getText, label, id) =>
+  button(text, className, pressed => copy(getText(), pressed), label, id);
 
 // The title has what is clipped.
 function bdi(value, length = 120) {
@@ -14603,7 +14603,7 @@ function segments(label, name, choices, chosen, draw = view.redraw) {
     draw();
   }
   box.append(...Object.entries(choices).map(([value, {title}]) =>
-    el("button", {type: "button", "data-focus": name + value, value, onclick}, title)));
+    el("button", {type: "button", value, onclick}, title)));
   press(chosen);
   return box;
 }
@@ -14653,14 +14653,14 @@ function swap(box, ...content) {
     setTimeout(swap, 50, box, ...content);
     return;
   }
-  const active = document.activeElement;
-  const id = box.contains(active) ? active.dataset.focus || active.id : "";
+  const active = document.activeElement, hadFocus = box.contains(active);
   box.replaceChildren(...content.flat().filter(Boolean));
-  if (id) focusSame(box, id);
+  if (hadFocus) focusSame(box, active);
 }
-function focusSame(box, id) {
-  const controls = [...box.querySelectorAll("[data-focus],[id]")];
-  const same = id && controls.find(each => each.dataset.focus === id || each.id === id);
+const identity = node => node.id || node.href || node.ariaLabel || node.textContent;
+function focusSame(box, lost) {
+  const controls = [...box.querySelectorAll("a,button,input,select,[tabindex]")];
+  const same = controls.find(each => identity(each) === identity(lost));
   (same || $("#main")).focus({preventScroll: true});
 }
 
@@ -14758,7 +14758,7 @@ const whenSubmitted = send => async event => {
 
 // The focus returns to the control that opened the dialog, even if the page was drawn again meanwhile.
 function openDialog(title, ...content) {
-  const opener = document.activeElement.dataset.focus;
+  const opener = document.activeElement;
   const onclose = () => {
     dialog.remove();
     if (document.activeElement === document.body) focusSame(document, opener);
@@ -15017,8 +15017,8 @@ function requestPath(row) {
 
 const REQUEST_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.started_ms)],
-  ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model),
-    {"data-focus": row.response_id}), requestPath(row)]],
+  ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model)),
+    requestPath(row)]],
   ["Key", "second", row => row.key || "deleted key"],
   ["In / cached / out", "r nw opt opt2", row => [row.input, row.cached, row.output].map(tokens).join(" / ")],
   ["First token / total", "r nw opt", ({first_ms, total_ms}) =>
@@ -15026,8 +15026,9 @@ const REQUEST_COLUMNS = [
   ["Cost", "r nw second", costOf],
   ["Result", "r", resultTag],
 ];
-const usageLink = (filter, name, className) => link(className, "#usage?" + new URLSearchParams({[filter]: name}),
-  "Usage", {"aria-label": "Usage of " + name});
+const usageOf = (filter, name) => "#usage?" + new URLSearchParams({[filter]: name});
+const usageLink = (filter, name, className) =>
+  link(className, usageOf(filter, name), "Usage", {"aria-label": "Usage of " + name});
 const requestTable = rows => table("stack", "Requests, newest first", REQUEST_COLUMNS, rows);
 
 function missingKeys(providers) {
@@ -15210,21 +15211,20 @@ function showOverview(main) {
 function drawOverview(data) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
-  const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
-  const total = totals.requests;
-  const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", name), requests, total, "ok"));
-  const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
+  const share = ({name, requests}, className, barClass) => requests > 0 && li(span(className, name),
+    span("", count(requests), span("dim", "  " + pct(requests, totals.requests))), bar(requests / totals.requests, barClass));
   return [
     div("card sum", spendBox(data), div("kpis", keyFigures(data))),
-    div("grid", empty,
+    div("grid",
+      isEmpty && card("empty", h2("No request yet"), para("", "Set up Codex, or try the demo in the playground."),
+        link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground")),
       card("pad c8 grow", overviewChart(data)),
-      card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
-        heading("By result"), ul("rows", byResult)),
+      card("pad c4", heading("By endpoint", span("", "requests")),
+        ul("rows", by.endpoint.map(each => share(each, "mono", "ok"))),
+        heading("By result"), ul("rows", by.result.map(each => share(each, "", RESULTS[each.name] || "k5")))),
       card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by)),
-      isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
-        providerLatencies(data.providers)) : null,
+      isAdmin() && card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
+        providerLatencies(data.providers)),
       card("full", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
         latest.length ? requestTable(latest) : para("empty", "None yet."))),
   ];
@@ -15235,7 +15235,7 @@ function spendBox(data) {
   const {cost_nanos, unpriced} = data.totals;
   return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(cost_nanos, 2)),
     para("sub", usd(data.before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
-    monthBox(data), unpriced ? para("d", count(unpriced) + " requests had no price") : null);
+    monthBox(data), unpriced > 0 && para("d", count(unpriced) + " requests had no price"));
 }
 
 // The spend of the month, or of the budget period of the user's key.
@@ -15271,7 +15271,7 @@ function keyFigures({totals, by, first_ms, total_ms}) {
       `${count(failed)} of ${count(requests)}; failover saved ${count(ended("failed over"))}`],
   ];
   return figures.map(([title, value, unit, note]) =>
-    div("kpi", div("lab", title), div("v", value, unit ? el("i", "", unit) : null), div("d", note)));
+    div("kpi", div("lab", title), div("v", value, unit && el("i", "", unit)), div("d", note)));
 }
 
 function overviewChart(data) {
@@ -15293,34 +15293,27 @@ function overviewChart(data) {
   return barChart(`${measure.title} by ${range.unit}`, {...range, ...measure, series, label, tick, now, control});
 }
 
-function share(label, requests, total, barClass) {
-  if (!requests) return null;
-  return li(label, span("", count(requests), span("dim", "  " + pct(requests, total))),
-    bar(requests / Math.max(1, total), barClass));
-}
-
 function whereItWent(by) {
-  const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
-    bdi(row.name || "deleted key"));
   const columns = [
-    ["Name", "", name],
+    ["Name", "", ({name}) => link("name", usageOf(picked.breakdown, name), bdi(name || "deleted key"))],
     ["Requests", "r opt", row => count(row.requests)],
     ["Input", "r opt", row => tokens(row.input)],
     ["Cached", "r opt", row => tokens(row.cached)],
     ["Cost", "r nw", costOfAll],
   ];
   const choices = {model: {title: "Model"}, key: {title: "Key"}};
-  const control = isAdmin() && segments("Break down by", "breakdown", choices, picked.breakdown);
-  const rows = by[picked.breakdown].slice(0, 8);
-  return [div("tb", h2("Where it went"), control), table(null, "Where it went", columns, rows)];
+  return [
+    div("tb", h2("Where it went"), isAdmin() && segments("Break down by", "breakdown", choices, picked.breakdown)),
+    table(null, "Where it went", columns, by[picked.breakdown].slice(0, 8)),
+  ];
 }
 
 function providerLatencies(providers) {
   const longest = Math.max(1, ...providers.map(each => each.first_ms[1]));
-  const range = ({first_ms}) => {
+  function range({first_ms}) {
     const [from, to] = first_ms.map(ms => ms / longest * 100);
-    return track(to ? [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)] : null);
-  };
+    return track(to > 0 && [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)]);
+  }
   const columns = [
     ["Provider", "nw", each => span("name", stateDot(each), "  " + each.name)],
     ["State", "nw", each => each.state],
@@ -15330,17 +15323,15 @@ function providerLatencies(providers) {
   const latencies = table(null, "Providers in the last hour", columns, providers.slice(0, 8));
   $("thead", latencies).className = "sr";
   const failing = providers.find(each => each.error && STATES[each.state] === "bad");
-  if (!failing) return latencies;
-  const {name, error, back_s} = failing;
-  const retry = back_s ? ` (tried again in ${back_s} s)` : "";
-  return [latencies, para("note bad", `${name}: ${error.message}${retry}`)];
+  const {name, error, back_s} = failing || {};
+  return [latencies, failing && para("note bad", `${name}: ${error.message}`, back_s > 0 && ` (tried again in ${back_s} s)`)];
 }
 
 // --- keys and accounts ---
 const PERIODS = [["month", "monthly"], ["week", "weekly"], ["day", "daily"], ["total", "never"]];
 const EXPIRIES = [["0", "never"], ["30", "in 30 days"], ["90", "in 90 days"], ["365", "in a year"]];
 const keyFields = ({budget_nanos, period, models = ""}) => [
-  amount("Budget", "budget", "no limit", budget_nanos == null ? null : String(budget_nanos / 1e9)),
+  amount("Budget", "budget", "no limit", budget_nanos == null ? null : budget_nanos / 1e9),
   choice("Resets", "period", PERIODS, {value: period}),
   field("Models (patterns)", "models", {value: models.split(" ").join(", "), placeholder: "all models"}),
 ];
@@ -15368,8 +15359,7 @@ function showKeys(main) {
   const form = el("form", {class: "mk", novalidate: true, onsubmit},
     field("Name", "name", {wide: true, placeholder: "ci-runner", required: true}),
     keyFields({}), choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
-  const parts = [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))];
-  return livePage(main, parts, load, draw);
+  return livePage(main, [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))], load, draw);
 }
 
 const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
@@ -15387,17 +15377,16 @@ function newKeySteps() {
 function newKeyPanel() {
   if (!newKey) return [];
   const {name, token, setup} = newKey;
-  const stored = () => {
+  function stored() {
     newKey = null;
     view.refresh();
     $("#main").focus();
-  };
+  }
   return div({class: "card new", role: "region", "aria-labelledby": "new-key"},
     div("hdr", div("", el("b", {id: "new-key"}, name, " is ready. Copy the key now."),
       para("", "Pomex keeps only its hash, so nobody can show it again.")), button("I have stored it", "", stored)),
     div("two", div("", div("lab", "API key"),
-      div("keyv", el("code", {id: "kv"}, token),
-        copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
+      div("keyv", el("code", {id: "kv"}, token), copyButton("Copy", "p", () => token, "Copy the key", "copykey")),
       el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
 }
 
@@ -15435,9 +15424,6 @@ function drawKeys({keys, accounts, now_s}) {
       button("New account", "s", openNewAccount)), table("stack", "Accounts", ACCOUNT_COLUMNS, accounts)));
 }
 
-const rowButton = (text, label, {id, name}, onclick, className = "s g") =>
-  button(text, className, onclick, {"aria-label": `${label} ${name}`, "data-focus": text + id});
-
 function keyColumns(accounts, now_s) {
   function spent(key) {
     const budget = key.budget_nanos, total = usd(key.spent_nanos, 2) + " ";
@@ -15455,9 +15441,9 @@ function keyColumns(accounts, now_s) {
     ["State", "", key => keyState(key, now_s)],
     ["Actions", "r nw ka full-row", key => [
       usageLink("key", key.name, "btn s g"),
-      key.revoked_s ? null : [
-        rowButton("Edit", "Edit key", key, () => openEditKey(key, accounts)),
-        rowButton("Revoke", "Revoke key", key, () => openRevokeKey(key), "s g del")]]],
+      !key.revoked_s && [
+        button("Edit", "s g", () => openEditKey(key, accounts), "Edit key " + key.name),
+        button("Revoke", "s g del", () => openRevokeKey(key), "Revoke key " + key.name)]]],
   ];
 }
 
@@ -15475,28 +15461,24 @@ const ACCOUNT_COLUMNS = [
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
   ["Balance", "r nw", accountBalance],
   ["Actions", "r nw ka full-row", each => [
-    rowButton("Add credit", "Add credit to", each, () => openCredit(each)),
-    rowButton("Statement", "Statement of", each, () => openStatement(each))]],
+    button("Add credit", "s g", () => openCredit(each), "Add credit to " + each.name),
+    button("Statement", "s g", () => openStatement(each), "Statement of " + each.name)]],
 ];
 
 function openEditKey(key, accounts) {
-  const limit = (label, name) =>
-    field(label + " (0: no limit)", name, {value: String(key[name]), inputmode: "numeric"});
+  const limit = (label, name) => field(label + " (0: no limit)", name, {value: key[name], inputmode: "numeric"});
   const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
   openForm("Edit key " + key.name, [
-    keyFields(key),
-    choice("Account", "account", accounts.map(({name}) => [name]), {value: key.account}),
-    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
-    limit("Concurrent requests", "concurrent"),
+    keyFields(key), choice("Account", "account", accounts.map(({name}) => [name]), {value: key.account}),
+    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"), limit("Concurrent requests", "concurrent"),
     choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
   ], "Save", ({expires_days, ...values}) =>
     api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days}));
 }
 
-function openRevokeKey(key) {
+function openRevokeKey({name, id}) {
   const text = "Its next request is refused. Streams in progress end normally. This cannot be undone.";
-  openForm(`Revoke key ${key.name}?`, para("", text), "Revoke",
-    () => api(`keys/${key.id}/revoke`, {}), "Keep it");
+  openForm(`Revoke key ${name}?`, para("", text), "Revoke", () => api(`keys/${id}/revoke`, {}), "Keep it");
 }
 
 function openNewAccount() {
@@ -15509,9 +15491,8 @@ function openNewAccount() {
 }
 
 function openCredit({name}) {
-  openForm("Add credit to " + name, [
-    amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason"),
-  ], "Add credit", values => api(`accounts/${encodeURIComponent(name)}/credit`, values));
+  openForm("Add credit to " + name, [amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason")],
+    "Add credit", values => api(`accounts/${name}/credit`, values));
 }
 
 function openStatement({name}) {
@@ -15522,15 +15503,13 @@ function openStatement({name}) {
     return [first.toISOString().slice(0, 7), text];
   });
   const body = div();
-  const dialog = openDialog("Statement of " + name, div("gap",
-    choice("Month (UTC)", "month", months, {onchange: show}), body),
+  const dialog = openDialog("Statement of " + name, div("gap", choice("Month (UTC)", "month", months, {onchange: show}), body),
     div("acts", button("Close", "", () => dialog.close())));
-  const select = $("select", dialog);
   // The month may change while its statement loads.
   async function load() {
-    const month = select.value;
-    const bill = await api(`accounts/${encodeURIComponent(name)}/statement?month=${month}`);
-    return month === select.value ? bill : load();
+    const month = $("select", dialog).value;
+    const bill = await api(`accounts/${name}/statement?month=${month}`);
+    return month === $("select", dialog).value ? bill : load();
   }
   function show() {
     fill(body, load, statementTable);
@@ -15760,7 +15739,7 @@ const MODEL_COLUMNS = [
   ["Goes to", "opt opt2 dim wrap", model => bdi(model.targets.join(" → "))],
   ["State", "", modelTag],
   ["Actions", "r nw ka full-row", ({name}) => [
-    copyButton("Copy", "s g", () => name, {"aria-label": "Copy " + name}),
+    copyButton("Copy", "s g", () => name, "Copy " + name),
     link("btn s g", "#playground?model=" + encodeURIComponent(name), "Try", {"aria-label": "Try " + name})]],
 ];
 
@@ -15783,7 +15762,7 @@ function showProviders(main) {
       announce(`${name}: ${result.text || verb + "d"}`);
       view.refresh();
     }
-    return button(text, "s", run, {"aria-label": `${text}: ${name}`, "data-focus": verb + name});
+    return button(text, "s", run, `${text}: ${name}`);
   }
   function drawProvider(provider) {
     const {name, state, back_s, minutes, requests, failed} = provider;
@@ -15851,7 +15830,8 @@ function showPlayground(main, query) {
   const status = para({class: "sub", role: "status"}, "Nothing sent yet.");
   const names = el("datalist", {id: "names"});
   let running = null;
-  const stop = button("Stop", "", () => running?.abort(), {disabled: true});
+  const stop = button("Stop", "", () => running?.abort());
+  stop.disabled = true;
 
   function requestBody() {
     const {model, input, instructions, tools, effort} = formValues(form);
@@ -15872,7 +15852,7 @@ function showPlayground(main, query) {
       showFormError(form, error);
     }
   }
-  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), {"aria-label": "Copy as " + name});
+  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), "Copy as " + name);
   async function run(body) {
     const begun = performance.now();
     output.replaceChildren();

@@ -15534,12 +15534,11 @@ function statementTable({charges, credits, before_nanos, spent_nanos, after_nano
 }
 
 // --- the usage log and one request ---
-const TIMES = [
-  ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
-];
-const FILTERS = {
-  time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
-  endpoint: "Endpoint", min_cost: "Cost from, USD",
+const FILTERS = {       // [label, choices]
+  time: ["Time", [["", "any time"], ["today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"]]],
+  result: ["Result", [["", "any"], ...Object.keys(RESULTS).map(result => [result])]],
+  text: ["ID or error"], key: ["Key"], model: ["Model"], provider: ["Provider"], endpoint: ["Endpoint"],
+  min_cost: ["Cost from, USD"],
 };
 
 function showUsage(main, query, id) {
@@ -15553,8 +15552,7 @@ function showUsage(main, query, id) {
       const value = query.get(name);
       if (!value) continue;
       if (name === "time") found.set("from", value === "today" ? midnight() : Date.now() - parseInt(value) * DAY_MS);
-      else if (name === "min_cost") found.set(name, Math.round(parseFloat(value) * 1e9) || 0);
-      else found.set(name, value);
+      else found.set(name, name === "min_cost" ? Math.round(parseFloat(value) * 1e9) || 0 : value);
     }
     return found;
   }
@@ -15563,8 +15561,8 @@ function showUsage(main, query, id) {
     exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
       "Export " + format.toUpperCase(), {download: ""})));
     swap(older, olderButton(data.cursor));
-    const found = rows.length ? requestTable(rows) : noRequests(query);
-    return div("grid", div("card full gap", para("sub pad2", describeTotals(data.sums)), found, older));
+    return div("grid", div("card full gap", para("sub pad2", describeTotals(data.sums)),
+      rows.length ? requestTable(rows) : noRequests(query), older));
   }
   const olderButton = cursor => cursor && button("Show older", "", async pressed => {
     pressed.disabled = true;
@@ -15575,42 +15573,33 @@ function showUsage(main, query, id) {
     });
     older.firstChild?.focus();
   });
-  function setFilter(name, value) {
-    if (value) query.set(name, value);
-    else query.delete(name);
-    history.replaceState(null, "", "#usage?" + query);
-    view.refresh();
-  }
-  const choices = {time: TIMES, result: [["", "any"], ...Object.keys(RESULTS).map(result => [result])]};
-  function filter(name) {
+  function filter([name, [label, choices]]) {
+    function onchange({target}) {
+      query.set(name, target.value.trim());
+      if (!query.get(name)) query.delete(name);
+      history.replaceState(null, "", "#usage?" + query);
+      view.refresh();
+    }
     const value = query.get(name) || "";
-    const onchange = event => setFilter(name, event.target.value.trim());
-    return choices[name] ? choice(FILTERS[name], name, choices[name], {value, onchange})
-      : field(FILTERS[name], name, {value, onchange});
+    return choices ? choice(label, name, choices, {value, onchange}) : field(label, name, {value, onchange});
   }
-  const form = el("form",
-    {class: "mk", role: "search", "aria-label": "Filters", onsubmit: event => event.preventDefault()},
-    Object.keys(FILTERS).filter(name => isAdmin() || name !== "key").map(filter));
+  const onsubmit = event => event.preventDefault();
+  const form = el("form", {class: "mk", role: "search", "aria-label": "Filters", onsubmit},
+    Object.entries(FILTERS).filter(([name]) => isAdmin() || name !== "key").map(filter));
   const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
   const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
   // New rows must not replace older ones that the user asked for.
   return {...page, live: throttle(() => rows.length <= 50 && page.refresh())};
 }
 
-function describeTotals(sums) {
-  const {requests, input, cached, output, cost_nanos, unpriced} = sums;
+function describeTotals({requests, input, cached, output, cost_nanos, unpriced}) {
   return `${count(requests)} requests, ${tokens(input)} in (${pct(cached, input)} cached), ${tokens(output)} out, ` +
     usd(cost_nanos) + (unpriced ? `; ${count(unpriced)} without a price` : "");
 }
 
-function noRequests(query) {
-  if (!query.size) {
-    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
-    return div("empty", h2("No request yet"), para("", hint));
-  }
-  return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
-    link("btn", "#usage", "Clear filters"));
-}
+const noRequests = query => query.size
+  ? div("empty", h2("Nothing matches"), para("", "No request matches these filters."), link("btn", "#usage", "Clear filters"))
+  : div("empty", h2("No request yet"), para("", link(null, "#setup", "Set up Codex"), " to see requests here."));
 
 function showRequest(main, id) {
   livePage(main, [pageTop("Request", link("btn s", "#usage", "Back to the log"))],
@@ -15630,35 +15619,33 @@ function drawRequest({row, trace, lines}) {
     card("full", heading("Tokens and cost", span("", counts)), costTable(row, lines)));
 }
 
-function requestFacts(row, trace) {
+function requestFacts(row, {dropped}) {
   let terminal = row.terminal_by ? `response.${row.status}, sent by the ${row.terminal_by}` : "none: an error status";
   if (row.status === "cancelled") terminal = "none: the client left";
   return [
-    ["Time", time(row.started_ms)], ["Model", bdi(row.model)], ["Key", bdi(row.key)],
-    ["Account", bdi(row.account)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-")],
-    ["Session", bdi(row.session || "-")], ["Tier", bdi(row.tier || "-")],
+    ["Time", time(row.started_ms)],
+    ...["Model", "Key", "Account", "Endpoint", "Client", "Session", "Tier"].map(each =>
+      [each, bdi(row[each.toLowerCase()] || "-")]),
     ["Response id", code(bdi(row.response_id))], ["x-request-id", code(bdi(row.request_id))],
     row.upstream_id && ["Upstream id", code(bdi(row.upstream_id))],
     ["Terminal event", terminal],
-    row.error_code && ["Error", span("", code(row.error_code), " ", row.error)],
-    trace.dropped.length && ["Dropped", trace.dropped.join(", ")],
+    row.error_code && ["Error", [code(row.error_code), " ", row.error]],
+    dropped.length && ["Dropped", dropped.join(", ")],
     row.estimated && ["Tokens", "estimated: " + row.estimated],
   ];
 }
 
 function attemptSteps(row, {tried, tried_ms}) {
   const steps = tried.map((text, i) => {
-    const colon = text.indexOf(": ");
-    const after = seconds(tried_ms[i] - (tried_ms[i - 1] || 0));
-    const reason = `${text.slice(colon + 2)}, after ${after} s`;
-    return step("bad", text.slice(0, colon), reason);
+    const [, name, reason] = /^(.*?): (.*)$/s.exec(text);
+    return step("bad", name, `${reason}, after ${seconds(tried_ms[i] - (tried_ms[i - 1] || 0))} s`);
   });
-  const failed = row.status === "failed";
-  if (failed && steps.length) return steps;
-  let outcome = failed ? row.error || row.error_code : "answered";
-  if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
-  const name = row.provider || NO_PROVIDER;
-  return [...steps, step(failed ? "bad" : "done", name, outcome)];
+  const name = row.provider || NO_PROVIDER, isFirst = !steps.length;
+  if (row.status !== "failed") {
+    const attempts = isFirst && row.attempts > 1 && ` at attempt ${row.attempts}`;
+    steps.push(step("done", name, "answered", attempts));
+  } else if (isFirst) steps.push(step("bad", name, row.error || row.error_code));
+  return steps;
 }
 
 function phases(row) {
@@ -15679,21 +15666,20 @@ function phases(row) {
 }
 
 function costTable(row, lines) {
-  const billed = lines.filter(line => line.parts.length);
-  if (!billed.length) {
+  const parts = lines.flatMap(line => line.parts.map(part => ({...part, line})));
+  if (!parts.length) {
     const isUnpriced = !row.price && row.input + row.output > 0;
     return para("empty", isUnpriced ? "No price: set one under [prices] in pomex.toml." : "No tokens were billed.");
   }
-  const rate = part => part.what === "web searches" ? `$${part.picos / 1e9} / 1,000` : "$" + part.picos / 1e6;
   const columns = [
     ["What", "", part => part.what],
-    ["Provider", "opt", part => part.line.provider + (part.line === lines.at(-1) ? "" : ", given up")],
+    ["Provider", "opt", ({line}) => line.provider + (line === lines.at(-1) ? "" : ", given up")],
     ["Tokens", "r", part => count(part.count)],
-    ["USD per million", "r ml", rate],
+    ["USD per million", "r ml", ({what, picos}) => what === "web searches" ? `$${picos / 1e9} / 1,000` : "$" + picos / 1e6],
     ["Cost", "r", part => usd(part.nanos, 6)],
   ];
   const factor = row.multiplier === 1e6 ? "" : ` (prices × ${row.multiplier / 1e6})`;
-  return table("stack", "Cost lines", columns, billed.flatMap(line => line.parts.map(part => ({...part, line}))),
+  return table("stack", "Cost lines", columns, parts,
     el("tfoot", "", tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
 }
 
@@ -15721,13 +15707,12 @@ function showModels(main) {
 // Prices are [input, output, cached input] in USD per million tokens.
 const inOut = ([input, output]) => `$${input} in, $${output} out`;
 const priceText = ({price}, i) => price && ((price[i] ?? "-") === "-" ? "-" : "$" + price[i]);
-function modelName(model) {
-  const {name, price, context} = model;
+function modelName({name, description, price, context, long, long_over, peak}) {
   const contextText = context ? `, ${shortTokens(context)} context` : "";
-  return [span("name", bdi(name)), model.description ? div("d", bdi(model.description)) : null,
-    price ? div("d only", `${inOut(price)} per million${contextText}`) : null,
-    model.long_over ? div("d", `over ${shortTokens(model.long_over)} input: ${inOut(model.long)}`) : null,
-    model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
+  return [span("name", bdi(name)), description && div("d", bdi(description)),
+    price && div("d only", `${inOut(price)} per million${contextText}`),
+    long_over > 0 && div("d", `over ${shortTokens(long_over)} input: ${inOut(long)}`),
+    peak > 1 && div("d", `× ${peak} in peak hours`)];
 }
 const MODEL_COLUMNS = [
   ["Name", "", modelName],
@@ -15747,38 +15732,30 @@ function modelTag({state, price, source}) {
   const tag = (className, title, text) => span({class: "tag " + className, title}, text);
   if (state in STATES) return tag(STATES[state], state, state);
   if (state !== "ready") return tag("warn", state, "not usable");
-  return price ? tag("ok", "Price from " + source, "ready") : span("tag warn", "no price set");
+  return price ? tag("ok", "Price from " + source, "ready") : tag("warn", null, "no price set");
 }
 
 function showProviders(main) {
   const results = {};
-  function action(provider, verb, text) {
-    const {name} = provider;
-    async function run(pressed) {
-      pressed.disabled = true;
-      const path = `providers/${encodeURIComponent(name)}/${verb}`;
-      const result = await api(path, {}).catch(error => ({ok: false, text: error.message}));
-      results[name] = result;
-      announce(`${name}: ${result.text || verb + "d"}`);
-      view.refresh();
-    }
-    return button(text, "s", run, `${text}: ${name}`);
-  }
+  const action = (name, verb, text) => button(text, "s", async pressed => {
+    pressed.disabled = true;
+    const result = await api(`providers/${encodeURIComponent(name)}/${verb}`, {}).catch(error => ({text: error.message}));
+    results[name] = result;
+    announce(`${name}: ${result.text || verb + "d"}`);
+    view.refresh();
+  }, `${text}: ${name}`);
   function drawProvider(provider) {
     const {name, state, back_s, minutes, requests, failed} = provider;
     const isDisabled = state === "disabled";
-    const result = results[name];
+    const {ok, text, ms} = results[name] || {};
     return card("pad c6",
       div("hd", h2(stateDot(provider), "  " + name),
-        span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
+        span("tag " + STATES[state], state, back_s > 0 && `, back in ${back_s} s`)),
       minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
-      isDisabled ? para("note warn", "No new request goes there until you enable it.") : null,
-      result?.text ? para({class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
-        result.text + (result.ms ? ` ${result.ms} ms.` : "")) : null,
-      div("acts",
-        usageLink("provider", name, "btn s"),
-        action(provider, "test", "Test now"),
-        isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
+      isDisabled && para("note warn", "No new request goes there until you enable it."),
+      text && para({class: "note " + (ok ? "ok" : "bad"), role: "status"}, text + (ms ? ` ${ms} ms.` : "")),
+      div("acts", usageLink("provider", name, "btn s"), action(name, "test", "Test now"),
+        isDisabled ? action(name, "enable", "Enable") : action(name, "disable", "Disable")));
   }
   const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
   return livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
@@ -15789,12 +15766,10 @@ function minuteStrip(minutes, label) {
   const highest = Math.max(1, ...minutes.map(([requests]) => requests));
   const column = (className, minute, n) => {
     const height = 28 * n / highest;
-    return n ? rect({class: className, x: minute * 4, width: 3, y: 28 - height, height}) : null;
+    return n > 0 && rect({class: className, x: minute * 4, width: 3, y: 28 - height, height});
   };
-  const columns = minutes.map(([requests, failed], minute) =>
-    [column("trk", minute, highest), column("ok", minute, requests), column("bad", minute, failed)]);
-  return svg({class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img",
-    "aria-label": label}, columns);
+  return svg({class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img", "aria-label": label},
+    minutes.map(([requests, failed], i) => [column("trk", i, highest), column("ok", i, requests), column("bad", i, failed)]));
 }
 
 function providerFacts(provider) {
@@ -15806,18 +15781,18 @@ function providerFacts(provider) {
     ["First token", latency(provider.first_ms)], ["Full response", latency(provider.total_ms)],
     ["Speaks", provider.wire_api + (provider.base_url ? " at " + provider.base_url : ", offline")],
     key_source && ["Key from", key_source],
-    error && ["Last error", span("", time(error.time_ms), " ", error.message)],
+    error && ["Last error", [time(error.time_ms), " ", error.message]],
   ];
 }
 
 function showAudit(main) {
-  const changes = ({before, after}) =>
-    Object.keys(after).map(each => `${each} ${before[each] ?? ""} → ${after[each]}`);
+  const change = ({before, after}) =>
+    Object.keys(after).map(each => `${each} ${before[each] ?? ""} → ${after[each]}`).join(", ");
   const columns = [
     ["Time", "nw dim", row => time(row.time_ms)],
     ["Who", "", row => bdi(row.who)],
     ["What", "", row => [row.action + " ", bdi(row.name)]],
-    ["Change", "wrap", row => bdi(changes(row).join(", "), 400)],
+    ["Change", "wrap", row => bdi(change(row), 400)],
   ];
   const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
   return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
@@ -15829,9 +15804,9 @@ function showPlayground(main, query) {
   const events = el("ol", {class: "ev scroll", tabindex: 0, "aria-label": "Events"});
   const status = para({class: "sub", role: "status"}, "Nothing sent yet.");
   const names = el("datalist", {id: "names"});
-  let running = null;
-  const stop = button("Stop", "", () => running?.abort());
+  const stop = button("Stop", "", () => running.abort());
   stop.disabled = true;
+  let running = null;
 
   function requestBody() {
     const {model, input, instructions, tools, effort} = formValues(form);
@@ -15845,14 +15820,13 @@ function showPlayground(main, query) {
     }
     return body;
   }
-  function copyAs(name, pressed) {
+  const copyAs = name => button(name, "s g", pressed => {
     try {
       copy(COMMANDS[name](requestBody()), pressed);
     } catch (error) {
       showFormError(form, error);
     }
-  }
-  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), "Copy as " + name);
+  }, "Copy as " + name);
   async function run(body) {
     const begun = performance.now();
     output.replaceChildren();
@@ -15864,9 +15838,8 @@ function showPlayground(main, query) {
     try {
       const response = await fetch("/admin/api/playground", {...post(body), signal: running.signal});
       if (!response.ok) {
-        const text = await response.text();
         status.textContent = "HTTP " + response.status;
-        output.append(clip(text, 4000));
+        output.append(clip(await response.text(), 4000));
         return;
       }
       for await (const [type, data] of readEvents(response)) {
@@ -15880,7 +15853,6 @@ function showPlayground(main, query) {
       status.textContent = error.name === "AbortError" ? "Stopped." : clip(error.message, 300);
     } finally {
       stop.disabled = true;
-      running = null;
     }
   }
   function addEvent(ms, type, event) {
@@ -15890,13 +15862,13 @@ function showPlayground(main, query) {
     events.append(li(el("details", {ontoggle}, el("summary", "", span("dim r", Math.round(ms) + " ms"),
       span("dim r", event.sequence_number), span("", type)), shown)));
   }
-  function showEvent(type, event, ms) {
-    if (type === "response.output_text.delta") output.append(event.delta);
+  function showEvent(type, {delta, name, response, ...event}, ms) {
+    if (type === "response.output_text.delta") output.append(delta);
     if (type === "response.function_call_arguments.done") {
-      output.append(`\n[call ${clip(event.name)} ${clip(event.arguments, 2000)}]`);
+      output.append(`\n[call ${clip(name)} ${clip(event.arguments, 2000)}]`);
     }
     if (!/^response\.(completed|incomplete|failed)$/.test(type)) return;
-    const {usage, error} = event.response;
+    const {usage, error} = response;
     const used = usage ? `, ${tokens(usage.input_tokens)} in, ${tokens(usage.output_tokens)} out` : "";
     const problem = error ? ": " + clip(error.message, 400) : "";
     status.textContent = `${type} after ${seconds(ms)} s${used}${problem}`;
@@ -15906,18 +15878,16 @@ function showPlayground(main, query) {
     if (found) status.append(", ", costOf(found.row), " ", link(null, "#usage/" + id, "Show the request"));
   }
 
+  const area = (label, name, attributes, text) => field(label, name, attributes, "textarea", text);
   const form = el("form", {class: "gap", onsubmit: whenSubmitted(async () => run(requestBody()))},
-    field("Model", "model",
-      {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
-    field("Input", "input", {rows: 4, required: true}, "textarea", "What is 2 + 2?"),
-    field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
-    field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}, "textarea"),
-    choice("Reasoning effort", "effort",
-      [["", "model default"], ["low"], ["medium"], ["high"]]),
-    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAsButton))));
-  main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
-    card("pad", heading("Answer"), output, status),
-    card("pad", heading("Events"), events))));
+    field("Model", "model", {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
+    area("Input", "input", {rows: 4, required: true}, "What is 2 + 2?"),
+    area("Instructions", "instructions", {rows: 2, placeholder: "none"}),
+    area("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}),
+    choice("Reasoning effort", "effort", [["", "model default"], ["low"], ["medium"], ["high"]]),
+    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAs))));
+  main.append(pageTop("Playground"), div("grid", card("pad c5", form),
+    div("c7 gap", card("pad", heading("Answer"), output, status), card("pad", heading("Events"), events))));
   api("models").then(({models}) =>
     names.append(...models.slice(0, 400).map(({name}) => el("option", {value: name})))).catch(() => null);
 }

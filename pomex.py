@@ -14404,7 +14404,7 @@ button.sub{text-decoration:underline}
 ul+.hd,ol+.hd{margin:20px 0 10px}
 .empty{padding:36px 20px;text-align:center}
 .empty p{margin:4px auto 14px;max-width:52ch}
-svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
+svg text{font-size:11px;fill:var(--ink3)}
 .k1{fill:var(--s1)}.k2{fill:var(--s2)}.k3{fill:var(--s3)}.k4{fill:var(--s4)}.k5{fill:var(--s5)}
 .trk{fill:var(--sunken)}
 .gl{stroke:var(--line)}
@@ -14426,7 +14426,7 @@ svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 table{border-collapse:collapse;width:100%}
 th{font-weight:500;text-align:left;padding:0 12px 8px 0;font-size:12px}
 td,.rows li,.ev li{border-top:1px solid var(--line)}
-td{padding:9px 12px 9px 0;vertical-align:middle}
+td{padding:9px 12px 9px 0}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
 .r{text-align:right}
@@ -14581,8 +14581,7 @@ function bdi(value, length = 120) {
 }
 
 // A column is [heading, class, cell(row)].
-const tableRows = (columns, rows) =>
-  rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
+const tableRows = (columns, rows) => rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
 const table = (className, caption, columns, rows, foot) => el("table", className, el("caption", "sr", caption),
   el("thead", "", tr(columns.map(([heading, className]) => el("th", {class: className, scope: "col"}, heading)))),
   el("tbody", "", tableRows(columns, rows)), foot);
@@ -14602,8 +14601,7 @@ function segments(label, name, choices, chosen, draw = view.redraw) {
     press(picked[name]);
     draw();
   }
-  box.append(...Object.entries(choices).map(([value, {title}]) =>
-    el("button", {type: "button", value, onclick}, title)));
+  box.append(...Object.entries(choices).map(([value, {title}]) => el("button", {type: "button", value, onclick}, title)));
   press(chosen);
   return box;
 }
@@ -14612,8 +14610,7 @@ function segments(label, name, choices, chosen, draw = view.redraw) {
 const scrollBox = (tag, className, label, ...content) =>
   el(tag, {class: className, tabindex: 0, role: "group", "aria-label": label}, content);
 
-const piece = (className, x, width) =>
-  rect({class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
+const piece = (className, x, width) => rect({class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
 const track = (...pieces) => svg(
   {class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true"},
   piece("trk", 0, 100), pieces);
@@ -14721,8 +14718,7 @@ function field(label, name, {wide, ...attributes} = {}, tag = "input", ...conten
   const control = {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": error, ...attributes};
   return el("label", wide ? "w" : "m", label, el(tag, control, content), span({class: "err", id: error}));
 }
-const amount = (label, name, placeholder, value) =>
-  field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
+const amount = (label, name, placeholder, value) => field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
 const choice = (label, name, options, attributes = {}) => field(label, name, attributes, "select",
   options.map(([value, text = value]) => el("option", {value, selected: value === attributes.value}, text)));
 
@@ -14735,8 +14731,9 @@ function showFormError(form, error) {
   if (control) {
     control.ariaInvalid = "true";
     control.focus();
-  } else if (!$(".err.all", form)) form.append(para({class: "err all", role: "alert"}));
-  const place = control ? control.nextElementSibling : $(".err.all", form);
+  }
+  const place = control ? control.nextElementSibling : $(".err.all", form) || para({class: "err all", role: "alert"});
+  if (!control) form.append(place);
   place.textContent = clip(error.message, 300);
 }
 
@@ -15002,16 +14999,13 @@ const stateDot = provider => span("dot " + STATES[provider.state]);
 const resultTag = ({result, error_code}) =>
   span("tag " + (RESULTS[result] || ""), result === "failed" && error_code ? bdi(error_code, 28) : result);
 
-function costOf(row) {
-  return row.price || row.input + row.output === 0 ? usd(row.cost_nanos) : span("dim", "no price");
-}
 const costOfAll = ({cost_nanos, unpriced}) => unpriced && !cost_nanos ? span("dim", "no price") : usd(cost_nanos);
+const costOf = row => costOfAll({...row, unpriced: !row.price && row.input + row.output > 0});
 
 function requestPath(row) {
   const last = row.tried.length - 1;
   const failed = row.tried.filter((name, i) => row.status === "failed" ? i < last : name !== row.provider);
-  const hops = failed.map(name =>
-    [el("s", "", name), span("sr", " failed, then"), span({"aria-hidden": "true"}, " → ")]);
+  const hops = failed.map(name => [el("s", "", name), span("sr", " failed, then"), span({"aria-hidden": "true"}, " → ")]);
   return span("hop", " via ", hops, row.provider || NO_PROVIDER);
 }
 
@@ -15033,9 +15027,8 @@ const requestTable = rows => table("stack", "Requests, newest first", REQUEST_CO
 
 function missingKeys(providers) {
   if (!providers.length) return null;
-  const rows = providers.map(({name, env_key}) => li(name, code("export " + env_key + "=...")));
-  return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows),
-    para("d", "Then restart Pomex.")));
+  const rows = providers.map(({name, env_key}) => li(name, code(`export ${env_key}=...`)));
+  return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows), para("d", "Then restart Pomex.")));
 }
 
 // A provider keeps its color whatever else is in the chart.
@@ -15092,8 +15085,7 @@ function barChart(title, chart) {
     }
     plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     plot.replaceChildren(...shapes);
-    const parts = series.filter(each => each.values[current])
-      .map(each => `  ·  ${each.name} ${format(each.values[current])}`);
+    const parts = series.filter(each => each.values[current]).map(each => `  ·  ${each.name} ${format(each.values[current])}`);
     reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), ...parts);
   }
   function moveTo(slot) {
@@ -15240,9 +15232,8 @@ function spendBox(data) {
 
 // The spend of the month, or of the budget period of the user's key.
 function monthBox({month, now_ms}) {
-  const {key} = session;
-  const budget = key ? key.budget_nanos : month.budget_nanos;
-  const spent = key && budget ? key.spent_nanos : month.spent_nanos;
+  const {key} = session, {budget_nanos: budget} = key || month;
+  const {spent_nanos: spent} = key && budget ? key : month;
   const isMonth = !key || key.period === "month" || !budget;
   const start = month.first_day * DAY_MS, end = month.next_day * DAY_MS;
   const passed = (now_ms - start) / (end - start);
@@ -15251,24 +15242,23 @@ function monthBox({month, now_ms}) {
   return [
     heading(isMonth ? name : "Budget, " + key.period,
       span("", usd(spent, 2) + (budget ? " of " + usd(budget, 2) : ", no budget"))),
-    budget ? bar(spent / budget, budgetClass(spent / budget), isMonth ? passed : 0) : null,
-    isMonth ? para("d", (budget ? "The mark is today. " : "") + `At this pace the month ends at ${pace}.`) : null,
+    budget > 0 && bar(spent / budget, budgetClass(spent / budget), isMonth && passed),
+    isMonth && para("d", budget > 0 && "The mark is today. ", `At this pace the month ends at ${pace}.`),
   ];
 }
 
 function keyFigures({totals, by, first_ms, total_ms}) {
   const {requests, input, output, cached, saved_nanos} = totals;
-  const ended = result => by.result.find(each => each.name === result)?.requests || 0;
-  const responses = by.endpoint.find(each => each.name === "/v1/responses")?.requests || 0;
-  const failed = ended("failed");
+  const found = (kind, wanted) => by[kind].find(each => each.name === wanted)?.requests || 0;
+  const failed = found("result", "failed");
   const figures = [
-    ["Requests", count(requests), "", count(responses) + " through /v1/responses"],
+    ["Requests", count(requests), "", count(found("endpoint", "/v1/responses")) + " through /v1/responses"],
     ["Tokens", tokens(input + output), " in + out", `${tokens(input)} in, ${tokens(output)} out`],
     ["Served from cache", pct(cached, input), " of input", `${tokens(cached)} tokens, ${usd(saved_nanos)} saved`],
     ["First token, p50", seconds(first_ms[0]), " s", `p95 ${seconds(first_ms[1])} s`],
     ["Full response, p50", seconds(total_ms[0]), " s", `p95 ${seconds(total_ms[1])} s`],
     ["Errors seen by clients", pct(failed, requests, 2), "",
-      `${count(failed)} of ${count(requests)}; failover saved ${count(ended("failed over"))}`],
+      `${count(failed)} of ${count(requests)}; failover saved ${count(found("result", "failed over"))}`],
   ];
   return figures.map(([title, value, unit, note]) =>
     div("kpi", div("lab", title), div("v", value, unit && el("i", "", unit)), div("d", note)));
@@ -15451,15 +15441,13 @@ function accountKind({prepaid, limit_nanos, multiplier}) {
   const unpaid = limit_nanos == null ? "open" : "monthly limit";
   return (prepaid ? "prepaid" : unpaid) + (multiplier === 1e6 ? "" : " × " + multiplier / 1e6);
 }
-function accountBalance({prepaid, credit_nanos, spent_nanos}) {
-  return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : "";
-}
 const ACCOUNT_COLUMNS = [
   ["Name", "", each => span("name", each.name)],
   ["Kind", "opt", accountKind],
   ["This month", "r nw", each => usd(each.month_nanos, 2)],
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
-  ["Balance", "r nw", accountBalance],
+  ["Balance", "r nw", ({prepaid, credit_nanos, spent_nanos}) =>
+    prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : ""],
   ["Actions", "r nw ka full-row", each => [
     button("Add credit", "s g", () => openCredit(each), "Add credit to " + each.name),
     button("Statement", "s g", () => openStatement(each), "Statement of " + each.name)]],
@@ -15902,11 +15890,8 @@ async function* readEvents(response) {
     const frames = (rest + value).split("\n\n");
     rest = frames.pop();
     for (const frame of frames) {
-      let type = "", data = "";
-      for (const line of frame.split("\n")) {
-        if (line.startsWith("event: ")) type = line.slice(7);
-        if (line.startsWith("data: ")) data += line.slice(6);
-      }
+      const [, type] = /^event: (.*)/m.exec(frame) || ["", ""];
+      const data = Array.from(frame.matchAll(/^data: (.*)/gm), found => found[1]).join("");
       if (data) yield [type, data];
     }
   }

@@ -14327,6 +14327,7 @@ h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em}
 h2{font-size:14px;font-weight:620}
 code,pre,.mono{font-family:ui-monospace,"Cascadia Mono",monospace;font-size:12.5px}
 a{color:inherit}
+svg{flex:none}
 button{border:0;background:none;padding:0;font:inherit;cursor:pointer}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
 .brand,.nav a,.top,.leg li,.hdr,.tb{display:flex;align-items:center}
@@ -14349,11 +14350,11 @@ h1,.foot,.note,.leg li,.wrap,.name,.rows li,.keyv code,.steps li,.facts dd,.out{
 .app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
 .rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
 .brand{gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
-.brand svg{width:24px;height:24px;flex:none}
+.brand svg{width:24px;height:24px}
 .nav a{gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;font-weight:500}
 .nav a:hover,.btn.g:hover{background:var(--sunken)}
 .nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
-.nav svg{width:16px;height:16px;flex:none}
+.nav svg{width:16px;height:16px}
 .nav a[aria-current] svg{color:var(--accent)}
 .nav .n{margin-left:auto;font-size:12px;font-weight:500}
 .foot{margin-top:auto;padding:0 10px}
@@ -14372,16 +14373,17 @@ main:focus{outline:0}
 .seg button{height:30px;padding:0 12px;border-radius:6px}
 .seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);font-weight:600;
   box-shadow:0 0 0 1px var(--line)}
-.btn{justify-content:center;height:34px;padding:0 14px;border-radius:8px;border:1px solid var(--line2);
-  background:var(--surface);color:var(--ink);font-weight:560;text-decoration:none}
+.btn,input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);
+  color:var(--ink)}
+.btn{justify-content:center;padding:0 14px;font-weight:560;text-decoration:none}
 .btn:hover{border-color:var(--ink2)}
 .btn:disabled{opacity:.55;cursor:default}
 .btn.p{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .btn.s{height:28px;padding:0 10px;border-radius:6px}
 .btn.g{border-color:transparent;background:none}
 .btn.del{color:var(--bad)}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;min-width:0;
-  box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
+.card,dialog{background:var(--surface);border:1px solid var(--line);border-radius:12px}
+.card{min-width:0;box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}
 .grid>*{grid-column:1/-1}
 .c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}.c5{grid-column:span 5}.c4{grid-column:span 4}
@@ -14416,7 +14418,7 @@ svg text{font-size:11px;fill:var(--ink3)}
 .strip{height:28px;margin-bottom:14px}
 .leg{gap:6px 18px}
 .leg li{gap:7px}
-.leg svg{width:10px;height:10px;flex:none}
+.leg svg{width:10px;height:10px}
 .leg b,.steps b{font-weight:600;color:var(--ink)}
 .read{min-height:20px;margin:10px 0 6px}
 .read b,.name{color:var(--ink)}
@@ -14470,14 +14472,12 @@ pre.wrap,.out{white-space:pre-wrap}
 label{display:grid;gap:4px;font-weight:500;align-content:start}
 .err:empty{display:none}
 .err{color:var(--bad);font-weight:400}
-input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);color:var(--ink);
-  font:inherit;padding:0 10px;min-width:0;width:100%}
+input,select,textarea{font:inherit;padding:0 10px;min-width:0;width:100%}
 textarea{height:auto;padding:8px 10px;resize:vertical}
 input[aria-invalid]{border-color:var(--bad)}
 .w{flex:1 1 220px}.m{flex:1 1 100px}
 .gap{display:grid;gap:16px;align-content:start}
-dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);padding:22px;
-  width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
+dialog{color:var(--ink);padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
 dialog::backdrop{background:#0008}
 dialog h2{font-size:16px;margin-bottom:12px}
 .acts{gap:8px;justify-content:flex-end;margin-top:18px}
@@ -14625,9 +14625,9 @@ function budgetClass(fraction) {
 }
 
 const STROKE = {fill: "none", "stroke-linecap": "round", "stroke-linejoin": "round"};
-const icon = d => svg({viewBox: "0 0 16 16", "aria-hidden": "true"},
-  el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
-const brand = () => div("brand", svg({viewBox: "0 0 24 24", "aria-hidden": "true"},
+const drawing = (size, ...shapes) => svg({viewBox: `0 0 ${size} ${size}`, "aria-hidden": "true"}, shapes);
+const icon = d => drawing(16, el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
+const brand = () => div("brand", drawing(24,
   el("path", {class: "ok", d: "M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 " +
     "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8zm.6-1.4" +
     "c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
@@ -15031,96 +15031,7 @@ function missingKeys(providers) {
   return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows), para("d", "Then restart Pomex.")));
 }
 
-// A provider keeps its color whatever else is in the chart.
-const COLORS = {openai: 1, anthropic: 2, google: 3, demo: 5};
-function seriesColors(names) {
-  const [other] = names.filter(name => !COLORS[name]).sort();
-  return name => COLORS[name] || (name === other ? 4 : 5);
-}
-
-function roundUp(value) {
-  const power = 10 ** Math.floor(Math.log10(value || 1));
-  return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
-}
-
 const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
-// Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
-// `now` is the current slot, `least` the minimum of the axis, `tick` a label below it.
-function barChart(title, chart) {
-  const {slots, series, format, label} = chart;
-  const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
-  const highest = Math.max(...totals);
-  const left = 44, top = 8, bottom = 22;
-  let current = 0;
-  const reading = para({class: "read", "aria-live": "polite"});
-  const plot = svg({class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
-    "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
-  const box = div("grow", reading, plot);
-
-  function draw() {
-    const width = plot.clientWidth, height = Math.max(208, plot.clientHeight);
-    if (width < 60) return;
-    const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
-    const step = roundUp(Math.max(highest, chart.least) / 3);
-    const limit = Math.max(step * Math.ceil(highest / step), step);
-    const x = slot => left + slot * slotWidth;
-    const y = value => top + plotHeight * (1 - value / limit);
-    const shapes = [];
-    for (let value = 0; value <= limit * 1.001; value += step) {
-      shapes.push(el("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)}),
-        el("text", {x: 0, y: y(value) + 4}, chart.formatAxis(value)));
-    }
-    shapes.push(rect({class: "cur", x: x(current), width: slotWidth, y: top, height: plotHeight}));
-    for (let slot = 0; slot < slots; slot++) {
-      let below = 0;
-      for (const {color, values} of series.filter(each => each.values[slot])) {
-        const y1 = y(below + values[slot]), gap = below ? 1 : 0;
-        shapes.push(rect({class: "k" + color, x: x(slot + .16), width: slotWidth * .68, y: y1,
-          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5}));
-        below += values[slot];
-      }
-    }
-    for (let slot = 0; slot < slots; slot += chart.labelEvery * (width < 520 ? 2 : 1)) {
-      shapes.push(el("text", {x: x(slot + .5), y: height - 5, "text-anchor": "middle"}, chart.tick(slot)));
-    }
-    plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    plot.replaceChildren(...shapes);
-    const parts = series.filter(each => each.values[current]).map(each => `  ·  ${each.name} ${format(each.values[current])}`);
-    reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), ...parts);
-  }
-  function moveTo(slot) {
-    current = Math.max(0, Math.min(slots - 1, slot));
-    draw();
-  }
-  function onpointermove(event) {
-    const place = plot.getBoundingClientRect();
-    moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
-  }
-  function onkeydown(event) {
-    const move = ARROWS[event.key];
-    if (!move) return;
-    moveTo(current + move);
-    event.preventDefault();
-  }
-  function asTable() {
-    const columns = [...series, {name: "All", values: totals}].map(({name, values}) =>
-      [name, "r", slot => format(values[slot])]);
-    const used = [...totals.keys()].filter(slot => totals[slot]);
-    return scrollBox("div", "scroll", title + " as a table", table(null, title, [["Time", "nw", label], ...columns], used));
-  }
-  function onclick() {
-    const isChart = box.contains(plot);
-    flip.textContent = isChart ? "View as chart" : "View as table";
-    swap(box, isChart ? asTable() : [reading, plot]);
-  }
-  const flip = el("button", {class: "sub", type: "button", id: "flip", onclick}, "View as table");
-  const legend = series.map(({name, color, values}) => li(
-    svg({viewBox: "0 0 10 10", "aria-hidden": "true"}, rect({width: 10, height: 10, rx: 2, class: "k" + color})),
-    name + " ", bold(format(sum(values, Number)))));
-  moveTo(chart.now);
-  new ResizeObserver(draw).observe(plot);       // calls it at once, too
-  return [heading(title, chart.control, flip), ul("leg", legend), box];
-}
 
 const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
 const PYTHON_WORDS = {true: "True", false: "False", null: "None"};
@@ -15264,23 +15175,99 @@ function keyFigures({totals, by, first_ms, total_ms}) {
     div("kpi", div("lab", title), div("v", value, unit && el("i", "", unit)), div("d", note)));
 }
 
-function overviewChart(data) {
-  const shown = picked.measure || (data.totals.cost_nanos ? "cost_nanos" : "requests");
-  const range = RANGES[picked.range], measure = MEASURES[shown], {days} = range;
-  const color = seriesColors(data.series.map(each => each.name));
-  const series = data.series.filter(each => each[shown].some(Boolean))
-    .map(each => ({name: each.name || NO_PROVIDER, color: color(each.name), values: each[shown]}))
+const COLORS = {openai: 1, anthropic: 2, google: 3, demo: 5};      // of providers; the first of the others has 4
+function roundUp(value) {
+  const power = 10 ** Math.floor(Math.log10(value || 1));
+  return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
+}
+
+// Stacked bars with a line of text for one of them, or the same data as a table.
+function overviewChart({totals, series: found, since_ms, step_ms, now_ms}) {
+  const shown = picked.measure || (totals.cost_nanos ? "cost_nanos" : "requests");
+  const {days, slots, labelEvery, unit} = RANGES[picked.range];
+  const {format, formatAxis, least} = MEASURES[shown], title = `${MEASURES[shown].title} by ${unit}`;
+  const [other] = found.map(each => each.name).filter(name => !COLORS[name]).sort();
+  const colorOf = name => COLORS[name] || (name === other ? 4 : 5);
+  const series = found.filter(each => each[shown].some(Boolean))
+    .map(({name, ...each}) => ({name: name || NO_PROVIDER, color: colorOf(name), values: each[shown]}))
     .sort((a, b) => a.color - b.color || a.name.localeCompare(b.name));
-  const startOf = slot => new Date(data.since_ms + slot * data.step_ms);
+  const sums = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
+  const highest = Math.max(...sums);
+  const left = 44, top = 8, bottom = 22;
+  let current = 0;
+  const reading = para({class: "read", "aria-live": "polite"});
+  const plot = svg({class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
+    "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
+  const box = div("grow", reading, plot);
+
+  const startOf = slot => new Date(since_ms + slot * step_ms);
+  const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
   function label(slot) {
     const start = startOf(slot);
     if (days === 30) return day(start);
     return (days > 1 ? day(start) + " " : "") + clock(start) + " to " + clock(startOf(slot + 1));
   }
-  const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
-  const now = Math.floor((data.now_ms - data.since_ms) / data.step_ms);
-  const control = segments("Measure", "measure", MEASURES, shown);
-  return barChart(`${measure.title} by ${range.unit}`, {...range, ...measure, series, label, tick, now, control});
+  function draw() {
+    const width = plot.clientWidth, height = Math.max(208, plot.clientHeight);
+    if (width < 60) return;
+    const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
+    const step = roundUp(Math.max(highest, least) / 3);
+    const limit = Math.max(step * Math.ceil(highest / step), step);
+    const x = slot => left + slot * slotWidth;
+    const y = value => top + plotHeight * (1 - value / limit);
+    const shapes = [];
+    for (let value = 0; value <= limit * 1.001; value += step) {
+      shapes.push(el("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)}),
+        el("text", {x: 0, y: y(value) + 4}, formatAxis(value)));
+    }
+    shapes.push(rect({class: "cur", x: x(current), width: slotWidth, y: top, height: plotHeight}));
+    for (let slot = 0; slot < slots; slot++) {
+      let below = 0;
+      for (const {color, values} of series.filter(each => each.values[slot])) {
+        const y1 = y(below + values[slot]), gap = below ? 1 : 0;
+        shapes.push(rect({class: "k" + color, x: x(slot + .16), width: slotWidth * .68, y: y1,
+          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5}));
+        below += values[slot];
+      }
+    }
+    for (let slot = 0; slot < slots; slot += labelEvery * (width < 520 ? 2 : 1)) {
+      shapes.push(el("text", {x: x(slot + .5), y: height - 5, "text-anchor": "middle"}, tick(slot)));
+    }
+    plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    plot.replaceChildren(...shapes);
+    const parts = series.filter(each => each.values[current]).map(each => `  ·  ${each.name} ${format(each.values[current])}`);
+    reading.replaceChildren(bold(label(current)), "  " + format(sums[current]), ...parts);
+  }
+  function moveTo(slot) {
+    current = Math.max(0, Math.min(slots - 1, slot));
+    draw();
+  }
+  function onpointermove(event) {
+    const place = plot.getBoundingClientRect();
+    moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
+  }
+  function onkeydown(event) {
+    const move = ARROWS[event.key];
+    if (!move) return;
+    moveTo(current + move);
+    event.preventDefault();
+  }
+  function asTable() {
+    const columns = [...series, {name: "All", values: sums}].map(({name, values}) => [name, "r", slot => format(values[slot])]);
+    const used = [...sums.keys()].filter(slot => sums[slot]);
+    return scrollBox("div", "scroll", title + " as a table", table(null, title, [["Time", "nw", label], ...columns], used));
+  }
+  function onclick() {
+    const isChart = box.contains(plot);
+    flip.textContent = isChart ? "View as chart" : "View as table";
+    swap(box, isChart ? asTable() : [reading, plot]);
+  }
+  const flip = el("button", {class: "sub", type: "button", id: "flip", onclick}, "View as table");
+  const legend = series.map(({name, color, values}) => li(
+    drawing(10, rect({width: 10, height: 10, rx: 2, class: "k" + color})), name + " ", bold(format(sum(values, Number)))));
+  moveTo(Math.floor((now_ms - since_ms) / step_ms));
+  new ResizeObserver(draw).observe(plot);       // calls it at once, too
+  return [heading(title, segments("Measure", "measure", MEASURES, shown), flip), ul("leg", legend), box];
 }
 
 function whereItWent(by) {

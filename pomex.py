@@ -14554,8 +14554,9 @@ function el(tag, attributes, ...children) {
   const node = document.createElementNS(like.namespaceURI, tag);
   const named = typeof attributes === "string" ? {class: attributes} : attributes || {};
   for (const [name, value] of Object.entries(named)) {
-    if (typeof value === "function") node[name] = value;
-    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+    if (value == null || value === false) continue;
+    if (typeof value === "function" || name === "value") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
   }
   const shown = children.flat(4).filter(child => child != null && child !== false);
   node.append(...shown.map(child => child instanceof Node ? child : clip(child, 600)));
@@ -14646,10 +14647,7 @@ addEventListener("click", () => pressedAt = 0, true);
 
 // Replaces the content of a box. A focus in it moves to the same control of the new content, or to the page.
 function swap(box, ...content) {
-  if (Date.now() - pressedAt < 999) {
-    setTimeout(swap, 50, box, ...content);
-    return;
-  }
+  if (Date.now() - pressedAt < 999) return setTimeout(swap, 50, box, ...content);
   const active = document.activeElement, hadFocus = box.contains(active);
   box.replaceChildren(...content.flat().filter(Boolean));
   if (hadFocus) focusSame(box, active);
@@ -14696,18 +14694,15 @@ const axisUsd = nanos =>        // $0.0025, $0.50, $2
 const shortTokens = n => tokens(n).replace(".0", "");
 const seconds = ms => (ms / 1000).toFixed((ms < 1e3) + (ms < 1e5));      // 0.25, 2.5, 250
 function duration(total) {
-  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]]) {
-    if (total >= size) return Math.floor(total / size) + " " + unit;
-  }
-  return Math.max(0, Math.floor(total)) + " s";
+  const [unit, size] = [["d", 86400], ["h", 3600], ["min", 60]].find(each => total >= each[1]) || ["s", 1];
+  return `${Math.max(0, Math.floor(total / size))} ${unit}`;
 }
 const ago = ms => ms ? duration((Date.now() - ms) / 1000) + " ago" : "never";
 const midnight = () => new Date().setHours(0, 0, 0, 0);
 const clock = date => date.toTimeString().slice(0, 5);
 const day = date => date.getDate() + " " + date.toLocaleString("en-US", {month: "short"});
 function time(ms) {
-  const date = new Date(ms);
-  const isToday = date.toDateString() === new Date().toDateString();
+  const date = new Date(ms), isToday = date.toDateString() === new Date().toDateString();
   return el("time", {title: date.toString(), datetime: date.toISOString()},
     isToday ? "" : day(date) + " ", date.toTimeString().slice(0, 8));
 }
@@ -14741,8 +14736,7 @@ const fieldError = (param, message) => Object.assign(new Error(message), {param}
 const formValues = form => Object.fromEntries(new FormData(form));
 const whenSubmitted = send => async event => {
   event.preventDefault();
-  const form = event.currentTarget;
-  const pressed = $("button:not([type])", form);
+  const form = event.currentTarget, pressed = $("button:not([type])", form);
   pressed.disabled = true;
   showFormError(form);
   try {
@@ -14840,8 +14834,7 @@ async function begin() {
   try {
     session = await api("session");         // a used link does no harm while its session lasts
   } catch (error) {
-    showLogin(note || (error.status === 401 ? "" : error.message));
-    return;
+    return showLogin(note || (error.status === 401 ? "" : error.message));
   }
   showFrame();
   openFeed();
@@ -14890,18 +14883,13 @@ function route() {
   const [path, query] = (location.hash.slice(1) || "overview").split("?");
   const [id, ...rest] = path.split("/");
   const page = openPages().find(each => each[0] === id);
-  if (!page) {
-    location.replace("#overview");
-    return;
-  }
+  if (!page) return location.replace("#overview");
   if (newKey && id !== "keys" && !newKey.leaveAsked) {
     newKey.leaveAsked = true;
     history.replaceState(null, "", "#keys");
-    askToLeave(path);
-    return;
+    return askToLeave(path);
   }
-  const [, title, , show] = page, main = $("#main");
-  const isFirst = !visit++;
+  const [, title, , show] = page, main = $("#main"), isFirst = !visit++;
   for (const each of document.querySelectorAll("#nav a")) each.ariaCurrent = each.dataset.id === id ? "page" : null;
   document.title = title + " · Pomex";
   main.replaceChildren();
@@ -14916,21 +14904,20 @@ function route() {
 addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin() : route());
 
 // --- live events: one connection, closed while the page is hidden ---
-let feed = null, feedIsOpen = false;
-const liveMark = () => span({class: "live", id: "live"}, span("dot " + (feedIsOpen ? "ok" : "off")),
-  feedIsOpen ? "Live" : "Reconnecting");
-function setFeedIsOpen(isOpen) {
-  feedIsOpen = isOpen;
-  $("#live")?.replaceWith(liveMark());
+let feed = null;
+function liveMark() {
+  const isOpen = feed?.readyState === EventSource.OPEN;
+  return span({class: "live", id: "live"}, span(isOpen ? "dot ok" : "dot off"), isOpen ? "Live" : "Reconnecting");
 }
+const showFeed = () => $("#live")?.replaceWith(liveMark());
 function openFeed() {
   closeFeed();
   if (!session || document.hidden) return;
   const source = feed = new EventSource("/admin/api/events");
-  source.onopen = () => setFeedIsOpen(true);
+  source.onopen = showFeed;
   source.onerror = () => {
-    setFeedIsOpen(false);
     source.close();
+    showFeed();
     setTimeout(() => feed === source && resumeFeed(), 3000);
   };
   for (const kind of ["started", "usage", "refused", "key", "provider"]) {
@@ -14940,7 +14927,6 @@ function openFeed() {
 function closeFeed() {
   feed?.close();
   feed = null;
-  feedIsOpen = false;
 }
 async function resumeFeed() {
   await api("session").catch(() => null);       // shows the login if the session has ended
@@ -15112,8 +15098,7 @@ function showOverview(main) {
 }
 
 function drawOverview(data) {
-  const {totals, by, latest} = data;
-  const isEmpty = !totals.requests && !latest.length;
+  const {totals, by, latest} = data, isEmpty = !totals.requests && !latest.length;
   const share = ({name, requests}, className, barClass) => requests > 0 && li(span(className, name),
     span("", count(requests), span("dim", "  " + pct(requests, totals.requests))), bar(requests / totals.requests, barClass));
   return [
@@ -15192,8 +15177,7 @@ function overviewChart({totals, series: found, since_ms, step_ms, now_ms}) {
     .map(({name, ...each}) => ({name: name || NO_PROVIDER, color: colorOf(name), values: each[shown]}))
     .sort((a, b) => a.color - b.color || a.name.localeCompare(b.name));
   const sums = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
-  const highest = Math.max(...sums);
-  const left = 44, top = 8, bottom = 22;
+  const highest = Math.max(...sums), left = 44, top = 8, bottom = 22;
   let current = 0;
   const reading = para({class: "read", "aria-live": "polite"});
   const plot = svg({class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
@@ -15612,8 +15596,8 @@ function requestFacts(row, {dropped}) {
 
 function attemptSteps(row, {tried, tried_ms}) {
   const steps = tried.map((text, i) => {
-    const [, name, reason] = /^(.*?): (.*)$/s.exec(text);
-    return step("bad", name, `${reason}, after ${seconds(tried_ms[i] - (tried_ms[i - 1] || 0))} s`);
+    const [name, ...reason] = text.split(": "), ms = tried_ms[i] - (tried_ms[i - 1] || 0);
+    return step("bad", name, `${reason.join(": ")}, after ${seconds(ms)} s`);
   });
   const name = row.provider || NO_PROVIDER, isFirst = !steps.length;
   if (row.status !== "failed") {
@@ -15721,8 +15705,7 @@ function showProviders(main) {
   }, `${text}: ${name}`);
   function drawProvider(provider) {
     const {name, state, back_s, minutes, requests, failed} = provider;
-    const isDisabled = state === "disabled";
-    const {ok, text, ms} = results[name] || {};
+    const isDisabled = state === "disabled", {ok, text, ms} = results[name] || {};
     return card("pad c6",
       div("hd", h2(stateDot(provider), "  " + name),
         span("tag " + STATES[state], state, back_s > 0 && `, back in ${back_s} s`)),

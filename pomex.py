@@ -15118,16 +15118,9 @@ function drawOverview(data) {
   ];
 }
 
-function spendBox(data) {
+function spendBox({totals, before_nanos, month, now_ms}) {
   const {title, days} = RANGES[picked.range], isToday = days === 1;
-  const {cost_nanos, unpriced} = data.totals;
-  return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(cost_nanos, 2)),
-    para("sub", usd(data.before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
-    monthBox(data), unpriced > 0 && para("d", count(unpriced) + " requests had no price"));
-}
-
-// The spend of the month, or of the budget period of the user's key.
-function monthBox({month, now_ms}) {
+  // The spend of the month, or of the budget period of the user's key.
   const {key} = session, {budget_nanos: budget} = key || month;
   const {spent_nanos: spent} = key && budget ? key : month;
   const isMonth = !key || key.period === "month" || !budget;
@@ -15135,12 +15128,13 @@ function monthBox({month, now_ms}) {
   const passed = (now_ms - start) / (end - start);
   const name = new Date((start + end) / 2).toLocaleString("en", {month: "long", timeZone: "UTC"});
   const pace = usd(Math.round(spent / Math.max(passed, .02)), 0);
-  return [
+  return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(totals.cost_nanos, 2)),
+    para("sub", usd(before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
     heading(isMonth ? name : "Budget, " + key.period,
       span("", usd(spent, 2) + (budget ? " of " + usd(budget, 2) : ", no budget"))),
     budget > 0 && bar(spent / budget, budgetClass(spent / budget), isMonth && passed),
     isMonth && para("d", budget > 0 && "The mark is today. ", `At this pace the month ends at ${pace}.`),
-  ];
+    totals.unpriced > 0 && para("d", count(totals.unpriced) + " requests had no price"));
 }
 
 function keyFigures({totals, by, first_ms, total_ms}) {
@@ -15341,7 +15335,6 @@ function newKeyPanel() {
   function stored() {
     newKey = null;
     view.refresh();
-    $("#main").focus();
   }
   return div({class: "card new", role: "region", "aria-labelledby": "new-key"},
     div("hdr", div("", el("b", {id: "new-key"}, name, " is ready. Copy the key now."),
@@ -15501,7 +15494,7 @@ const FILTERS = {       // [label, choices]
 };
 
 function showUsage(main, query, id) {
-  if (id) return showRequest(main, decodeURIComponent(id));
+  if (id) return showRequest(main, id);
   const exports = div("tb"), older = div("acts pad2");
   let rows = [];
 
@@ -15561,8 +15554,8 @@ const noRequests = query => query.size
   : div("empty", h2("No request yet"), para("", link(null, "#setup", "Set up Codex"), " to see requests here."));
 
 function showRequest(main, id) {
-  livePage(main, [pageTop("Request", link("btn s", "#usage", "Back to the log"))],
-    () => api("usage/" + encodeURIComponent(id)), drawRequest);
+  const back = link("btn s", "#usage", "Back to the log");
+  livePage(main, [pageTop("Request", back)], () => api("usage/" + id), drawRequest);
 }
 
 function drawRequest({row, trace, lines}) {

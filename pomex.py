@@ -14350,11 +14350,11 @@ h1,.foot,.note,.leg li,.wrap,.name,.rows li,.keyv code,.steps li,.facts dd,.out{
 .app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
 .rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
 .brand{gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
-.brand svg{width:24px;height:24px}
+.brand svg{width:24px}
 .nav a{gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;font-weight:500}
 .nav a:hover,.btn.g:hover{background:var(--sunken)}
 .nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
-.nav svg{width:16px;height:16px}
+.nav svg{width:16px}
 .nav a[aria-current] svg{color:var(--accent)}
 .nav .n{margin-left:auto;font-size:12px;font-weight:500}
 .foot{margin-top:auto;padding:0 10px}
@@ -14399,7 +14399,7 @@ button.sub{text-decoration:underline}
 .v i{line-height:1;font-style:normal;font-size:.58em;letter-spacing:0;font-weight:500}
 .kpis{grid-template-columns:repeat(3,1fr)}
 .kpi{padding:16px 20px}
-.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;height:28px}
+.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em}
 .money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
 .note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--soft);color:var(--tone)}
 .note .btn{margin-left:auto}
@@ -14418,7 +14418,7 @@ svg text{font-size:11px;fill:var(--ink3)}
 .strip{height:28px;margin-bottom:14px}
 .leg{gap:6px 18px}
 .leg li{gap:7px}
-.leg svg{width:10px;height:10px}
+.leg svg{width:10px}
 .leg b,.steps b{font-weight:600;color:var(--ink)}
 .read{min-height:20px;margin:10px 0 6px}
 .read b,.name{color:var(--ink)}
@@ -14464,7 +14464,7 @@ a.name:hover{text-decoration:underline}
 .st.bad{border-color:var(--bad);color:var(--bad)}
 .st.now{border-color:var(--accent);--tone:var(--accent)}
 .st.now::after{content:"";animation:pulse 1.4s infinite}
-.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;margin-top:10px}
+.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;margin-top:10px}
 pre.wrap,.out{white-space:pre-wrap}
 .tb{justify-content:space-between;gap:8px}
 .tb+table{margin-top:8px}
@@ -14502,7 +14502,7 @@ dialog h2{font-size:16px;margin-bottom:12px}
 .app,.only{display:block}
 .rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;display:grid;
   grid-template-columns:1fr auto;gap:8px 12px}
-.brand,.foot{margin:0;padding:0}
+.brand,.foot{padding:0}
 .foot p,.nav svg,.nav .n,.stack thead{display:none}
 .foot div{margin:0;flex-wrap:nowrap}
 .rail nav{grid-column:1/-1;order:3;min-width:0}
@@ -14516,7 +14516,7 @@ main{padding:16px 16px 40px;border:0}
 .pad,.two>div{padding:16px}
 .full .hd,.full>.pad2{padding:0 16px}
 .stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;border-top:1px solid var(--line)}
-.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
+.stack td:nth-child(n){border:0;padding:0;background:none;overflow-wrap:anywhere}
 .second,.full-row{order:1}
 .full-row{grid-column:1/-1}
 .stack .ka{margin-left:-10px;text-align:left}

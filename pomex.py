@@ -15271,104 +15271,100 @@ PAGE = r"""<!doctype html>
 <meta name="color-scheme" content="light dark"><title>Pomex</title><link rel="icon" href="data:,">
 <style>
 :root{color-scheme:light dark;--bg:light-dark(#f5f6f3,#0f1210);--surface:light-dark(#fff,#161a17);
-  --sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);
-  --line2:light-dark(#848d82,#6f7a72);--ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);
-  --ink3:light-dark(#5d665f,#929b94);--accent:light-dark(#0b6650,#63cfa8);
-  --on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
-  --warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);
-  --bad:light-dark(#ab231c,#ff938a);
+  --sunken:light-dark(#eceee9,#0b0d0c);--line:light-dark(#dfe2da,#282e2a);--line2:light-dark(#848d82,#6f7a72);
+  --ink:light-dark(#151a16,#ecefec);--ink2:light-dark(#434b45,#b9c1bb);--ink3:light-dark(#5d665f,#929b94);
+  --accent:light-dark(#0b6650,#63cfa8);--on-accent:light-dark(#fff,#05221a);--accent-soft:light-dark(#e1f0ea,#12322a);
+  --warn:light-dark(#855300,#e6b65e);--warn-soft:light-dark(#fbf1dc,#33280f);--bad:light-dark(#ab231c,#ff938a);
   --bad-soft:light-dark(#fbeae8,#3a1a18);--s1:light-dark(#0f7a60,#46b890);--s2:light-dark(#4a60cf,#8c9df7);
   --s3:light-dark(#b8690f,#dd9a45);--s4:light-dark(#9c4488,#d487c0);--s5:light-dark(#6f7a72,#8b958d)}
-[data-theme=dark]{color-scheme:dark}
-[data-theme=light]{color-scheme:light}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);
-  font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
+body{margin:0;background:var(--bg);color:var(--ink);font:14px/20px Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
 h1,h2,p,dl,dd,ul,ol,pre{margin:0;padding:0}
 ul,ol{list-style:none}
-h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em;overflow-wrap:anywhere}
-h2{font-size:14px;line-height:20px;font-weight:620}
+h1{font-size:24px;line-height:32px;font-weight:640;letter-spacing:-.018em}
+h2{font-size:14px;font-weight:620}
 code,pre,.mono{font-family:ui-monospace,"Cascadia Mono",monospace;font-size:12.5px}
 a{color:inherit}
+svg{flex:none}
+button{border:0;background:none;padding:0;font:inherit;cursor:pointer}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
-.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;
-  border-radius:6px;z-index:9}
+.brand,.nav a,.top,.leg li,.hdr,.tb{display:flex;align-items:center}
+.foot div,.top,.hd,.leg,.hdr,.tb,.mk,.acts{display:flex;flex-wrap:wrap}
+.live,.btn,.tag{display:inline-flex;align-items:center}
+h1,.foot,.note,.leg li,.wrap,.name,.rows li,.keyv code,.steps li,.facts dd,.out{overflow-wrap:anywhere}
+.sr,.btn,.v,th,.nw,.tag{white-space:nowrap}
+.live,.seg button,.btn.s,.hd span,.sub,.lab,.note,.leg,.read,table,.rows li,.keyv code,.steps li,label,.facts{font-size:13px}
+.foot,.d,.tag,.err{font-size:12px;line-height:18px}
+.nav a,.live,.seg button,.empty,.leg,.read,.tag,.steps li,label{color:var(--ink2)}
+.nav .n,.foot,.hd span,.sub,.lab,.v i,.d,th,.dim,.hop,.st,.facts dt{color:var(--ink3)}
+.ok{--tone:var(--accent);--soft:var(--accent-soft)}
+.warn{--tone:var(--warn);--soft:var(--warn-soft)}
+.bad{--tone:var(--bad);--soft:var(--bad-soft)}
+.ok,.warn,.bad{fill:var(--tone)}
+.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.skip{position:absolute;left:8px;top:-60px;background:var(--accent);color:var(--on-accent);padding:8px 12px;border-radius:6px;
+  z-index:9}
 .skip:focus{top:8px}
 .app{display:grid;grid-template-columns:212px minmax(0,1fr);min-height:100vh}
 .rail{position:sticky;top:0;height:100vh;padding:20px 12px 16px;display:flex;flex-direction:column}
-.brand{display:flex;align-items:center;gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;
-  letter-spacing:-.01em}
-.brand svg{width:24px;height:24px;flex:none}
-.nav a{display:flex;align-items:center;gap:10px;height:36px;padding:0 10px;border-radius:7px;
-  text-decoration:none;color:var(--ink2);font-weight:500}
-.nav a:hover{background:var(--sunken)}
-.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);
-  font-weight:600}
-.nav svg{width:16px;height:16px;flex:none}
+.brand{gap:10px;padding:0 8px 20px;font-weight:660;font-size:16px;letter-spacing:-.01em}
+.brand svg{width:24px}
+.nav a{gap:10px;height:36px;padding:0 10px;border-radius:7px;text-decoration:none;font-weight:500}
+.nav a:hover,.btn.g:hover{background:var(--sunken)}
+.nav a[aria-current]{background:var(--surface);color:var(--ink);box-shadow:inset 0 0 0 1px var(--line);font-weight:600}
+.nav svg{width:16px}
 .nav a[aria-current] svg{color:var(--accent)}
-.nav .n{margin-left:auto;font-size:12px;color:var(--ink3);font-weight:500}
-.foot{margin-top:auto;padding:0 10px;font-size:12px;line-height:18px;color:var(--ink3);overflow-wrap:anywhere}
+.nav .n{margin-left:auto;font-size:12px;font-weight:500}
+.foot{margin-top:auto;padding:0 10px}
 .foot p{white-space:pre-line}
-.foot div{display:flex;flex-wrap:wrap;gap:0 4px;margin:0 0 10px -10px}
+.foot div{gap:0 4px;margin:0 0 10px -10px}
 main{padding:24px 32px 48px;max-width:1272px;width:100%;border-left:1px solid var(--line)}
 main:focus{outline:0}
-.top{display:flex;align-items:center;gap:12px 16px;flex-wrap:wrap;margin-bottom:20px}
-.top h1{margin-right:auto}
-.live{display:inline-flex;align-items:center;gap:8px;color:var(--ink2);font-size:13px}
-.dot{width:8px;height:8px;border-radius:50%;background:var(--accent);flex:none;display:inline-block}
-.dot.warn{background:var(--warn)}.dot.bad{background:var(--bad)}
+.top{gap:12px 16px;margin-bottom:20px}
+.top h1,.hd h2{margin-right:auto}
+.live{gap:8px}
+.dot,.st.now::after{width:8px;height:8px;border-radius:50%;background:var(--tone);flex:none;display:inline-block}
 .dot.off{background:none;border:1.5px solid var(--ink3)}
-.live .dot:not(.off){animation:pulse 2s infinite}
+.live .ok{animation:pulse 2s infinite}
 @keyframes pulse{50%{opacity:.3}}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
-.seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
-  font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);
-  font-weight:600;box-shadow:0 0 0 1px var(--line)}
-.btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
-  border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
-  font-weight:560;cursor:pointer;text-decoration:none;white-space:nowrap}
+.seg button{height:30px;padding:0 12px;border-radius:6px}
+.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);font-weight:600;
+  box-shadow:0 0 0 1px var(--line)}
+.btn,input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);
+  color:var(--ink)}
+.btn{justify-content:center;padding:0 14px;font-weight:560;text-decoration:none}
 .btn:hover{border-color:var(--ink2)}
 .btn:disabled{opacity:.55;cursor:default}
 .btn.p{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
-.btn.s{height:28px;padding:0 10px;font-size:13px;border-radius:6px}
+.btn.s{height:28px;padding:0 10px;border-radius:6px}
 .btn.g{border-color:transparent;background:none}
-.btn.g:hover{background:var(--sunken)}
 .btn.del{color:var(--bad)}
-.card{background:var(--surface);border:1px solid var(--line);border-radius:12px;min-width:0;
-  box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
+.card,dialog{background:var(--surface);border:1px solid var(--line);border-radius:12px}
+.card{min-width:0;box-shadow:0 1px 2px light-dark(#151a160a,#0000),0 8px 24px -18px light-dark(#151a1640,#0000)}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(12,minmax(0,1fr));margin-top:16px}
 .grid>*{grid-column:1/-1}
-.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}
-.c5{grid-column:span 5}.c4{grid-column:span 4}
+.c8{grid-column:span 8}.c7{grid-column:span 7}.c6{grid-column:span 6}.c5{grid-column:span 5}.c4{grid-column:span 4}
 .pad{padding:18px 20px}
-.hd{display:flex;align-items:baseline;gap:8px 12px;margin-bottom:12px;flex-wrap:wrap}
-.hd h2{margin-right:auto}
-.hd span,.sub{color:var(--ink3);font-size:13px}
-button.sub{border:0;background:none;padding:0;font:inherit;font-size:13px;text-decoration:underline;
-  cursor:pointer}
+.hd{align-items:baseline;gap:8px 12px;margin-bottom:12px}
+button.sub{text-decoration:underline}
 .sum,.kpis,.two{display:grid;gap:1px;background:var(--line);overflow:hidden}
 .sum{grid-template-columns:minmax(270px,1.25fr) 3fr}
 .money,.kpi,.two>div{background:var(--surface);min-width:0}
 .money{padding:20px 22px}
-.lab{font-size:13px;line-height:18px;color:var(--ink3)}
+.lab{line-height:18px}
 .big{font-size:38px;line-height:44px;font-weight:620;letter-spacing:-.03em;margin:2px 0 4px}
-.v i{line-height:1;font-style:normal;color:var(--ink3);font-size:.58em;letter-spacing:0;font-weight:500}
+.v i{line-height:1;font-style:normal;font-size:.58em;letter-spacing:0;font-weight:500}
 .kpis{grid-template-columns:repeat(3,1fr)}
 .kpi{padding:16px 20px}
-.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em;white-space:nowrap;height:28px}
-.d{font-size:12px;line-height:18px;color:var(--ink3)}
+.v{font-size:22px;line-height:28px;font-weight:600;letter-spacing:-.02em}
 .money .hd{margin:18px 0 8px}.money .d{margin-top:8px}
-.note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--warn-soft);
-  color:var(--warn);font-size:13px;overflow-wrap:anywhere}
-.note.bad{background:var(--bad-soft);color:var(--bad)}
-.note.ok{background:var(--accent-soft);color:var(--accent)}
+.note{display:flex;gap:10px;margin-top:14px;padding:10px 12px;border-radius:8px;background:var(--soft);color:var(--tone)}
 .note .btn{margin-left:auto}
 ul+.hd,ol+.hd{margin:20px 0 10px}
-.empty{padding:36px 20px;text-align:center;color:var(--ink2)}
+.empty{padding:36px 20px;text-align:center}
 .empty p{margin:4px auto 14px;max-width:52ch}
-svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
+svg text{font-size:11px;fill:var(--ink3)}
 .k1{fill:var(--s1)}.k2{fill:var(--s2)}.k3{fill:var(--s3)}.k4{fill:var(--s4)}.k5{fill:var(--s5)}
 .trk{fill:var(--sunken)}
 .gl{stroke:var(--line)}
@@ -15376,105 +15372,84 @@ svg text{font-size:11px;fill:var(--ink3);font-family:inherit}
 .tick{stroke:var(--ink);stroke-width:2}
 .bar,.strip,.chart{display:block;width:100%}
 .bar{height:8px}
-svg .ok{fill:var(--accent)}svg .warn{fill:var(--warn)}svg .bad{fill:var(--bad)}
 .soft{opacity:.35}
 .strip{height:28px;margin-bottom:14px}
-.leg{display:flex;gap:6px 18px;flex-wrap:wrap;font-size:13px;color:var(--ink2)}
-.leg li{display:flex;align-items:center;gap:7px;overflow-wrap:anywhere}
-.leg svg{width:10px;height:10px;flex:none}
-.leg b{font-weight:600;color:var(--ink)}
-.read{min-height:20px;margin:10px 0 6px;font-size:13px;color:var(--ink2)}
-.read b{color:var(--ink)}
-.chart{height:208px;touch-action:pan-y}
+.leg{gap:6px 18px}
+.leg li{gap:7px}
+.leg svg{width:10px}
+.leg b,.steps b{font-weight:600;color:var(--ink)}
+.read{min-height:20px;margin:10px 0 6px}
+.read b,.name{color:var(--ink)}
+.chart{flex:1 1 208px;min-height:208px;touch-action:pan-y}
 .grow{display:flex;flex-direction:column}
-.grow .chart{flex:1 1 208px;min-height:208px}
 .scroll{overflow:auto;max-height:320px}
-table{border-collapse:collapse;width:100%;font-size:13px}
-th{font-weight:500;color:var(--ink3);text-align:left;padding:0 12px 8px 0;font-size:12px;white-space:nowrap}
-td{padding:9px 12px 9px 0;border-top:1px solid var(--line);vertical-align:middle}
+table{border-collapse:collapse;width:100%}
+th{font-weight:500;text-align:left;padding:0 12px 8px 0;font-size:12px}
+td,.rows li,.ev li{border-top:1px solid var(--line)}
+td{padding:9px 12px 9px 0}
 td:last-child,th:last-child{padding-right:0}
 tfoot td{font-weight:600}
 .r{text-align:right}
-.nw{white-space:nowrap}
-.dim{color:var(--ink3)}
 div.mono{min-width:168px}
 th.ka{font-size:0}
-.wrap{overflow-wrap:anywhere}
 tbody tr:hover td{background:linear-gradient(var(--sunken),var(--sunken)) no-repeat;background-size:100% 100%}
 .full{padding:18px 0 6px}
 .full .hd,.full>.pad2{padding:0 20px}
 .full th:first-child,.full td:first-child{padding-left:20px}
 .full th:last-child,.full td:last-child{padding-right:20px}
-.name{font-weight:560;color:var(--ink);overflow-wrap:anywhere}
+.name,.tag{font-weight:560}
 a.name{text-decoration:none}
 a.name:hover{text-decoration:underline}
-.tag{display:inline-flex;align-items:center;padding:1px 8px;border-radius:99px;font-size:12px;
-  line-height:18px;font-weight:560;background:var(--sunken);color:var(--ink2);white-space:nowrap;
-  max-width:100%;overflow:hidden}
-.tag.ok{background:var(--accent-soft);color:var(--accent)}
-.tag.warn{background:var(--warn-soft);color:var(--warn)}
-.tag.bad{background:var(--bad-soft);color:var(--bad)}
-.hop{color:var(--ink3)}
+.tag{padding:1px 8px;border-radius:99px;background:var(--soft,var(--sunken));max-width:100%;overflow:hidden}
+.tag:is(.ok,.warn,.bad){color:var(--tone)}
 .hop s{text-decoration-color:var(--bad);text-decoration-thickness:1.5px}
-.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0;
-  border-top:1px solid var(--line);font-size:13px;overflow-wrap:anywhere}
+.rows li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:2px 12px;padding:9px 0}
 .rows li:first-child{border-top:0;padding-top:0}
 .rows .bar{grid-column:1/-1;height:5px;margin-top:3px}
 .new{border-color:var(--accent);overflow:hidden}
-.new .hdr{background:var(--accent-soft);padding:16px 20px;display:flex;gap:12px;align-items:center;
-  flex-wrap:wrap}
-.new .hdr div{margin-right:auto;max-width:64ch}
-.two{grid-template-columns:minmax(0,1fr) minmax(0,1.25fr)}
+.hdr{background:var(--accent-soft);padding:16px 20px;gap:12px}
+.hdr div{margin-right:auto;max-width:64ch}
+.two{grid-template-columns:1fr 1.25fr}
 .two>div{padding:20px}
 .keyv{display:flex;gap:8px;margin:6px 0 4px}
-.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;
-  overflow-wrap:anywhere;font-size:13px;line-height:18px}
+.keyv code{flex:1;min-width:0;background:var(--sunken);border-radius:8px;padding:8px 12px;line-height:18px}
 .steps{margin:20px 0 0;display:grid;gap:12px}
-.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px;font-size:13px;color:var(--ink2);
-  overflow-wrap:anywhere}
-.steps b{color:var(--ink);font-weight:600;display:block}
-.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;
-  place-items:center;font-size:11px;font-weight:600;color:var(--ink3)}
+.steps li{display:grid;grid-template-columns:22px minmax(0,1fr);gap:10px}
+.steps b{display:block}
+.st{width:20px;height:20px;border-radius:50%;border:1.5px solid var(--line2);display:grid;place-items:center;font-size:11px;
+  font-weight:600}
 .st.done{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 .st.bad{border-color:var(--bad);color:var(--bad)}
-.st.now{border-color:var(--accent);color:var(--accent)}
-.st.now::after{content:"";width:8px;height:8px;border-radius:50%;background:var(--accent);
-  animation:pulse 1.4s infinite}
-.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;line-height:20px;
-  margin-top:10px}
-pre.wrap{white-space:pre-wrap}
-.tb{display:flex;align-items:center;justify-content:space-between;gap:8px;flex-wrap:wrap}
+.st.now{border-color:var(--accent);--tone:var(--accent)}
+.st.now::after{content:"";animation:pulse 1.4s infinite}
+.code{background:var(--sunken);border-radius:8px;padding:14px 16px;overflow:auto;margin-top:10px}
+pre.wrap,.out{white-space:pre-wrap}
+.tb{justify-content:space-between;gap:8px}
 .tb+table{margin-top:8px}
-.mk{display:flex;gap:12px;align-items:flex-end;flex-wrap:wrap}
-label{display:grid;gap:4px;font-size:13px;color:var(--ink2);font-weight:500;align-content:start}
+.mk{gap:12px;align-items:flex-end}
+label{display:grid;gap:4px;font-weight:500;align-content:start}
 .err:empty{display:none}
-.err{color:var(--bad);font-size:12px;line-height:18px;font-weight:400}
-input,select,textarea{height:34px;border:1px solid var(--line2);border-radius:8px;background:var(--surface);
-  color:var(--ink);font:inherit;padding:0 10px;min-width:0;width:100%}
+.err{color:var(--bad);font-weight:400}
+input,select,textarea{font:inherit;padding:0 10px;min-width:0;width:100%}
 textarea{height:auto;padding:8px 10px;resize:vertical}
 input[aria-invalid]{border-color:var(--bad)}
 .w{flex:1 1 220px}.m{flex:1 1 100px}
 .gap{display:grid;gap:16px;align-content:start}
-dialog{border:1px solid var(--line);border-radius:12px;background:var(--surface);color:var(--ink);
-  padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
+dialog{color:var(--ink);padding:22px;width:min(560px,calc(100vw - 32px));max-height:calc(100vh - 48px)}
 dialog::backdrop{background:#0008}
 dialog h2{font-size:16px;margin-bottom:12px}
-.acts{display:flex;gap:8px;justify-content:flex-end;margin-top:18px;flex-wrap:wrap}
+.acts{gap:8px;justify-content:flex-end;margin-top:18px}
 .fields{display:grid;grid-template-columns:1fr 1fr;gap:12px}
 .fields p{grid-column:1/-1}
-.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px;font-size:13px}
-.facts dt{color:var(--ink3)}
-.facts dd{overflow-wrap:anywhere}
+.facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 16px}
 .ev{font-size:12.5px}
-.ev li{border-top:1px solid var(--line)}
 .ev summary{display:grid;cursor:pointer;grid-template-columns:64px 38px minmax(0,1fr);gap:8px;padding:5px 0}
-.ev summary::-webkit-details-marker{display:none}
-.out{white-space:pre-wrap;overflow-wrap:anywhere;min-height:60px}
+.ev summary::-webkit-details-marker,.only{display:none}
+.out{min-height:60px}
 .login{max-width:420px;margin:12vh auto;padding:0 16px;border:0}
 .login .card{padding:28px}.login h1{margin:0 0 6px}
 .login form{margin-top:18px}
 .login .brand{padding:0 0 18px}
-.only{display:none}
 @media (max-width:1080px){
 .sum,.two{grid-template-columns:minmax(0,1fr)}
 .grid>*{grid-column:1/-1}
@@ -15482,15 +15457,15 @@ dialog h2{font-size:16px;margin-bottom:12px}
 @media (max-width:1180px){.opt2{display:none!important}}
 @media (max-width:960px){.opt{display:none!important}}
 @media (max-width:760px){
-.app{display:block}
-.rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;
-  display:grid;grid-template-columns:1fr auto;gap:8px 12px}
-.brand{padding:0}
-.foot{margin:0;padding:0}.foot p{display:none}
+.app,.only{display:block}
+.rail{z-index:5;height:auto;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 16px 8px;display:grid;
+  grid-template-columns:1fr auto;gap:8px 12px}
+.brand,.foot{padding:0}
+.foot p,.nav svg,.nav .n,.stack thead{display:none}
 .foot div{margin:0;flex-wrap:nowrap}
 .rail nav{grid-column:1/-1;order:3;min-width:0}
 .nav{display:flex;overflow-x:auto;scrollbar-width:none;margin:0 -16px;padding:3px 12px;scroll-padding:0 16px}
-.nav li{flex:none}.nav svg,.nav .n{display:none}.nav a{height:40px}
+.nav li{flex:none}.nav a{height:40px}
 main{padding:16px 16px 40px;border:0}
 .top h1{width:100%}
 .kpis{grid-template-columns:1fr 1fr}
@@ -15498,20 +15473,17 @@ main{padding:16px 16px 40px;border:0}
 .btn,.seg button{height:40px}.btn.s{height:36px}
 .pad,.two>div{padding:16px}
 .full .hd,.full>.pad2{padding:0 16px}
-.stack thead{display:none}
-.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;
-  border-top:1px solid var(--line)}
-.stack td:nth-child(n){display:block;border:0;padding:0;background:none;overflow-wrap:anywhere}
+.stack tr{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:3px 12px;padding:12px 16px;border-top:1px solid var(--line)}
+.stack td:nth-child(n){border:0;padding:0;background:none;overflow-wrap:anywhere}
 .second,.full-row{order:1}
 .full-row{grid-column:1/-1}
 .stack .ka{margin-left:-10px;text-align:left}
-.only{display:block}
 .stack .ml{text-align:left;color:var(--ink3)}
-label,label.m{flex:1 1 40%}.w{flex-basis:100%}
+label,label.m{flex:1 1 40%}.w,.keyv code{flex-basis:100%}
 .mk .btn{flex:1 1 100%}
-input,select,textarea{height:40px;font-size:16px}
-textarea{height:auto}
-.keyv{flex-wrap:wrap}.keyv code{flex-basis:100%}.keyv .btn{flex:1}
+input,select{height:40px}
+input,select,textarea{font-size:16px}
+.keyv{flex-wrap:wrap}.keyv .btn{flex:1}
 }
 @media (prefers-reduced-motion:reduce){*{animation:none!important}}
 @media (forced-colors:active){
@@ -15526,43 +15498,41 @@ textarea{height:auto}
 "use strict";
 // --- nodes ---
 const $ = (selector, root = document) => root.querySelector(selector);
-const SVG = $("svg").namespaceURI;
-
-// An attribute of null or false is left out, one named on... is a listener. Children are nodes or text, never markup.
-function el(tag, attributes, ...children) {
-  const isSvg = /^(svg|path|rect|line|text)$/.test(tag);
-  const node = isSvg ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value == null || value === false) continue;
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "value" && tag !== "option") node.value = value;
-    else node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.flat(4).filter(child => child != null && child !== false));
-  return node;
-}
-const withClass = tag => (className, ...children) => el(tag, {class: className || null}, children);
-const div = withClass("div"), span = withClass("span"), para = withClass("p"), ul = withClass("ul");
-const td = withClass("td");
-const tr = (...cells) => el("tr", {}, cells);
-const h2 = (...content) => el("h2", {}, content);
-const bold = (...content) => el("b", {}, content);
-const code = text => el("code", {}, text);
-const card = (className, ...content) => div("card " + className, content);
-const heading = (title, ...content) => div("hd", h2(title), content);
-const pageTop = (title, ...content) => div("top", el("h1", {}, title), content);
-const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
-const button = (text, className, onclick, attributes) => el("button",
-  {class: "btn " + className, type: "button", onclick: event => onclick(event.currentTarget), ...attributes}, text);
-const submitButton = text => el("button", {class: "btn p"}, text);
-const copyButton = (text, className, getText, attributes) =>
-  button(text, className, pressed => copy(getText(), pressed), attributes);
 
 // Callers can send names of any length, and characters that change the direction of the text around them.
 function clip(value, length = 120) {
   const text = String(value ?? "").replace(/\0/g, "␀");
   return text.length > length ? text.slice(0, length) + "…" : text;
 }
+
+// Attributes may be just a class; one of null or false is left out, a function listens. Children are nodes or text,
+// never markup.
+function el(tag, attributes, ...children) {
+  const like = /^(svg|path|rect|line|text)$/.test(tag) ? $("svg") : document.body;
+  const node = document.createElementNS(like.namespaceURI, tag);
+  const named = typeof attributes === "string" ? {class: attributes} : attributes || {};
+  for (const [name, value] of Object.entries(named)) {
+    if (value == null || value === false) continue;
+    if (typeof value === "function" || name === "value") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  const shown = children.flat(4).filter(child => child != null && child !== false);
+  node.append(...shown.map(child => child instanceof Node ? child : clip(child, 600)));
+  return node;
+}
+const [div, span, para, ul, td, svg, rect] = ["div", "span", "p", "ul", "td", "svg", "rect"].map(tag =>
+  (...parts) => el(tag, ...parts));
+const [h2, bold, code, li, tr] = ["h2", "b", "code", "li", "tr"].map(tag => (...content) => el(tag, "", content));
+const card = (className, ...content) => div("card " + className, content);
+const heading = (title, ...content) => div("hd", h2(title), content);
+const pageTop = (title, ...content) => div("top", el("h1", "", title), content);
+const link = (className, href, text, attributes) => el("a", {class: className, href, ...attributes}, text);
+const button = (text, className, onclick, label, id) => el("button", {class: "btn " + className, type: "button", id,
+  "aria-label": label, onclick: event => onclick(event.currentTarget)}, text);
+const submitButton = text => el("button", "btn p", text);
+const copyButton = (text, className, getText, label, id) =>
+  button(text, className, pressed => copy(getText(), pressed), label, id);
+
 // The title has what is clipped.
 function bdi(value, length = 120) {
   const isClipped = String(value ?? "").length > length;
@@ -15570,49 +15540,43 @@ function bdi(value, length = 120) {
 }
 
 // A column is [heading, class, cell(row)].
-const tableRows = (columns, rows) =>
-  rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
-function table(className, caption, columns, rows, foot) {
-  const head = columns.map(([heading, headClass]) => el("th", {class: headClass || null, scope: "col"}, heading));
-  return el("table", {class: className}, el("caption", {class: "sr"}, caption), el("thead", {}, tr(head)),
-    el("tbody", {}, tableRows(columns, rows)), foot);
-}
-
-function facts(pairs) {
-  const items = pairs.filter(Boolean).map(([term, detail]) => [el("dt", {}, term), el("dd", {}, detail)]);
-  return el("dl", {class: "facts"}, items);
-}
+const tableRows = (columns, rows) => rows.map(row => tr(columns.map(([, className, cell]) => td(className, cell(row)))));
+const table = (className, caption, columns, rows, foot) => el("table", className, el("caption", "sr", caption),
+  el("thead", "", tr(columns.map(([heading, className]) => el("th", {class: className, scope: "col"}, heading)))),
+  el("tbody", "", tableRows(columns, rows)), foot);
+const facts = pairs => el("dl", "facts",
+  pairs.filter(Boolean).map(([term, detail]) => [el("dt", "", term), el("dd", "", detail)]));
 
 // The user's choices on the overview; a measure of "" is spend if there is any, else requests.
 const picked = {range: "today", breakdown: "model", measure: ""};
-// Buttons of which one is pressed; an option is [value, text].
-function segments(label, name, options, chosen, draw) {
-  const buttons = options.map(([value, text]) => {
-    const onclick = () => {
-      for (const each of buttons) each.ariaPressed = String(each === segment);
-      picked[name] = value;
-      draw();
-    };
-    const segment = el("button", {type: "button", "data-focus": name + value, onclick}, text);
-    segment.ariaPressed = String(value === chosen);
-    return segment;
-  });
-  return el("div", {class: "seg", role: "group", "aria-label": label}, buttons);
+// Buttons of which one is pressed, of `choices`: {value: {title}}.
+function segments(label, name, choices, chosen, draw = view.redraw) {
+  const box = div({class: "seg", role: "group", "aria-label": label});
+  function press(value) {
+    for (const each of box.children) each.ariaPressed = each.value === value;
+  }
+  function onclick({currentTarget}) {
+    picked[name] = currentTarget.value;
+    press(picked[name]);
+    draw();
+  }
+  box.append(...Object.entries(choices).map(([value, {title}]) => el("button", {type: "button", value, onclick}, title)));
+  press(chosen);
+  return box;
 }
 
 // A box that scrolls takes the focus, so that the keyboard can scroll it.
 const scrollBox = (tag, className, label, ...content) =>
   el(tag, {class: className, tabindex: 0, role: "group", "aria-label": label}, content);
 
-const piece = (className, x, width) =>
-  el("rect", {class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
-const track = (...pieces) => el("svg",
+const piece = (className, x, width) => rect({class: className, x, width: Math.max(.6, Math.min(100, width)), height: 8});
+const track = (...pieces) => svg(
   {class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true"},
   piece("trk", 0, 100), pieces);
 function bar(fraction, className, mark) {
   const x = mark * 100;
   const line = {class: "tick", x1: x, x2: x, y1: 0, y2: 8, "vector-effect": "non-scaling-stroke"};
-  return track(fraction > 0 ? piece(className, 0, fraction * 100) : null, mark ? el("line", line) : null);
+  return track(fraction > 0 && piece(className, 0, fraction * 100), mark > 0 && el("line", line));
 }
 function budgetClass(fraction) {
   if (fraction >= .95) return "bad";
@@ -15620,12 +15584,12 @@ function budgetClass(fraction) {
 }
 
 const STROKE = {fill: "none", "stroke-linecap": "round", "stroke-linejoin": "round"};
-const icon = d => el("svg", {viewBox: "0 0 16 16", "aria-hidden": "true"},
-  el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
-const brand = () => div("brand", el("svg", {viewBox: "0 0 24 24", "aria-hidden": "true"},
+const drawing = (size, ...shapes) => svg({viewBox: `0 0 ${size} ${size}`, "aria-hidden": "true"}, shapes);
+const icon = d => drawing(16, el("path", {d, ...STROKE, stroke: "currentColor", "stroke-width": 1.5}));
+const brand = () => div("brand", drawing(24,
   el("path", {class: "ok", d: "M12 6.6c-1.6-1.3-3.6-1.6-5.3-.8C4.3 6.9 3 9.4 3 12.4 3 17.3 6.2 22 9.2 22c1 0 1.8-.5 " +
-    "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8z"}),
-  el("path", {class: "ok", d: "M12.6 5.2c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
+    "2.8-.5s1.8.5 2.8.5c3 0 6.2-4.7 6.2-9.6 0-3-1.3-5.5-3.7-6.6-1.7-.8-3.7-.5-5.3.8zm.6-1.4" +
+    "c-.1-2.2 1.4-3.7 3.7-3.9.1 2.2-1.5 3.8-3.7 3.9z"}),
   el("path", {d: "M7.5 13h8M13 10.2l2.9 2.8-2.9 2.8", ...STROKE, stroke: "var(--on-accent)", "stroke-width": 1.9})),
   "Pomex");
 
@@ -15641,18 +15605,15 @@ addEventListener("click", () => pressedAt = 0, true);
 
 // Replaces the content of a box. A focus in it moves to the same control of the new content, or to the page.
 function swap(box, ...content) {
-  if (Date.now() - pressedAt < 999) {
-    setTimeout(swap, 50, box, ...content);
-    return;
-  }
-  const active = document.activeElement;
-  const id = box.contains(active) ? active.dataset.focus || active.id : "";
+  if (Date.now() - pressedAt < 999) return setTimeout(swap, 50, box, ...content);
+  const active = document.activeElement, hadFocus = box.contains(active);
   box.replaceChildren(...content.flat().filter(Boolean));
-  if (id) focusSame(box, id);
+  if (hadFocus) focusSame(box, active);
 }
-function focusSame(box, id) {
-  const controls = [...box.querySelectorAll("[data-focus],[id]")];
-  const same = id && controls.find(each => each.dataset.focus === id || each.id === id);
+const identity = node => node.id || node.href || node.ariaLabel || node.textContent;
+function focusSame(box, lost) {
+  const controls = [...box.querySelectorAll("a,button,input,select,[tabindex]")];
+  const same = controls.find(each => identity(each) === identity(lost));
   (same || $("#main")).focus({preventScroll: true});
 }
 
@@ -15660,7 +15621,8 @@ async function copy(text, pressed) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {                 // the clipboard API needs HTTPS or localhost
-    const area = el("textarea", {value: text});
+    const area = el("textarea");
+    area.value = text;
     (pressed.closest("dialog") || document.body).append(area);
     area.select();
     document.execCommand("copy");
@@ -15679,11 +15641,8 @@ const sum = (items, value) => items.reduce((total, each) => total + value(each),
 const count = n => n.toLocaleString("en-US");
 const pct = (part, whole, digits = 1) => whole ? (100 * part / whole).toFixed(digits) + " %" : "0 %";
 
-function usd(nanos, digits = Math.abs(nanos) < 99995e4 ? 4 : 2) {
-  if (!nanos) return "$0";
-  const options = {minimumFractionDigits: digits, maximumFractionDigits: digits};
-  return (nanos < 0 ? "-$" : "$") + Math.abs(nanos / 1e9).toLocaleString("en-US", options);
-}
+const usd = (nanos, digits = Math.abs(nanos) < 99995e4 ? 4 : 2) => nanos ? (nanos / 1e9).toLocaleString("en-US",
+  {style: "currency", currency: "USD", minimumFractionDigits: digits, maximumFractionDigits: digits}) : "$0";
 function tokens(n) {
   if (n >= 1e6) return (n / 1e6).toFixed(1) + " M";
   return n >= 1e3 ? (n / 1e3).toFixed(1) + " k" : String(n);
@@ -15691,63 +15650,51 @@ function tokens(n) {
 const axisUsd = nanos =>        // $0.0025, $0.50, $2
   "$" + (nanos / 1e9).toLocaleString("en-US", {maximumSignificantDigits: 4}).replace(/\.\d$/, "$&0");
 const shortTokens = n => tokens(n).replace(".0", "");
-function seconds(ms) {
-  const value = ms / 1000;
-  if (value < 1) return value.toFixed(2);
-  return value.toFixed(value < 100 ? 1 : 0);
-}
+const seconds = ms => (ms / 1000).toFixed((ms < 1e3) + (ms < 1e5));      // 0.25, 2.5, 250
 function duration(total) {
-  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]]) {
-    if (total >= size) return Math.floor(total / size) + " " + unit;
-  }
-  return Math.max(0, Math.floor(total)) + " s";
+  const [unit, size] = [["d", 86400], ["h", 3600], ["min", 60]].find(each => total >= each[1]) || ["s", 1];
+  return `${Math.max(0, Math.floor(total / size))} ${unit}`;
 }
 const ago = ms => ms ? duration((Date.now() - ms) / 1000) + " ago" : "never";
 const midnight = () => new Date().setHours(0, 0, 0, 0);
 const clock = date => date.toTimeString().slice(0, 5);
 const day = date => date.getDate() + " " + date.toLocaleString("en-US", {month: "short"});
 function time(ms) {
-  const date = new Date(ms);
-  const isToday = date.toDateString() === new Date().toDateString();
-  const text = (isToday ? "" : day(date) + " ") + date.toTimeString().slice(0, 8);
-  return el("time", {title: date.toString(), datetime: date.toISOString()}, text);
+  const date = new Date(ms), isToday = date.toDateString() === new Date().toDateString();
+  return el("time", {title: date.toString(), datetime: date.toISOString()},
+    isToday ? "" : day(date) + " ", date.toTimeString().slice(0, 8));
 }
 
 // --- forms and dialogs ---
-function field(label, name, {wide, ...attributes} = {}, tag = "input", options = []) {
-  const id = "f-" + name;
-  const choices = options.map(([value, text]) => el("option", {value, selected: value === attributes.value}, text));
-  const control = el(tag, {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": id + "-error",
-    ...attributes}, choices);
-  return el("label", {class: wide ? "w" : "m"}, label, control, el("span", {class: "err", id: id + "-error"}));
+function field(label, name, {wide, ...attributes} = {}, tag = "input", ...content) {
+  const id = "f-" + name, error = id + "-error";
+  const control = {name, id, autocomplete: "off", spellcheck: "false", "aria-describedby": error, ...attributes};
+  return el("label", wide ? "w" : "m", label, el(tag, control, content), span({class: "err", id: error}));
 }
-const amount = (label, name, placeholder, value) =>
-  field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
-const choice = (label, name, options, attributes) => field(label, name, attributes, "select", options);
+const amount = (label, name, placeholder, value) => field(label + ", USD", name, {inputmode: "decimal", placeholder, value});
+const choice = (label, name, options, attributes = {}) => field(label, name, attributes, "select",
+  options.map(([value, text = value]) => el("option", {value, selected: value === attributes.value}, text)));
 
 // Shows an error at the field that it names, else below the form.
 function showFormError(form, error) {
   for (const each of form.querySelectorAll(".err")) each.textContent = "";
   for (const each of form.querySelectorAll("[aria-invalid]")) each.ariaInvalid = null;
   if (!error) return;
-  const text = clip(error.message, 300);
   const control = error.param && form.elements.namedItem(error.param === "expires_s" ? "expires_days" : error.param);
   if (control) {
     control.ariaInvalid = "true";
-    control.nextElementSibling.textContent = text;
     control.focus();
-    return;
   }
-  if (!$(".err.all", form)) form.append(el("p", {class: "err all", role: "alert"}));
-  $(".err.all", form).textContent = text;
+  const place = control ? control.nextElementSibling : $(".err.all", form) || para({class: "err all", role: "alert"});
+  if (!control) form.append(place);
+  place.textContent = clip(error.message, 300);
 }
 
 const fieldError = (param, message) => Object.assign(new Error(message), {param});
 const formValues = form => Object.fromEntries(new FormData(form));
 const whenSubmitted = send => async event => {
   event.preventDefault();
-  const form = event.currentTarget;
-  const pressed = $("button:not([type])", form);
+  const form = event.currentTarget, pressed = $("button:not([type])", form);
   pressed.disabled = true;
   showFormError(form);
   try {
@@ -15760,7 +15707,7 @@ const whenSubmitted = send => async event => {
 
 // The focus returns to the control that opened the dialog, even if the page was drawn again meanwhile.
 function openDialog(title, ...content) {
-  const opener = document.activeElement.dataset.focus;
+  const opener = document.activeElement;
   const onclose = () => {
     dialog.remove();
     if (document.activeElement === document.body) focusSame(document, opener);
@@ -15787,20 +15734,16 @@ let view = {};              // refresh() and live(kind, data) of the page that i
 let visit = 0;              // counts the pages shown: an answer for an earlier one is not drawn
 const isAdmin = () => session.role === "admin";
 
-const post = body =>
-  ({method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
+const post = body => ({method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
 async function api(path, body) {
-  let response;
-  try {
-    response = await fetch("/admin/api/" + path, body && post(body));
-  } catch {
+  const response = await fetch("/admin/api/" + path, body && post(body)).catch(() => {
     throw new Error("The gateway does not answer. Is it running?");
-  }
+  });
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
-  const {message, param} = answer.error || {};
-  if (response.status === 401 && path !== "login") showLogin(session ? "The session has ended. Log in again." : "");
-  throw Object.assign(fieldError(param, message || "HTTP " + response.status), {status: response.status});
+  const {message, param} = answer.error || {}, {status} = response;
+  if (status === 401 && path !== "login") showLogin(session ? "The session has ended. Log in again." : "");
+  throw Object.assign(fieldError(param, message || "HTTP " + status), {status});
 }
 
 // Loads data and draws it, or the error, into a box, unless the user has left the page meanwhile.
@@ -15812,7 +15755,7 @@ async function fill(box, load, draw) {
   } catch (error) {
     if (visit !== begun || !session) return;
     const retry = button("Retry", "s", () => fill(box, load, draw));
-    swap(box, el("div", {class: "note bad", role: "alert"}, span("", clip(error.message, 600)), retry));
+    swap(box, div({class: "note bad", role: "alert"}, span("", error.message), retry));
   }
 }
 
@@ -15823,20 +15766,17 @@ function showLogin(note) {
   visit++;
   document.title = "Log in · Pomex";
   const onsubmit = whenSubmitted(async ({token}) => {
-    try {
-      await api("login", {token: token.trim()});
-    } catch (error) {
+    await api("login", {token: token.trim()}).catch(error => {
       throw fieldError("token", error.message);
-    }
+    });
     begin();
   });
-  const form = el("form", {class: "gap", onsubmit},
-    field("Admin token or API key", "token", {type: "password", required: true}), submitButton("Log in"));
   $("#root").replaceChildren(el("main", {class: "login", id: "main", tabindex: -1}, div("card", brand(),
-    el("h1", {}, "Log in"),
+    el("h1", "", "Log in"),
     para("sub", "With the admin token, or with an API key to see its own usage. To get a login link, run: ",
       code("python pomex.py admin-url")),
-    form)));
+    el("form", {class: "gap", onsubmit},
+      field("Admin token or API key", "token", {type: "password", required: true}), submitButton("Log in")))));
   $("#f-token-error").textContent = note;
   $("#f-token").focus();
 }
@@ -15852,8 +15792,7 @@ async function begin() {
   try {
     session = await api("session");         // a used link does no harm while its session lasts
   } catch (error) {
-    showLogin(note || (error.status === 401 ? "" : error.message));
-    return;
+    return showLogin(note || (error.status === 401 ? "" : error.message));
   }
   showFrame();
   openFeed();
@@ -15862,93 +15801,81 @@ async function begin() {
 
 // --- the frame around the pages ---
 const LINES = "M3 3h10M3 8h10M3 13h6";
-const PAGES = [
-  {id: "overview", title: "Overview", show: showOverview, icon: "M2 9h4l2-6 2 11 2-5h2"},
-  {id: "keys", title: "Keys", show: showKeys, adminOnly: true,
-    icon: "M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6"},
-  {id: "usage", title: "Usage log", show: showUsage, icon: LINES},
-  {id: "models", title: "Models", show: showModels, icon: "M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6"},
-  {id: "providers", title: "Providers", show: showProviders, adminOnly: true,
-    icon: "M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01"},
-  {id: "playground", title: "Playground", show: showPlayground, icon: "M4 3v10l9-5z"},
-  {id: "setup", title: "Setup", show: showSetup, icon: "M2.5 8.5 6 12l7.5-8"},
-  {id: "audit", title: "Audit", show: showAudit, adminOnly: true, icon: LINES},
+const PAGES = [     // [id, title, icon, show(main, query, rest of the path)]
+  ["overview", "Overview", "M2 9h4l2-6 2 11 2-5h2", showOverview],
+  ["keys", "Keys", "M6.5 9.5 13 3m-2 2 2 2m-4 0 1.5 1.5M4.5 8.5a3 3 0 1 0 .1 6 3 3 0 0 0 0-6", showKeys],
+  ["usage", "Usage log", LINES, showUsage],
+  ["models", "Models", "M8 1.8 14 5v6l-6 3.2L2 11V5zM2 5l6 3.2L14 5M8 8.2v6", showModels],
+  ["providers", "Providers", "M3 3h10v4H3zM3 9h10v4H3zM5.5 5h.01M5.5 11h.01", showProviders],
+  ["playground", "Playground", "M4 3v10l9-5z", showPlayground],
+  ["setup", "Setup", "M2.5 8.5 6 12l7.5-8", showSetup],
+  ["audit", "Audit", LINES, showAudit],
 ];
-const openPages = () => PAGES.filter(page => isAdmin() || !page.adminOnly);
+const openPages = () => PAGES.filter(([id]) => isAdmin() || !["keys", "providers", "audit"].includes(id));
 
 function showFrame() {
   const {counts, key, address, version, up_s} = session;
-  const links = openPages().map(({id, title, icon: d}) => el("li", {},
-    link(null, "/admin#" + id, [icon(d), title, id in counts ? span("n", counts[id]) : null], {"data-id": id})));
+  const links = openPages().map(([id, title, d]) => li(
+    link(null, "/admin#" + id, [icon(d), title, id in counts && span("n", counts[id])], {"data-id": id})));
   async function logOut() {
     await api("logout", {}).catch(() => null);
     showLogin("Logged out.");
   }
   $("#root").replaceChildren(div("app",
-    el("header", {class: "rail"}, brand(),
-      el("nav", {"aria-label": "Pages"}, el("ul", {class: "nav", id: "nav"}, links)),
+    el("header", "rail", brand(), el("nav", {"aria-label": "Pages"}, ul({class: "nav", id: "nav"}, links)),
       div("foot", div("", button("Light / dark", "s g", switchTheme), button("Log out", "s g", logOut)),
-        para("", key && `Key ${clip(key.name)}\n`, `${clip(address)}\npomex.py ${version}\nup ${duration(up_s)}`))),
+        para("", key && `Key ${key.name}\n`, `${address}\npomex.py ${version}\nup ${duration(up_s)}`))),
     el("main", {id: "main", tabindex: -1})));
 }
 
-const rootData = document.documentElement.dataset;
-const savedTheme = localStorage.getItem("pomex-theme");
-if (savedTheme) rootData.theme = savedTheme;
+const {style} = document.documentElement;
+style.colorScheme = localStorage.getItem("pomex-theme");
 function switchTheme() {
-  const isDark = rootData.theme ? rootData.theme === "dark" : matchMedia("(prefers-color-scheme:dark)").matches;
-  rootData.theme = isDark ? "light" : "dark";
-  localStorage.setItem("pomex-theme", rootData.theme);
+  const current = style.colorScheme || (matchMedia("(prefers-color-scheme:dark)").matches ? "dark" : "light");
+  style.colorScheme = current === "dark" ? "light" : "dark";
+  localStorage.setItem("pomex-theme", style.colorScheme);
 }
 
-let isFirstPage = true;
 function route() {
   if (!session) return;
   const [path, query] = (location.hash.slice(1) || "overview").split("?");
   const [id, ...rest] = path.split("/");
-  const page = openPages().find(each => each.id === id);
-  if (!page) {
-    location.replace("#overview");
-    return;
-  }
+  const page = openPages().find(each => each[0] === id);
+  if (!page) return location.replace("#overview");
   if (newKey && id !== "keys" && !newKey.leaveAsked) {
     newKey.leaveAsked = true;
     history.replaceState(null, "", "#keys");
-    askToLeave(path);
-    return;
+    return askToLeave(path);
   }
-  visit++;
-  view = {};
+  const [, title, , show] = page, main = $("#main"), isFirst = !visit++;
   for (const each of document.querySelectorAll("#nav a")) each.ariaCurrent = each.dataset.id === id ? "page" : null;
-  document.title = page.title + " · Pomex";
-  const main = $("#main");
+  document.title = title + " · Pomex";
   main.replaceChildren();
-  view = page.show(main, new URLSearchParams(query), rest.join("/")) || {};
-  if (!isFirstPage) {
+  view = {};
+  view = show(main, new URLSearchParams(query), rest.join("/")) || {};
+  if (!isFirst) {
     main.focus({preventScroll: true});
     scrollTo(0, 0);
   }
-  isFirstPage = false;
   $("#nav").scrollLeft = $("#nav [aria-current]").offsetLeft - 80;
 }
 addEventListener("hashchange", () => location.hash.startsWith("#login=") ? begin() : route());
 
 // --- live events: one connection, closed while the page is hidden ---
-let feed = null, feedIsOpen = false;
-const liveMark = () => el("span", {class: "live", id: "live"}, span(feedIsOpen ? "dot" : "dot off"),
-  feedIsOpen ? "Live" : "Reconnecting");
-function setFeedIsOpen(isOpen) {
-  feedIsOpen = isOpen;
-  $("#live")?.replaceWith(liveMark());
+let feed = null;
+function liveMark() {
+  const isOpen = feed?.readyState === EventSource.OPEN;
+  return span({class: "live", id: "live"}, span(isOpen ? "dot ok" : "dot off"), isOpen ? "Live" : "Reconnecting");
 }
+const showFeed = () => $("#live")?.replaceWith(liveMark());
 function openFeed() {
   closeFeed();
   if (!session || document.hidden) return;
   const source = feed = new EventSource("/admin/api/events");
-  source.onopen = () => setFeedIsOpen(true);
+  source.onopen = showFeed;
   source.onerror = () => {
-    setFeedIsOpen(false);
     source.close();
+    showFeed();
     setTimeout(() => feed === source && resumeFeed(), 3000);
   };
   for (const kind of ["started", "usage", "refused", "key", "provider"]) {
@@ -15958,7 +15885,6 @@ function openFeed() {
 function closeFeed() {
   feed?.close();
   feed = null;
-  feedIsOpen = false;
 }
 async function resumeFeed() {
   await api("session").catch(() => null);       // shows the login if the session has ended
@@ -15989,12 +15915,19 @@ function throttle(action) {
   return () => timer ||= setTimeout(run, Math.max(50, last + 1500 - Date.now()));
 }
 
+// A page with a body that is drawn from what `load` answers, again when something happens. Of what it returns, `redraw`
+// is for other choices of the user, from the same data.
 function livePage(main, parts, load, draw) {
   const body = div();
+  let data = null;
+  const redraw = () => data && swap(body, draw(data));
+  const refresh = () => fill(body, load, answer => {
+    data = answer;
+    return draw(data);
+  });
   main.append(...parts, body);
-  const refresh = () => fill(body, load, data => draw(data, body));
   refresh();
-  return {refresh, live: throttle(refresh)};
+  return {refresh, redraw, live: throttle(refresh)};
 }
 
 // --- parts of several pages ---
@@ -16010,139 +15943,39 @@ const stateDot = provider => span("dot " + STATES[provider.state]);
 const resultTag = ({result, error_code}) =>
   span("tag " + (RESULTS[result] || ""), result === "failed" && error_code ? bdi(error_code, 28) : result);
 
-function costOf(row) {
-  return row.price || row.input + row.output === 0 ? usd(row.cost_nanos) : span("dim", "no price");
-}
 const costOfAll = ({cost_nanos, unpriced}) => unpriced && !cost_nanos ? span("dim", "no price") : usd(cost_nanos);
+const costOf = row => costOfAll({...row, unpriced: !row.price && row.input + row.output > 0});
 
 function requestPath(row) {
   const last = row.tried.length - 1;
   const failed = row.tried.filter((name, i) => row.status === "failed" ? i < last : name !== row.provider);
-  const hops = failed.map(name =>
-    [el("s", {}, clip(name)), span("sr", " failed, then"), el("span", {"aria-hidden": "true"}, " → ")]);
-  return span("hop", " via ", hops, clip(row.provider || NO_PROVIDER));
+  const hops = failed.map(name => [el("s", "", name), span("sr", " failed, then"), span({"aria-hidden": "true"}, " → ")]);
+  return span("hop", " via ", hops, row.provider || NO_PROVIDER);
 }
 
 const REQUEST_COLUMNS = [
   ["Time", "nw dim opt", row => time(row.started_ms)],
-  ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model),
-    {"data-focus": row.response_id}), requestPath(row)]],
-  ["Key", "second", row => bdi(row.key || "deleted key")],
+  ["Model and path", "", row => [link("name", "#usage/" + encodeURIComponent(row.response_id), bdi(row.model)),
+    requestPath(row)]],
+  ["Key", "second", row => row.key || "deleted key"],
   ["In / cached / out", "r nw opt opt2", row => [row.input, row.cached, row.output].map(tokens).join(" / ")],
   ["First token / total", "r nw opt", ({first_ms, total_ms}) =>
     (first_ms ? seconds(first_ms) + " / " : "") + seconds(total_ms) + " s"],
   ["Cost", "r nw second", costOf],
   ["Result", "r", resultTag],
 ];
-const usageLink = (filter, name, className) => link(className, "#usage?" + new URLSearchParams({[filter]: name}),
-  "Usage", {"aria-label": "Usage of " + name});
+const usageOf = (filter, name) => "#usage?" + new URLSearchParams({[filter]: name});
+const usageLink = (filter, name, className) =>
+  link(className, usageOf(filter, name), "Usage", {"aria-label": "Usage of " + name});
 const requestTable = rows => table("stack", "Requests, newest first", REQUEST_COLUMNS, rows);
 
 function missingKeys(providers) {
   if (!providers.length) return null;
-  const rows = providers.map(({name, env_key}) => el("li", {}, name, code("export " + env_key + "=...")));
-  return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows),
-    para("d", "Then restart Pomex.")));
-}
-
-// A provider keeps its color whatever else is in the chart.
-const COLORS = {openai: 1, anthropic: 2, google: 3, demo: 5};
-function seriesColors(names) {
-  const [other] = names.filter(name => !COLORS[name]).sort();
-  return name => COLORS[name] || (name === other ? 4 : 5);
-}
-
-function roundUp(value) {
-  const power = 10 ** Math.floor(Math.log10(value || 1));
-  return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
+  const rows = providers.map(({name, env_key}) => li(name, code(`export ${env_key}=...`)));
+  return div("grid", card("pad", heading("Providers without a key"), ul("rows", rows), para("d", "Then restart Pomex.")));
 }
 
 const ARROWS = {ArrowLeft: -1, ArrowRight: 1};
-// Stacked bars with a line of text for one of them, or the same data as a table. A series is {name, color, values};
-// `now` is the current slot, `least` the minimum of the axis, `tick` a label below it.
-function barChart(title, chart) {
-  const {slots, series, format, label} = chart;
-  const totals = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
-  const highest = Math.max(...totals);
-  const left = 44, top = 8, bottom = 22;
-  let current = Math.min(slots - 1, Math.max(0, chart.now));
-  let isTable = false;
-  const reading = el("p", {class: "read", "aria-live": "polite"});
-  const svg = el("svg", {class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
-    "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
-  const box = div("grow");
-  const add = (tag, attributes, ...children) => svg.append(el(tag, attributes, ...children));
-
-  function draw() {
-    const width = svg.clientWidth, height = Math.max(208, svg.clientHeight);
-    if (width < 60) return;
-    const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
-    const step = roundUp(Math.max(highest, chart.least) / 3);
-    const limit = Math.max(step * Math.ceil(highest / step), step);
-    const y = value => top + plotHeight * (1 - value / limit);
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.replaceChildren();
-    for (let value = 0; value <= limit * 1.001; value += step) {
-      add("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)});
-      add("text", {x: 0, y: y(value) + 4}, chart.formatAxis(value));
-    }
-    add("rect", {class: "cur", x: left + current * slotWidth, width: slotWidth, y: top, height: plotHeight});
-    for (let slot = 0; slot < slots; slot++) {
-      let below = 0;
-      for (const {color, values} of series.filter(each => each.values[slot])) {
-        const y1 = y(below + values[slot]), gap = below ? 1 : 0;
-        add("rect", {class: "k" + color, x: left + slot * slotWidth + slotWidth * .16, width: slotWidth * .68, y: y1,
-          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5});
-        below += values[slot];
-      }
-    }
-    for (let slot = 0; slot < slots; slot += chart.labelEvery * (width < 520 ? 2 : 1)) {
-      const x = left + slot * slotWidth + slotWidth / 2;
-      add("text", {x, y: height - 5, "text-anchor": "middle"}, chart.tick(slot));
-    }
-    const parts = series.filter(each => each.values[current])
-      .map(each => "  ·  " + clip(each.name) + " " + format(each.values[current]));
-    reading.replaceChildren(bold(label(current)), "  " + format(totals[current]), parts.join(""));
-  }
-  function moveTo(slot) {
-    current = Math.max(0, Math.min(slots - 1, slot));
-    draw();
-  }
-  function onpointermove(event) {
-    const place = svg.getBoundingClientRect();
-    moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
-  }
-  function onkeydown(event) {
-    const move = ARROWS[event.key];
-    if (!move) return;
-    moveTo(current + move);
-    event.preventDefault();
-  }
-  function asTable() {
-    const parts = [...series, {name: "All", values: totals}];
-    const columns = parts.map(({name, values}) => [clip(name), "r", slot => format(values[slot])]);
-    const used = [...totals.keys()].filter(slot => totals[slot]);
-    return scrollBox("div", "scroll", title + " as a table",
-      table(null, title, [["Time", "nw", label], ...columns], used));
-  }
-  function show() {
-    flip.textContent = isTable ? "View as chart" : "View as table";
-    swap(box, isTable ? asTable() : [reading, svg]);
-    draw();
-  }
-  function onclick() {
-    isTable = !isTable;
-    show();
-  }
-  const flip = el("button", {class: "sub", type: "button", "data-focus": "flip", onclick});
-  const legend = series.map(({name, color, values}) => el("li", {},
-    el("svg", {viewBox: "0 0 10 10", "aria-hidden": "true"},
-      el("rect", {width: 10, height: 10, rx: 2, class: "k" + color})),
-    clip(name) + " ", bold(format(sum(values, Number)))));
-  new ResizeObserver(draw).observe(svg);
-  show();
-  return [heading(title, chart.control, flip), ul("leg", legend), box];
-}
 
 const shellQuote = text => "'" + text.replace(/'/g, "'\\''") + "'";
 const PYTHON_WORDS = {true: "True", false: "False", null: "None"};
@@ -16183,7 +16016,7 @@ function setupBox(agents, token = "sk-rh-…") {
 
 const STEP_MARKS = {done: "✓", bad: "!"};
 const STEP_WORDS = {done: "Done. ", now: "Waiting. "};
-const step = (state, title, ...details) => el("li", {}, span("st " + state, STEP_MARKS[state]),
+const step = (state, title, ...details) => li(span("st " + state, STEP_MARKS[state]),
   span("", bold(title), span("sr", STEP_WORDS[state]), details));
 
 // --- the overview ---
@@ -16197,138 +16030,190 @@ const MEASURES = {
   requests: {title: "Requests", format: count, formatAxis: shortTokens, least: 3},
   tokens: {title: "Tokens", format: tokens, formatAxis: shortTokens, least: 3},
 };
-const optionsOf = choices => Object.entries(choices).map(([value, {title}]) => [value, title]);
 
 function showOverview(main) {
-  const load = () => {
+  const ranges = segments("Time range", "range", RANGES, picked.range, () => view.refresh());
+  function load() {
     const {days, stepMs, slots} = RANGES[picked.range];
     return api(`overview?since=${midnight() - (days - 1) * DAY_MS}&step=${stepMs}&slots=${slots}`);
-  };
-  const draw = (data, body) => {
-    const redraw = () => swap(body, drawOverview(data, redraw));
-    return drawOverview(data, redraw);
-  };
-  const ranges = segments("Time range", "range", optionsOf(RANGES), picked.range, () => page.refresh());
-  const page = livePage(main, [pageTop("Overview", liveMark(), ranges)], load, draw);
-  return page;
+  }
+  return livePage(main, [pageTop("Overview", liveMark(), ranges)], load, drawOverview);
 }
 
-function drawOverview(data, redraw) {
-  const {totals, by, latest} = data;
-  const isEmpty = !totals.requests && !latest.length;
-  const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up a client, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground"));
-  const total = totals.requests;
-  const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
-  const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
+function drawOverview(data) {
+  const {totals, by, latest} = data, isEmpty = !totals.requests && !latest.length;
+  const share = ({name, requests}, className, barClass) => requests > 0 && li(span(className, name),
+    span("", count(requests), span("dim", "  " + pct(requests, totals.requests))), bar(requests / totals.requests, barClass));
   return [
     div("card sum", spendBox(data), div("kpis", keyFigures(data))),
-    div("grid", empty,
-      card("pad c8 grow", overviewChart(data, redraw)),
-      card("pad c4", heading("By endpoint", span("", "requests")), ul("rows", byEndpoint),
-        heading("By result"), ul("rows", byResult)),
-      card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by, redraw)),
-      isAdmin() ? card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
-        providerLatencies(data.providers)) : null,
+    div("grid",
+      isEmpty && card("empty", h2("No request yet"), para("", "Set up a client, or try the demo in the playground."),
+        link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground")),
+      card("pad c8 grow", overviewChart(data)),
+      card("pad c4", heading("By endpoint", span("", "requests")),
+        ul("rows", by.endpoint.map(each => share(each, "mono", "ok"))),
+        heading("By result"), ul("rows", by.result.map(each => share(each, "", RESULTS[each.name] || "k5")))),
+      card("pad " + (isAdmin() ? "c7" : ""), whereItWent(by)),
+      isAdmin() && card("pad c5", heading("Providers", span("", "first token, p50 to p95, last hour")),
+        providerLatencies(data.providers)),
       card("full", heading("Latest requests", link("sub", "#usage", "Open the usage log")),
         latest.length ? requestTable(latest) : para("empty", "None yet."))),
   ];
 }
 
-function spendBox(data) {
+function spendBox({totals, before_nanos, month, now_ms}) {
   const {title, days} = RANGES[picked.range], isToday = days === 1;
-  const {cost_nanos, unpriced} = data.totals;
-  return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(cost_nanos, 2)),
-    para("sub", usd(data.before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
-    monthBox(data), unpriced ? para("d", count(unpriced) + " requests had no price") : null);
-}
-
-// The spend of the month, or of the budget period of the user's key.
-function monthBox({month, now_ms}) {
-  const {key} = session;
-  const budget = key ? key.budget_nanos : month.budget_nanos;
-  const spent = key && budget ? key.spent_nanos : month.spent_nanos;
+  // The spend of the month, or of the budget period of the user's key.
+  const {key} = session, {budget_nanos: budget} = key || month;
+  const {spent_nanos: spent} = key && budget ? key : month;
   const isMonth = !key || key.period === "month" || !budget;
   const start = month.first_day * DAY_MS, end = month.next_day * DAY_MS;
   const passed = (now_ms - start) / (end - start);
   const name = new Date((start + end) / 2).toLocaleString("en", {month: "long", timeZone: "UTC"});
   const pace = usd(Math.round(spent / Math.max(passed, .02)), 0);
-  return [
+  return div("money", div("lab", "Spent " + (isToday ? "today" : "in " + title)), div("big", usd(totals.cost_nanos, 2)),
+    para("sub", usd(before_nanos, 2) + (isToday ? " yesterday by this hour" : ` in the ${title} before`)),
     heading(isMonth ? name : "Budget, " + key.period,
       span("", usd(spent, 2) + (budget ? " of " + usd(budget, 2) : ", no budget"))),
-    budget ? bar(spent / budget, budgetClass(spent / budget), isMonth ? passed : 0) : null,
-    isMonth ? para("d", (budget ? "The mark is today. " : "") + `At this pace the month ends at ${pace}.`) : null,
-  ];
+    budget > 0 && bar(spent / budget, budgetClass(spent / budget), isMonth && passed),
+    isMonth && para("d", budget > 0 && "The mark is today. ", `At this pace the month ends at ${pace}.`),
+    totals.unpriced > 0 && para("d", count(totals.unpriced) + " requests had no price"));
 }
 
 function keyFigures({totals, by, first_ms, total_ms}) {
   const {requests, input, output, cached, saved_nanos} = totals;
-  const ended = result => by.result.find(each => each.name === result)?.requests || 0;
-  const responses = by.endpoint.find(each => each.name === "/v1/responses")?.requests || 0;
-  const failed = ended("failed");
+  const found = (kind, wanted) => by[kind].find(each => each.name === wanted)?.requests || 0;
+  const failed = found("result", "failed");
   const figures = [
-    ["Requests", count(requests), "", count(responses) + " through /v1/responses"],
+    ["Requests", count(requests), "", count(found("endpoint", "/v1/responses")) + " through /v1/responses"],
     ["Tokens", tokens(input + output), " in + out", `${tokens(input)} in, ${tokens(output)} out`],
     ["Served from cache", pct(cached, input), " of input", `${tokens(cached)} tokens, ${usd(saved_nanos)} saved`],
     ["First token, p50", seconds(first_ms[0]), " s", `p95 ${seconds(first_ms[1])} s`],
     ["Full response, p50", seconds(total_ms[0]), " s", `p95 ${seconds(total_ms[1])} s`],
     ["Errors seen by clients", pct(failed, requests, 2), "",
-      `${count(failed)} of ${count(requests)}; failover saved ${count(ended("failed over"))}`],
+      `${count(failed)} of ${count(requests)}; failover saved ${count(found("result", "failed over"))}`],
   ];
   return figures.map(([title, value, unit, note]) =>
-    div("kpi", div("lab", title), div("v", value, unit ? el("i", {}, unit) : null), div("d", note)));
+    div("kpi", div("lab", title), div("v", value, unit && el("i", "", unit)), div("d", note)));
 }
 
-function overviewChart(data, redraw) {
-  const shown = picked.measure || (data.totals.cost_nanos ? "cost_nanos" : "requests");
-  const range = RANGES[picked.range], measure = MEASURES[shown], {days} = range;
-  const color = seriesColors(data.series.map(each => each.name));
-  const series = data.series.filter(each => each[shown].some(Boolean))
-    .map(each => ({name: each.name || NO_PROVIDER, color: color(each.name), values: each[shown]}))
+const COLORS = {openai: 1, anthropic: 2, google: 3, demo: 5};      // of providers; the first of the others has 4
+function roundUp(value) {
+  const power = 10 ** Math.floor(Math.log10(value || 1));
+  return [1, 2, 2.5, 5, 10].map(factor => factor * power).find(each => each >= value) || value;
+}
+
+// Stacked bars with a line of text for one of them, or the same data as a table.
+function overviewChart({totals, series: found, since_ms, step_ms, now_ms}) {
+  const shown = picked.measure || (totals.cost_nanos ? "cost_nanos" : "requests");
+  const {days, slots, labelEvery, unit} = RANGES[picked.range];
+  const {format, formatAxis, least} = MEASURES[shown], title = `${MEASURES[shown].title} by ${unit}`;
+  const [other] = found.map(each => each.name).filter(name => !COLORS[name]).sort();
+  const colorOf = name => COLORS[name] || (name === other ? 4 : 5);
+  const series = found.filter(each => each[shown].some(Boolean))
+    .map(({name, ...each}) => ({name: name || NO_PROVIDER, color: colorOf(name), values: each[shown]}))
     .sort((a, b) => a.color - b.color || a.name.localeCompare(b.name));
-  const startOf = slot => new Date(data.since_ms + slot * data.step_ms);
+  const sums = Array.from({length: slots}, (_, slot) => sum(series, each => each.values[slot]));
+  const highest = Math.max(...sums), left = 44, top = 8, bottom = 22;
+  let current = 0;
+  const reading = para({class: "read", "aria-live": "polite"});
+  const plot = svg({class: "chart", id: "chart", role: "application", tabindex: 0, onpointermove, onkeydown,
+    "aria-label": title + ", stacked by provider. Left and right arrow keys read each bar."});
+  const box = div("grow", reading, plot);
+
+  const startOf = slot => new Date(since_ms + slot * step_ms);
+  const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
   function label(slot) {
     const start = startOf(slot);
     if (days === 30) return day(start);
     return (days > 1 ? day(start) + " " : "") + clock(start) + " to " + clock(startOf(slot + 1));
   }
-  const tick = slot => days === 1 ? clock(startOf(slot)).slice(0, 2) : day(startOf(slot));
-  const now = Math.floor((data.now_ms - data.since_ms) / data.step_ms);
-  const control = segments("Measure", "measure", optionsOf(MEASURES), shown, redraw);
-  return barChart(`${measure.title} by ${range.unit}`, {...range, ...measure, series, label, tick, now, control});
+  function draw() {
+    const width = plot.clientWidth, height = Math.max(208, plot.clientHeight);
+    if (width < 60) return;
+    const slotWidth = (width - left) / slots, plotHeight = height - top - bottom;
+    const step = roundUp(Math.max(highest, least) / 3);
+    const limit = Math.max(step * Math.ceil(highest / step), step);
+    const x = slot => left + slot * slotWidth;
+    const y = value => top + plotHeight * (1 - value / limit);
+    const shapes = [];
+    for (let value = 0; value <= limit * 1.001; value += step) {
+      shapes.push(el("line", {class: "gl", x1: left, x2: width, y1: y(value), y2: y(value)}),
+        el("text", {x: 0, y: y(value) + 4}, formatAxis(value)));
+    }
+    shapes.push(rect({class: "cur", x: x(current), width: slotWidth, y: top, height: plotHeight}));
+    for (let slot = 0; slot < slots; slot++) {
+      let below = 0;
+      for (const {color, values} of series.filter(each => each.values[slot])) {
+        const y1 = y(below + values[slot]), gap = below ? 1 : 0;
+        shapes.push(rect({class: "k" + color, x: x(slot + .16), width: slotWidth * .68, y: y1,
+          height: Math.max(.5, y(below) - y1 - gap), rx: 1.5}));
+        below += values[slot];
+      }
+    }
+    for (let slot = 0; slot < slots; slot += labelEvery * (width < 520 ? 2 : 1)) {
+      shapes.push(el("text", {x: x(slot + .5), y: height - 5, "text-anchor": "middle"}, tick(slot)));
+    }
+    plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    plot.replaceChildren(...shapes);
+    const parts = series.filter(each => each.values[current]).map(each => `  ·  ${each.name} ${format(each.values[current])}`);
+    reading.replaceChildren(bold(label(current)), "  " + format(sums[current]), ...parts);
+  }
+  function moveTo(slot) {
+    current = Math.max(0, Math.min(slots - 1, slot));
+    draw();
+  }
+  function onpointermove(event) {
+    const place = plot.getBoundingClientRect();
+    moveTo(Math.floor((event.clientX - place.left - left) / ((place.width - left) / slots)));
+  }
+  function onkeydown(event) {
+    const move = ARROWS[event.key];
+    if (!move) return;
+    moveTo(current + move);
+    event.preventDefault();
+  }
+  function asTable() {
+    const columns = [...series, {name: "All", values: sums}].map(({name, values}) => [name, "r", slot => format(values[slot])]);
+    const used = [...sums.keys()].filter(slot => sums[slot]);
+    return scrollBox("div", "scroll", title + " as a table", table(null, title, [["Time", "nw", label], ...columns], used));
+  }
+  function onclick() {
+    const isChart = box.contains(plot);
+    flip.textContent = isChart ? "View as chart" : "View as table";
+    swap(box, isChart ? asTable() : [reading, plot]);
+  }
+  const flip = el("button", {class: "sub", type: "button", id: "flip", onclick}, "View as table");
+  const legend = series.map(({name, color, values}) => li(
+    drawing(10, rect({width: 10, height: 10, rx: 2, class: "k" + color})), name + " ", bold(format(sum(values, Number)))));
+  moveTo(Math.floor((now_ms - since_ms) / step_ms));
+  new ResizeObserver(draw).observe(plot);       // calls it at once, too
+  return [heading(title, segments("Measure", "measure", MEASURES, shown), flip), ul("leg", legend), box];
 }
 
-function share(label, requests, total, barClass) {
-  if (!requests) return null;
-  return el("li", {}, label, span("", count(requests), span("dim", "  " + pct(requests, total))),
-    bar(requests / Math.max(1, total), barClass));
-}
-
-function whereItWent(by, redraw) {
-  const name = row => link("name", "#usage?" + new URLSearchParams({[picked.breakdown]: row.name}),
-    bdi(row.name || "deleted key"));
+function whereItWent(by) {
   const columns = [
-    ["Name", "", name],
+    ["Name", "", ({name}) => link("name", usageOf(picked.breakdown, name), bdi(name || "deleted key"))],
     ["Requests", "r opt", row => count(row.requests)],
     ["Input", "r opt", row => tokens(row.input)],
     ["Cached", "r opt", row => tokens(row.cached)],
     ["Cost", "r nw", costOfAll],
   ];
-  const options = [["model", "Model"], ["key", "Key"]];
-  const control = isAdmin() && segments("Break down by", "breakdown", options, picked.breakdown, redraw);
-  const rows = by[picked.breakdown].slice(0, 8);
-  return [div("tb", h2("Where it went"), control), table(null, "Where it went", columns, rows)];
+  const choices = {model: {title: "Model"}, key: {title: "Key"}};
+  return [
+    div("tb", h2("Where it went"), isAdmin() && segments("Break down by", "breakdown", choices, picked.breakdown)),
+    table(null, "Where it went", columns, by[picked.breakdown].slice(0, 8)),
+  ];
 }
 
 function providerLatencies(providers) {
   const longest = Math.max(1, ...providers.map(each => each.first_ms[1]));
-  const range = ({first_ms}) => {
+  function range({first_ms}) {
     const [from, to] = first_ms.map(ms => ms / longest * 100);
-    return track(to ? [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)] : null);
-  };
+    return track(to > 0 && [piece("ok soft", from, to - from), piece("ok", Math.min(from, 98), 2)]);
+  }
   const columns = [
-    ["Provider", "nw", each => span("name", stateDot(each), "  " + clip(each.name))],
+    ["Provider", "nw", each => span("name", stateDot(each), "  " + each.name)],
     ["State", "nw", each => each.state],
     ["Range", "", range],
     ["p50 / p95", "r nw", ({first_ms: [p50, p95]}) => p95 ? `${seconds(p50)} / ${seconds(p95)} s` : span("dim", "-")],
@@ -16336,17 +16221,15 @@ function providerLatencies(providers) {
   const latencies = table(null, "Providers in the last hour", columns, providers.slice(0, 8));
   $("thead", latencies).className = "sr";
   const failing = providers.find(each => each.error && STATES[each.state] === "bad");
-  if (!failing) return latencies;
-  const {name, error, back_s} = failing;
-  const retry = back_s ? ` (tried again in ${back_s} s)` : "";
-  return [latencies, para("note bad", `${name}: ${clip(error.message, 300)}${retry}`)];
+  const {name, error, back_s} = failing || {};
+  return [latencies, failing && para("note bad", `${name}: ${error.message}`, back_s > 0 && ` (tried again in ${back_s} s)`)];
 }
 
 // --- keys and accounts ---
 const PERIODS = [["month", "monthly"], ["week", "weekly"], ["day", "daily"], ["total", "never"]];
 const EXPIRIES = [["0", "never"], ["30", "in 30 days"], ["90", "in 90 days"], ["365", "in a year"]];
 const keyFields = ({budget_nanos, period, models = ""}) => [
-  amount("Budget", "budget", "no limit", budget_nanos == null ? null : String(budget_nanos / 1e9)),
+  amount("Budget", "budget", "no limit", budget_nanos == null ? null : budget_nanos / 1e9),
   choice("Resets", "period", PERIODS, {value: period}),
   field("Models (patterns)", "models", {value: models.split(" ").join(", "), placeholder: "all models"}),
 ];
@@ -16367,16 +16250,14 @@ function showKeys(main) {
   const onsubmit = whenSubmitted(async (wanted, form) => {
     newKey = await api("keys", wanted);
     form.reset();
-    await page.refresh();
+    await view.refresh();
     announce(`Key ${newKey.name} created`);
     $("#copykey")?.focus();
   });
   const form = el("form", {class: "mk", novalidate: true, onsubmit},
     field("Name", "name", {wide: true, placeholder: "ci-runner", required: true}),
     keyFields({}), choice("Expires", "expires_days", EXPIRIES), submitButton("Create key"));
-  const parts = [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))];
-  const page = livePage(main, parts, load, draw);
-  return page;
+  return livePage(main, [pageTop("Keys"), panel, div("grid", card("pad", heading("Create a key"), form))], load, draw);
 }
 
 const requestText = row => [bdi(row.model), ", ", bdi(row.client), " at ", time(row.started_ms)];
@@ -16394,23 +16275,21 @@ function newKeySteps() {
 function newKeyPanel() {
   if (!newKey) return [];
   const {name, token, setup} = newKey;
-  const stored = () => {
+  function stored() {
     newKey = null;
     view.refresh();
-    $("#main").focus();
-  };
-  return el("div", {class: "card new", role: "region", "aria-labelledby": "new-key"},
-    div("hdr", div("", el("b", {id: "new-key"}, bdi(name), " is ready. Copy the key now."),
+  }
+  return div({class: "card new", role: "region", "aria-labelledby": "new-key"},
+    div("hdr", div("", el("b", {id: "new-key"}, name, " is ready. Copy the key now."),
       para("", "Pomex keeps only its hash, so nobody can show it again.")), button("I have stored it", "", stored)),
     div("two", div("", div("lab", "API key"),
-      div("keyv", el("code", {id: "kv"}, token),
-        copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
+      div("keyv", el("code", {id: "kv"}, token), copyButton("Copy", "p", () => token, "Copy the key", "copykey")),
       el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
   const text = para("", "It is not shown again once you leave this page.");
-  openForm(`Have you stored the key of ${clip(newKey.name)}?`, text, "I have stored it", () => {
+  openForm(`Have you stored the key of ${newKey.name}?`, text, "I have stored it", () => {
     newKey = null;
     location.hash = path;
   }, "Back to the key");
@@ -16442,9 +16321,6 @@ function drawKeys({keys, accounts, now_s}) {
       button("New account", "s", openNewAccount)), table("stack", "Accounts", ACCOUNT_COLUMNS, accounts)));
 }
 
-const rowButton = (text, label, {id, name}, onclick, className = "s g") =>
-  button(text, className, onclick, {"aria-label": `${label} ${name}`, "data-focus": text + id});
-
 function keyColumns(accounts, now_s) {
   function spent(key) {
     const budget = key.budget_nanos, total = usd(key.spent_nanos, 2) + " ";
@@ -16454,7 +16330,7 @@ function keyColumns(accounts, now_s) {
     return [div("nw", total, span("dim", limit)), bar(usedPart(key), budgetClass(usedPart(key)))];
   }
   return [
-    ["Name", "", key => span("name", bdi(key.name))],
+    ["Name", "", key => span("name", key.name)],
     ["Key", "nw dim opt", key => code(key.hint)],
     ["Models", "opt wrap", key => key.models ? bdi(key.models.split(" ").join(", "), 60) : "all models"],
     ["Spent", "full-row", spent],
@@ -16462,9 +16338,9 @@ function keyColumns(accounts, now_s) {
     ["State", "", key => keyState(key, now_s)],
     ["Actions", "r nw ka full-row", key => [
       usageLink("key", key.name, "btn s g"),
-      key.revoked_s ? null : [
-        rowButton("Edit", "Edit key", key, () => openEditKey(key, accounts)),
-        rowButton("Revoke", "Revoke key", key, () => openRevokeKey(key), "s g del")]]],
+      !key.revoked_s && [
+        button("Edit", "s g", () => openEditKey(key, accounts), "Edit key " + key.name),
+        button("Revoke", "s g del", () => openRevokeKey(key), "Revoke key " + key.name)]]],
   ];
 }
 
@@ -16472,38 +16348,32 @@ function accountKind({prepaid, limit_nanos, multiplier}) {
   const unpaid = limit_nanos == null ? "open" : "monthly limit";
   return (prepaid ? "prepaid" : unpaid) + (multiplier === 1e6 ? "" : " × " + multiplier / 1e6);
 }
-function accountBalance({prepaid, credit_nanos, spent_nanos}) {
-  return prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : "";
-}
 const ACCOUNT_COLUMNS = [
-  ["Name", "", each => span("name", bdi(each.name))],
+  ["Name", "", each => span("name", each.name)],
   ["Kind", "opt", accountKind],
   ["This month", "r nw", each => usd(each.month_nanos, 2)],
   ["Limit", "r nw opt", each => each.limit_nanos == null ? "none" : usd(each.limit_nanos, 2)],
-  ["Balance", "r nw", accountBalance],
+  ["Balance", "r nw", ({prepaid, credit_nanos, spent_nanos}) =>
+    prepaid || credit_nanos ? usd(credit_nanos - spent_nanos, 2) : ""],
   ["Actions", "r nw ka full-row", each => [
-    rowButton("Add credit", "Add credit to", each, () => openCredit(each)),
-    rowButton("Statement", "Statement of", each, () => openStatement(each))]],
+    button("Add credit", "s g", () => openCredit(each), "Add credit to " + each.name),
+    button("Statement", "s g", () => openStatement(each), "Statement of " + each.name)]],
 ];
 
 function openEditKey(key, accounts) {
-  const limit = (label, name) =>
-    field(label + " (0: no limit)", name, {value: String(key[name]), inputmode: "numeric"});
+  const limit = (label, name) => field(label + " (0: no limit)", name, {value: key[name], inputmode: "numeric"});
   const expiry = key.expires_s ? "on " + day(new Date(key.expires_s * 1000)) : "never (unchanged)";
   openForm("Edit key " + key.name, [
-    keyFields(key),
-    choice("Account", "account", accounts.map(({name}) => [name, name]), {value: key.account}),
-    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"),
-    limit("Concurrent requests", "concurrent"),
+    keyFields(key), choice("Account", "account", accounts.map(({name}) => [name]), {value: key.account}),
+    limit("Requests a minute", "rpm"), limit("Tokens a minute", "tpm"), limit("Concurrent requests", "concurrent"),
     choice("Expires", "expires_days", [["keep", expiry], ...EXPIRIES]),
   ], "Save", ({expires_days, ...values}) =>
     api("keys/" + key.id, expires_days === "keep" ? values : {...values, expires_days}));
 }
 
-function openRevokeKey(key) {
+function openRevokeKey({name, id}) {
   const text = "Its next request is refused. Streams in progress end normally. This cannot be undone.";
-  openForm(`Revoke key ${clip(key.name)}?`, para("", text), "Revoke",
-    () => api(`keys/${key.id}/revoke`, {}), "Keep it");
+  openForm(`Revoke key ${name}?`, para("", text), "Revoke", () => api(`keys/${id}/revoke`, {}), "Keep it");
 }
 
 function openNewAccount() {
@@ -16516,9 +16386,8 @@ function openNewAccount() {
 }
 
 function openCredit({name}) {
-  openForm("Add credit to " + name, [
-    amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason"),
-  ], "Add credit", values => api(`accounts/${encodeURIComponent(name)}/credit`, values));
+  openForm("Add credit to " + name, [amount("Amount", "amount"), field("Reason (makes it an adjustment)", "reason")],
+    "Add credit", values => api(`accounts/${name}/credit`, values));
 }
 
 function openStatement({name}) {
@@ -16529,15 +16398,13 @@ function openStatement({name}) {
     return [first.toISOString().slice(0, 7), text];
   });
   const body = div();
-  const dialog = openDialog("Statement of " + name, div("gap",
-    choice("Month (UTC)", "month", months, {onchange: show}), body),
+  const dialog = openDialog("Statement of " + name, div("gap", choice("Month (UTC)", "month", months, {onchange: show}), body),
     div("acts", button("Close", "", () => dialog.close())));
-  const select = $("select", dialog);
   // The month may change while its statement loads.
   async function load() {
-    const month = select.value;
-    const bill = await api(`accounts/${encodeURIComponent(name)}/statement?month=${month}`);
-    return month === select.value ? bill : load();
+    const month = $("select", dialog).value;
+    const bill = await api(`accounts/${name}/statement?month=${month}`);
+    return month === $("select", dialog).value ? bill : load();
   }
   function show() {
     fill(body, load, statementTable);
@@ -16558,23 +16425,19 @@ function statementTable({charges, credits, before_nanos, spent_nanos, after_nano
     {model: "Balance before", cost_nanos: before_nanos}, ...credits.map(credit),
     {model: "Charges", cost_nanos: -spent_nanos}, {model: "Balance after", cost_nanos: after_nanos},
   ];
-  return table(null, "Charges by model", columns, charges, el("tfoot", {}, tableRows(columns, balance)));
+  return table(null, "Charges by model", columns, charges, el("tfoot", "", tableRows(columns, balance)));
 }
 
 // --- the usage log and one request ---
-const TIMES = [
-  ["", "any time"], ["today", "today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"],
-];
-const FILTERS = {
-  time: "Time", result: "Result", text: "ID or error", key: "Key", model: "Model", provider: "Provider",
-  endpoint: "Endpoint", min_cost: "Cost from, USD",
+const FILTERS = {       // [label, choices]
+  time: ["Time", [["", "any time"], ["today"], ["1d", "last 24 hours"], ["7d", "last 7 days"], ["30d", "last 30 days"]]],
+  result: ["Result", [["", "any"], ...Object.keys(RESULTS).map(result => [result])]],
+  text: ["ID or error"], key: ["Key"], model: ["Model"], provider: ["Provider"], endpoint: ["Endpoint"],
+  min_cost: ["Cost from, USD"],
 };
 
 function showUsage(main, query, id) {
-  if (id) {
-    showRequest(main, decodeURIComponent(id));
-    return null;
-  }
+  if (id) return showRequest(main, id);
   const exports = div("tb"), older = div("acts pad2");
   let rows = [];
 
@@ -16584,8 +16447,7 @@ function showUsage(main, query, id) {
       const value = query.get(name);
       if (!value) continue;
       if (name === "time") found.set("from", value === "today" ? midnight() : Date.now() - parseInt(value) * DAY_MS);
-      else if (name === "min_cost") found.set(name, Math.round(parseFloat(value) * 1e9) || 0);
-      else found.set(name, value);
+      else found.set(name, name === "min_cost" ? Math.round(parseFloat(value) * 1e9) || 0 : value);
     }
     return found;
   }
@@ -16594,8 +16456,8 @@ function showUsage(main, query, id) {
     exports.replaceChildren(...["csv", "jsonl"].map(format => link("btn s", `/admin/api/usage.${format}?${params()}`,
       "Export " + format.toUpperCase(), {download: ""})));
     swap(older, olderButton(data.cursor));
-    const found = rows.length ? requestTable(rows) : noRequests(query);
-    return div("grid", div("card full gap", para("sub pad2", describeTotals(data.sums)), found, older));
+    return div("grid", div("card full gap", para("sub pad2", describeTotals(data.sums)),
+      rows.length ? requestTable(rows) : noRequests(query), older));
   }
   const olderButton = cursor => cursor && button("Show older", "", async pressed => {
     pressed.disabled = true;
@@ -16606,89 +16468,79 @@ function showUsage(main, query, id) {
     });
     older.firstChild?.focus();
   });
-  function setFilter(name, value) {
-    if (value) query.set(name, value);
-    else query.delete(name);
-    history.replaceState(null, "", "#usage?" + query);
-    page.refresh();
-  }
-  const choices = {time: TIMES, result: [["", "any"], ...Object.keys(RESULTS).map(result => [result, result])]};
-  function filter(name) {
+  function filter([name, [label, choices]]) {
+    function onchange({target}) {
+      query.set(name, target.value.trim());
+      if (!query.get(name)) query.delete(name);
+      history.replaceState(null, "", "#usage?" + query);
+      view.refresh();
+    }
     const value = query.get(name) || "";
-    const onchange = event => setFilter(name, event.target.value.trim());
-    return choices[name] ? choice(FILTERS[name], name, choices[name], {value, onchange})
-      : field(FILTERS[name], name, {value, onchange});
+    return choices ? choice(label, name, choices, {value, onchange}) : field(label, name, {value, onchange});
   }
-  const form = el("form",
-    {class: "mk", role: "search", "aria-label": "Filters", onsubmit: event => event.preventDefault()},
-    Object.keys(FILTERS).filter(name => isAdmin() || name !== "key").map(filter));
+  const onsubmit = event => event.preventDefault();
+  const form = el("form", {class: "mk", role: "search", "aria-label": "Filters", onsubmit},
+    Object.entries(FILTERS).filter(([name]) => isAdmin() || name !== "key").map(filter));
   const parts = [pageTop("Usage log", liveMark(), exports), card("pad", form)];
   const page = livePage(main, parts, () => api(`usage?${params()}`), draw);
   // New rows must not replace older ones that the user asked for.
   return {...page, live: throttle(() => rows.length <= 50 && page.refresh())};
 }
 
-function describeTotals(sums) {
-  const {requests, input, cached, output, cost_nanos, unpriced} = sums;
+function describeTotals({requests, input, cached, output, cost_nanos, unpriced}) {
   return `${count(requests)} requests, ${tokens(input)} in (${pct(cached, input)} cached), ${tokens(output)} out, ` +
     usd(cost_nanos) + (unpriced ? `; ${count(unpriced)} without a price` : "");
 }
 
-function noRequests(query) {
-  if (!query.size) {
-    const hint = [link(null, "#setup", "Set up a client"), " to see requests here."];
-    return div("empty", h2("No request yet"), para("", hint));
-  }
-  return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
-    link("btn", "#usage", "Clear filters"));
-}
+const noRequests = query => query.size
+  ? div("empty", h2("Nothing matches"), para("", "No request matches these filters."), link("btn", "#usage", "Clear filters"))
+  : div("empty", h2("No request yet"), para("", link(null, "#setup", "Set up a client"), " to see requests here."));
 
 function showRequest(main, id) {
-  const body = div();
-  main.append(pageTop("Request", link("btn s", "#usage", "Back to the log")), body);
-  fill(body, () => api("usage/" + encodeURIComponent(id)), ({row, trace, lines}) => {
-    const curl = () => curlCommand({model: row.model, input: "…", stream: true});
-    return div("grid",
-      card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
-        div("acts", copyButton("Copy as curl", "s", curl))),
-      card("pad c6", heading("Path"), el("ol", {class: "steps"}, attemptSteps(row, trace)),
-        heading("Time"), ul("rows", phases(row)),
-        para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
-      card("full", heading("Tokens and cost", span("",
-        `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
-        `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`)), costTable(row, lines)));
-  });
+  const back = link("btn s", "#usage", "Back to the log");
+  livePage(main, [pageTop("Request", back)], () => api("usage/" + id), drawRequest);
 }
 
-function requestFacts(row, trace) {
+function drawRequest({row, trace, lines}) {
+  const curl = () => curlCommand({model: row.model, input: "…", stream: true});
+  const counts = `${tokens(row.input)} in (${tokens(row.cached)} cached, ${tokens(row.cache_write)} written), ` +
+    `${tokens(row.output)} out (${tokens(row.reasoning)} reasoning)`;
+  return div("grid",
+    card("pad c6", heading("What happened", resultTag(row)), facts(requestFacts(row, trace)),
+      div("acts", copyButton("Copy as curl", "s", curl))),
+    card("pad c6", heading("Path"), el("ol", "steps", attemptSteps(row, trace)),
+      heading("Time"), ul("rows", phases(row)),
+      para("d", `Total: ${seconds(row.total_ms)} s. Prompts and answers are not stored.`)),
+    card("full", heading("Tokens and cost", span("", counts)), costTable(row, lines)));
+}
+
+function requestFacts(row, {dropped}) {
   let terminal = row.terminal_by ? `response.${row.status}, sent by the ${row.terminal_by}` : "none: an error status";
   if (row.status === "cancelled") terminal = "none: the client left";
   return [
-    ["Time", time(row.started_ms)], ["Model", bdi(row.model)], ["Key", bdi(row.key)],
-    ["Account", bdi(row.account)], ["Endpoint", row.endpoint], ["Client", bdi(row.client || "-")],
-    ["Session", bdi(row.session || "-")], ["Tier", bdi(row.tier || "-")],
+    ["Time", time(row.started_ms)],
+    ...["Model", "Key", "Account", "Endpoint", "Client", "Session", "Tier"].map(each =>
+      [each, bdi(row[each.toLowerCase()] || "-")]),
     ["Response id", code(bdi(row.response_id))], ["x-request-id", code(bdi(row.request_id))],
     row.upstream_id && ["Upstream id", code(bdi(row.upstream_id))],
     ["Terminal event", terminal],
-    row.error_code && ["Error", span("", code(clip(row.error_code)), " ", clip(row.error, 600))],
-    trace.dropped.length && ["Dropped", clip(trace.dropped.join(", "), 400)],
-    row.estimated && ["Tokens", "estimated: " + clip(row.estimated)],
+    row.error_code && ["Error", [code(row.error_code), " ", row.error]],
+    dropped.length && ["Dropped", dropped.join(", ")],
+    row.estimated && ["Tokens", "estimated: " + row.estimated],
   ];
 }
 
 function attemptSteps(row, {tried, tried_ms}) {
   const steps = tried.map((text, i) => {
-    const colon = text.indexOf(": ");
-    const after = seconds(tried_ms[i] - (tried_ms[i - 1] || 0));
-    const reason = `${text.slice(colon + 2)}, after ${after} s`;
-    return step("bad", clip(text.slice(0, colon)), clip(reason, 400));
+    const [name, ...reason] = text.split(": "), ms = tried_ms[i] - (tried_ms[i - 1] || 0);
+    return step("bad", name, `${reason.join(": ")}, after ${seconds(ms)} s`);
   });
-  const failed = row.status === "failed";
-  if (failed && steps.length) return steps;
-  let outcome = failed ? row.error || row.error_code : "answered";
-  if (!failed && !steps.length && row.attempts > 1) outcome += ` at attempt ${row.attempts}`;
-  const name = clip(row.provider || NO_PROVIDER);
-  return [...steps, step(failed ? "bad" : "done", name, clip(outcome, 400))];
+  const name = row.provider || NO_PROVIDER, isFirst = !steps.length;
+  if (row.status !== "failed") {
+    const attempts = isFirst && row.attempts > 1 && ` at attempt ${row.attempts}`;
+    steps.push(step("done", name, "answered", attempts));
+  } else if (isFirst) steps.push(step("bad", name, row.error || row.error_code));
+  return steps;
 }
 
 function phases(row) {
@@ -16703,66 +16555,59 @@ function phases(row) {
   return ends.filter(Boolean).map(([name, end_ms, barClass]) => {
     const from = start, length = Math.max(from, end_ms) - from;
     start += length;
-    return el("li", {}, span("", name), span("", seconds(length) + " s"),
+    return li(span("", name), span("", seconds(length) + " s"),
       track(piece(barClass, from / total * 100, length / total * 100)));
   });
 }
 
 function costTable(row, lines) {
-  const billed = lines.filter(line => line.parts.length);
-  if (!billed.length) {
+  const parts = lines.flatMap(line => line.parts.map(part => ({...part, line})));
+  if (!parts.length) {
     const isUnpriced = !row.price && row.input + row.output > 0;
     return para("empty", isUnpriced ? "No price: set one under [prices] in pomex.toml." : "No tokens were billed.");
   }
-  const rate = part => part.what === "web searches" ? `$${part.picos / 1e9} / 1,000` : "$" + part.picos / 1e6;
   const columns = [
     ["What", "", part => part.what],
-    ["Provider", "opt", part => clip(part.line.provider) + (part.line === lines.at(-1) ? "" : ", given up")],
+    ["Provider", "opt", ({line}) => line.provider + (line === lines.at(-1) ? "" : ", given up")],
     ["Tokens", "r", part => count(part.count)],
-    ["USD per million", "r ml", rate],
+    ["USD per million", "r ml", ({what, picos}) => what === "web searches" ? `$${picos / 1e9} / 1,000` : "$" + picos / 1e6],
     ["Cost", "r", part => usd(part.nanos, 6)],
   ];
   const factor = row.multiplier === 1e6 ? "" : ` (prices × ${row.multiplier / 1e6})`;
-  return table("stack", "Cost lines", columns, billed.flatMap(line => line.parts.map(part => ({...part, line}))),
-    el("tfoot", {}, tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
+  return table("stack", "Cost lines", columns, parts,
+    el("tfoot", "", tr(td("", "Total" + factor), td("opt"), td("r"), td("r"), td("r", usd(row.cost_nanos, 6)))));
 }
 
 // --- models, providers, audit ---
 function showModels(main) {
-  const body = div();
-  let data = null;
-  const input = el("input", {type: "search", placeholder: "Find a model", "aria-label": "Find a model",
-    oninput: () => swap(body, draw())});
-  function draw() {
+  const name = "Find a model";
+  const input = el("input", {type: "search", placeholder: name, "aria-label": name, oninput: () => view.redraw()});
+  function draw(data) {
     const wanted = input.value.toLowerCase();
     const models = data.models.filter(model => model.name.toLowerCase().includes(wanted));
-    const found = models.length ? table("stack", "Models", MODEL_COLUMNS, models.slice(0, 400))
-      : para("empty", "No model of that name.");
     const any = data.any.join(", ");
     return [
-      div("grid", card("full", heading(models.length + " models",
-        span("", "USD per million tokens; prices of " + data.prices_date)), found)),
+      div("grid", card("full",
+        heading(models.length + " models", span("", "USD per million tokens; prices of " + data.prices_date)),
+        models.length ? table("stack", "Models", MODEL_COLUMNS, models.slice(0, 400))
+          : para("empty", "No model of that name."))),
       any && para("note ok", `Any other model of ${any} works too, as provider/model-name.`),
       missingKeys(data.missing),
     ];
   }
-  main.append(pageTop("Models", div("", input)), body);
-  fill(body, () => api("models"), answer => {
-    data = answer;
-    return draw();
-  });
+  const {refresh, redraw} = livePage(main, [pageTop("Models", div("", input))], () => api("models"), draw);
+  return {refresh, redraw};
 }
 
 // Prices are [input, output, cached input] in USD per million tokens.
 const inOut = ([input, output]) => `$${input} in, $${output} out`;
 const priceText = ({price}, i) => price && ((price[i] ?? "-") === "-" ? "-" : "$" + price[i]);
-function modelName(model) {
-  const {name, price, context} = model;
+function modelName({name, description, price, context, long, long_over, peak}) {
   const contextText = context ? `, ${shortTokens(context)} context` : "";
-  return [span("name", bdi(name)), model.description ? div("d", bdi(model.description)) : null,
-    price ? div("d only", `${inOut(price)} per million${contextText}`) : null,
-    model.long_over ? div("d", `over ${shortTokens(model.long_over)} input: ${inOut(model.long)}`) : null,
-    model.peak > 1 ? div("d", `× ${model.peak} in peak hours`) : null];
+  return [span("name", bdi(name)), description && div("d", bdi(description)),
+    price && div("d only", `${inOut(price)} per million${contextText}`),
+    long_over > 0 && div("d", `over ${shortTokens(long_over)} input: ${inOut(long)}`),
+    peak > 1 && div("d", `× ${peak} in peak hours`)];
 }
 const MODEL_COLUMNS = [
   ["Name", "", modelName],
@@ -16774,50 +16619,40 @@ const MODEL_COLUMNS = [
   ["Goes to", "opt opt2 dim wrap", model => bdi(model.targets.join(" → "))],
   ["State", "", modelTag],
   ["Actions", "r nw ka full-row", ({name}) => [
-    copyButton("Copy", "s g", () => name, {"aria-label": "Copy " + name}),
+    copyButton("Copy", "s g", () => name, "Copy " + name),
     link("btn s g", "#playground?model=" + encodeURIComponent(name), "Try", {"aria-label": "Try " + name})]],
 ];
 
 function modelTag({state, price, source}) {
-  const tag = (className, title, text) => el("span", {class: "tag " + className, title}, text);
+  const tag = (className, title, text) => span({class: "tag " + className, title}, text);
   if (state in STATES) return tag(STATES[state], state, state);
   if (state !== "ready") return tag("warn", state, "not usable");
-  return price ? tag("ok", "Price from " + source, "ready") : span("tag warn", "no price set");
+  return price ? tag("ok", "Price from " + source, "ready") : tag("warn", null, "no price set");
 }
 
 function showProviders(main) {
   const results = {};
-  function action(provider, verb, text) {
-    const {name} = provider;
-    async function run(pressed) {
-      pressed.disabled = true;
-      const path = `providers/${encodeURIComponent(name)}/${verb}`;
-      const result = await api(path, {}).catch(error => ({ok: false, text: error.message}));
-      results[name] = result;
-      announce(`${name}: ${result.text || verb + "d"}`);
-      page.refresh();
-    }
-    return button(text, "s", run, {"aria-label": `${text}: ${name}`, "data-focus": verb + name});
-  }
+  const action = (name, verb, text) => button(text, "s", async pressed => {
+    pressed.disabled = true;
+    const result = await api(`providers/${encodeURIComponent(name)}/${verb}`, {}).catch(error => ({text: error.message}));
+    results[name] = result;
+    announce(`${name}: ${result.text || verb + "d"}`);
+    view.refresh();
+  }, `${text}: ${name}`);
   function drawProvider(provider) {
     const {name, state, back_s, minutes, requests, failed} = provider;
-    const isDisabled = state === "disabled";
-    const result = results[name];
+    const isDisabled = state === "disabled", {ok, text, ms} = results[name] || {};
     return card("pad c6",
-      div("hd", h2(stateDot(provider), "  " + clip(name)),
-        span("tag " + STATES[state], state + (back_s ? `, back in ${back_s} s` : ""))),
+      div("hd", h2(stateDot(provider), "  " + name),
+        span("tag " + STATES[state], state, back_s > 0 && `, back in ${back_s} s`)),
       minuteStrip(minutes, `${requests} requests in the last hour, ${failed} failed`), facts(providerFacts(provider)),
-      isDisabled ? para("note", "No new request goes there until you enable it.") : null,
-      result?.text ? el("p", {class: "note " + (result.ok ? "ok" : "bad"), role: "status"},
-        clip(result.text, 500) + (result.ms ? ` ${result.ms} ms.` : "")) : null,
-      div("acts",
-        usageLink("provider", name, "btn s"),
-        action(provider, "test", "Test now"),
-        isDisabled ? action(provider, "enable", "Enable") : action(provider, "disable", "Disable")));
+      isDisabled && para("note warn", "No new request goes there until you enable it."),
+      text && para({class: "note " + (ok ? "ok" : "bad"), role: "status"}, text + (ms ? ` ${ms} ms.` : "")),
+      div("acts", usageLink("provider", name, "btn s"), action(name, "test", "Test now"),
+        isDisabled ? action(name, "enable", "Enable") : action(name, "disable", "Disable")));
   }
   const draw = ({providers, missing}) => [div("grid", providers.map(drawProvider)), missingKeys(missing)];
-  const page = livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
-  return page;
+  return livePage(main, [pageTop("Providers", liveMark())], () => api("providers"), draw);
 }
 
 // A column for each minute of the last hour.
@@ -16825,12 +16660,10 @@ function minuteStrip(minutes, label) {
   const highest = Math.max(1, ...minutes.map(([requests]) => requests));
   const column = (className, minute, n) => {
     const height = 28 * n / highest;
-    return n ? el("rect", {class: className, x: minute * 4, width: 3, y: 28 - height, height}) : null;
+    return n > 0 && rect({class: className, x: minute * 4, width: 3, y: 28 - height, height});
   };
-  const columns = minutes.map(([requests, failed], minute) =>
-    [column("trk", minute, highest), column("ok", minute, requests), column("bad", minute, failed)]);
-  return el("svg", {class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img",
-    "aria-label": label}, columns);
+  return svg({class: "strip", viewBox: "0 0 240 28", preserveAspectRatio: "none", role: "img", "aria-label": label},
+    minutes.map(([requests, failed], i) => [column("trk", i, highest), column("ok", i, requests), column("bad", i, failed)]));
 }
 
 function providerFacts(provider) {
@@ -16840,20 +16673,20 @@ function providerFacts(provider) {
     ["Last hour", `${count(requests)} requests, ${count(failed)} failed`],
     ["In flight", count(provider.open)],
     ["First token", latency(provider.first_ms)], ["Full response", latency(provider.total_ms)],
-    ["Speaks", provider.wire_api + (provider.base_url ? " at " + clip(provider.base_url) : ", offline")],
-    key_source && ["Key from", clip(key_source)],
-    error && ["Last error", span("", time(error.time_ms), " ", clip(error.message, 500))],
+    ["Speaks", provider.wire_api + (provider.base_url ? " at " + provider.base_url : ", offline")],
+    key_source && ["Key from", key_source],
+    error && ["Last error", [time(error.time_ms), " ", error.message]],
   ];
 }
 
 function showAudit(main) {
-  const changes = ({before, after}) =>
-    Object.keys(after).map(each => `${each} ${before[each] ?? ""} → ${after[each]}`);
+  const change = ({before, after}) =>
+    Object.keys(after).map(each => `${each} ${before[each] ?? ""} → ${after[each]}`).join(", ");
   const columns = [
     ["Time", "nw dim", row => time(row.time_ms)],
     ["Who", "", row => bdi(row.who)],
     ["What", "", row => [row.action + " ", bdi(row.name)]],
-    ["Change", "wrap", row => bdi(changes(row).join(", "), 400)],
+    ["Change", "wrap", row => bdi(change(row), 400)],
   ];
   const draw = ({rows}) => card("full", table("stack", "Changes", columns, rows));
   return livePage(main, [pageTop("Audit")], () => api("audit"), draw);
@@ -16863,10 +16696,11 @@ function showAudit(main) {
 function showPlayground(main, query) {
   const output = scrollBox("div", "out", "Answer");
   const events = el("ol", {class: "ev scroll", tabindex: 0, "aria-label": "Events"});
-  const status = el("p", {class: "sub", role: "status"}, "Nothing sent yet.");
+  const status = para({class: "sub", role: "status"}, "Nothing sent yet.");
   const names = el("datalist", {id: "names"});
+  const stop = button("Stop", "", () => running.abort());
+  stop.disabled = true;
   let running = null;
-  const stop = button("Stop", "", () => running?.abort(), {disabled: true});
 
   function requestBody() {
     const {model, input, instructions, tools, effort} = formValues(form);
@@ -16880,14 +16714,13 @@ function showPlayground(main, query) {
     }
     return body;
   }
-  function copyAs(name, pressed) {
+  const copyAs = name => button(name, "s g", pressed => {
     try {
       copy(COMMANDS[name](requestBody()), pressed);
     } catch (error) {
       showFormError(form, error);
     }
-  }
-  const copyAsButton = name => button(name, "s g", pressed => copyAs(name, pressed), {"aria-label": "Copy as " + name});
+  }, "Copy as " + name);
   async function run(body) {
     const begun = performance.now();
     output.replaceChildren();
@@ -16899,9 +16732,8 @@ function showPlayground(main, query) {
     try {
       const response = await fetch("/admin/api/playground", {...post(body), signal: running.signal});
       if (!response.ok) {
-        const text = await response.text();
         status.textContent = "HTTP " + response.status;
-        output.append(clip(text, 4000));
+        output.append(clip(await response.text(), 4000));
         return;
       }
       for await (const [type, data] of readEvents(response)) {
@@ -16915,23 +16747,22 @@ function showPlayground(main, query) {
       status.textContent = error.name === "AbortError" ? "Stopped." : clip(error.message, 300);
     } finally {
       stop.disabled = true;
-      running = null;
     }
   }
   function addEvent(ms, type, event) {
     if (events.childElementCount >= 600) return;
-    const shown = el("pre", {class: "code wrap"});
+    const shown = el("pre", "code wrap");
     const ontoggle = () => shown.textContent = clip(JSON.stringify(event, null, 1), 20000);
-    events.append(el("li", {}, el("details", {ontoggle}, el("summary", {}, span("dim r", Math.round(ms) + " ms"),
-      span("dim r", event.sequence_number), span("", clip(type))), shown)));
+    events.append(li(el("details", {ontoggle}, el("summary", "", span("dim r", Math.round(ms) + " ms"),
+      span("dim r", event.sequence_number), span("", type)), shown)));
   }
-  function showEvent(type, event, ms) {
-    if (type === "response.output_text.delta") output.append(event.delta);
+  function showEvent(type, {delta, name, response, ...event}, ms) {
+    if (type === "response.output_text.delta") output.append(delta);
     if (type === "response.function_call_arguments.done") {
-      output.append(`\n[call ${clip(event.name)} ${clip(event.arguments, 2000)}]`);
+      output.append(`\n[call ${clip(name)} ${clip(event.arguments, 2000)}]`);
     }
     if (!/^response\.(completed|incomplete|failed)$/.test(type)) return;
-    const {usage, error} = event.response;
+    const {usage, error} = response;
     const used = usage ? `, ${tokens(usage.input_tokens)} in, ${tokens(usage.output_tokens)} out` : "";
     const problem = error ? ": " + clip(error.message, 400) : "";
     status.textContent = `${type} after ${seconds(ms)} s${used}${problem}`;
@@ -16941,18 +16772,16 @@ function showPlayground(main, query) {
     if (found) status.append(", ", costOf(found.row), " ", link(null, "#usage/" + id, "Show the request"));
   }
 
+  const area = (label, name, attributes, text) => field(label, name, attributes, "textarea", text);
   const form = el("form", {class: "gap", onsubmit: whenSubmitted(async () => run(requestBody()))},
-    field("Model", "model",
-      {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
-    field("Input", "input", {rows: 4, required: true, value: "What is 2 + 2?"}, "textarea"),
-    field("Instructions", "instructions", {rows: 2, placeholder: "none"}, "textarea"),
-    field("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}, "textarea"),
-    choice("Reasoning effort", "effort",
-      [["", "model default"], ...["low", "medium", "high"].map(each => [each, each])]),
-    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAsButton))));
-  main.append(pageTop("Playground"), div("grid", card("pad c5", form), div("c7 gap",
-    card("pad", heading("Answer"), output, status),
-    card("pad", heading("Events"), events))));
+    field("Model", "model", {list: "names", value: query.get("model") || "demo/echo", required: true}), names,
+    area("Input", "input", {rows: 4, required: true}, "What is 2 + 2?"),
+    area("Instructions", "instructions", {rows: 2, placeholder: "none"}),
+    area("Tools, as JSON", "tools", {rows: 2, placeholder: "[]"}),
+    choice("Reasoning effort", "effort", [["", "model default"], ["low"], ["medium"], ["high"]]),
+    div("tb", span("", submitButton("Send"), " ", stop), span("sub", "Copy as", Object.keys(COMMANDS).map(copyAs))));
+  main.append(pageTop("Playground"), div("grid", card("pad c5", form),
+    div("c7 gap", card("pad", heading("Answer"), output, status), card("pad", heading("Events"), events))));
   api("models").then(({models}) =>
     names.append(...models.slice(0, 400).map(({name}) => el("option", {value: name})))).catch(() => null);
 }
@@ -16967,11 +16796,8 @@ async function* readEvents(response) {
     const frames = (rest + value).split("\n\n");
     rest = frames.pop();
     for (const frame of frames) {
-      let type = "", data = "";
-      for (const line of frame.split("\n")) {
-        if (line.startsWith("event: ")) type = line.slice(7);
-        if (line.startsWith("data: ")) data += line.slice(6);
-      }
+      const [, type] = /^event: (.*)/m.exec(frame) || ["", ""];
+      const data = Array.from(frame.matchAll(/^data: (.*)/gm), found => found[1]).join("");
       if (data) yield [type, data];
     }
   }

@@ -2983,7 +2983,6 @@ class Passthrough(Attempt):
         self.events = SSEDecoder(MAX_EVENT_BYTES)
         self.withheld: list[bytes] = []         # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
-        self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
 
     def feed(self, data: bytes) -> None:
@@ -3045,10 +3044,13 @@ class Passthrough(Attempt):
             self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
-        self.passed_bytes += len(block)
-        self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
+        self.output_chars += self.text_size(block)
         if self.output_chars > self.output_limit:
             self.check_limits()
+
+    def text_size(self, block: bytes) -> int:
+        """About the number of characters of output in events."""
+        return len(block) // 8      # a delta event of 150 bytes has about one token of text
 
     def send(self, block: bytes, most: int) -> None:
         """Adds the events to the output, changed where the client's API promises something of ours."""
@@ -3412,7 +3414,6 @@ CHAT_TEXTS = {      # type of a part -> the field of a message
     "summary_text": "reasoning_content",
     "reasoning_text": "reasoning_content",
 }
-END_FIELDS = frozenset(("finish_reason", "usage"))
 FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
 
@@ -3438,10 +3439,16 @@ class ChatAnswer(ClientAnswer):
     calls = 0               # begun in the stream
     texts_begun: frozenset[str] = frozenset()
     cited = False
+    # where the upstream's chunks pass: one of them, and what they have said of the end
+    passed: JSON = {}
+    finished = counted = False
 
     def head(self, kind: str) -> JSON:
-        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
-        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
+        return {
+            "id": self.passed.get("id") or f"chatcmpl-{self.id.removeprefix('resp_')}",
+            "object": kind,
+            "created": self.passed.get("created") or self.created_s,
+            "model": self.request.given["model"]}
 
     @functools.cached_property
     def frame_head(self) -> str:
@@ -3496,13 +3503,13 @@ class ChatAnswer(ClientAnswer):
         """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
         if attempt.error is not None:
             return sse_frame("", dumps(attempt.error.body()))
-        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
+        frames, usage = self.start(attempt), attempt.usage
         if self.cited:
             frames += self.chunk("annotations", self.message(attempt)["annotations"])
-        if "finish_reason" not in passed:
+        if not self.finished:
             reason = json_string(self.finish_reason(attempt, self.calls > 0))
             frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
-        if self.wants_usage and usage and "usage" not in passed:
+        if self.wants_usage and usage and not self.counted:
             frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
         return frames + DONE_FRAME
 
@@ -3549,139 +3556,107 @@ class ChatAnswer(ClientAnswer):
         return dumps(answer)
 
 
-CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
-CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
-    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
-    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
-    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
-    % CHUNK_STRING)
-ARGUMENTS = (       # of a call that has begun
-    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
-    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
+# of chunks: members that end nothing, the first ones in OpenAI's order; and the texts
+CHUNK_HEAD = (
+    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+')
+CHUNK_MEMBERS = (
+    rb'(?:"(?:(?!finish_reason"|error"|message")\w++": ?'
+    rb'(?:"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|\d++|null)|\w++": ?null),? ?)*+')
+CHUNK_TEXTS = re.compile(rb'"(?:content|reasoning|reasoning_content|arguments)": ?"((?:[^"\\]++|\\.)*+)')
 
 
 class ChatPassthrough(Passthrough):
-    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
-    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    """The chunks of a chat server, with the client's name of the model. The end is withheld, because an error
+    may follow, and the usage chunk dropped if the client did not ask for it."""
     OUTPUT_EVENTS = re.compile(
         rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
-        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
-        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
-    DEFERRED_EVENTS = (b'"arguments"',)
+        rb'(?:data: \{1 0"choices": ?\[\{0"delta": ?\{0\},? ?0\}\],? ?0\}\n\n)++'
+        .replace(b"1 ", CHUNK_HEAD).replace(b"0", CHUNK_MEMBERS))
+    DEFERRED_EVENTS = ()
     answer: ChatAnswer
-    theirs = ours = b'"model"'  # the provider's member, and the client's
-    final_text = ""             # a whole answer, for the client
-    overhead = sys.maxsize      # bytes of a chunk without its text
+    stops = 0
     fail = Attempt.fail         # nothing follows
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.named = json_string(self.answer.request.given["model"]).encode()
-        self.choices_left = self.choices = self.answer.request.get("n", 1)
-        self.open_calls: set[Any] = set()
-        self.passed: set[str] = set()       # fields of the end that the client has
-
-    # what the decoder reports
-
-    def call(self, key: Any, call_id: str, tool: Tool) -> None:
-        self.open_calls.add(key)
-
-    def done(self, key: Any = None, **fields: Any) -> None:
-        self.open_calls.discard(key)
+        self.ours = b'"model":' + json_string(self.answer.request.given["model"]).encode()
+        self.theirs = self.ours             # as the last chunk spells it that was read
 
     def set_stop(self, stop: Stop) -> None:
         """Takes the stop of the last choice. The calls of several ones are not told apart."""
-        self.choices_left -= 1
-        if stop.final or self.choices_left <= 0:
+        self.stops += 1
+        choices = self.answer.request.get("n", 1)
+        if stop.final or self.stops >= choices:
             super().set_stop(stop)
-        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+        broken = any(call.text and not call.closed for call in self.decoder.calls)
+        if broken and choices == 1 and not stop.incomplete_reason:
             self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
 
-    # the events
-
     def take_event(self, event: Event) -> None:
+        name, data = event
         if not self.answer.request.stream:
             raise UpstreamError("The provider streamed an answer that should have come whole.")
-        self.read_deferred()
-        name, data = event
+        if self.upstream_done:
+            return
         if name == "error" or data == "[DONE]":
             self.decoder.feed(data, name)
-        elif not self.upstream_done:
-            self.take_chunk(data)
-
-    def take_chunk(self, data: str) -> None:
+            return
         chunk = parse_object(data)
         if chunk is None:
             raise UpstreamError("The provider sent an event that cannot be read.")
         self.decoder.read(chunk)
-        choices = only_dicts(chunk.get("choices"))
-        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
-            return
-        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
-        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
-        size = sum(len(text) for text in deltas if isinstance(text, str))
-        self.overhead = min(self.overhead, len(frame) - size)
-        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
-        if self.stop is None:
-            self.forward(frame)
-        else:                           # an error may follow
-            self.withheld.append(frame)
-            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
-            self.check_limits(len(frame))
+        if chunk.get("id"):
+            self.final_response = chunk
+        wanted = self.answer.wants_usage or chunk.get("choices") or not chunk.get("usage")
+        if wanted and self.error is None:
+            give = self.forward if self.stop is None else self.withhold
+            give(self.with_model(sse_frame("", data)))
 
-    def read_deferred(self) -> None:
-        """Reads the arguments that passed unread."""
-        found = re.findall(ARGUMENTS, b"".join(self.deferred))
-        self.deferred.clear()
-        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
-            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
-            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
-            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+    def withhold(self, block: bytes) -> None:
+        self.withheld.append(block)
+        self.output_started |= self.OUTPUT_EVENTS.search(block) is not None
+        self.output_chars += self.text_size(block)
+        self.check_limits(len(block))
 
-    def forward(self, block: bytes, most: int = 1) -> None:
-        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
-        super().forward(block, most)
-        self.output_chars = self.passed_bytes
+    def text_size(self, block: bytes) -> int:
+        return sum(map(len, CHUNK_TEXTS.findall(block)))
 
     def send(self, block: bytes, most: int) -> None:
         self.out.append(block.replace(self.theirs, self.ours))
 
     def with_model(self, block: bytes) -> bytes:
-        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
         if found := MODEL_FIELD.search(block):
-            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+            self.theirs = found[0]
         return block.replace(self.theirs, self.ours)
 
-    def close_open_items(self) -> None:
-        """Passes the end, or an answer without output, when it is known not to have failed."""
-        if self.error is None and self.answer.request.stream:
-            self.send(b"".join(self.withheld), 0)
-
-    # an answer that came as one JSON object
-
     def whole(self, data: bytes) -> None:
-        text = data.decode("utf-8", "replace")
-        self.decoder.whole(parse_object(text) or {})
-        if self.error is not None:
-            raise self.error
-        self.upstream_done = self.output_started = True
-        self.output_chars = len(data)
-        self.check_limits()
-        self.final_text = self.with_model(data).decode("utf-8", "replace")
-        if self.answer.request.stream:              # as one chunk
-            body = json.loads(self.final_text)
-            for choice in body["choices"]:
-                choice["delta"] = choice.pop("message")
-                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
-                    call.setdefault("index", index)
-            body |= {"object": "chat.completion.chunk", "usage": None}
-            self.out.append(sse_frame("", dumps(body)))
-            self.passed.add("finish_reason")
+        """A client that streams gets it as one chunk."""
+        body = parse_object(data.decode("utf-8", "replace")) or {}
+        if not self.answer.request.stream:
+            self.decoder.whole(body)
+            self.withhold(self.with_model(data))
+            return
+        for choice in only_dicts(body.get("choices")):
+            choice["delta"] = delta = as_dict(choice.pop("message", None))
+            for index, call in enumerate(only_dicts(delta.get("tool_calls"))):
+                call["index"] = index
+        self.take_event(Event("", dumps({**body, "object": "chat.completion.chunk"})))
+        self.take_event(Event("", "[DONE]"))
+
+    def terminal(self, now_s: int) -> bytes:
+        answer = self.answer
+        if self.error is None:
+            self.send(b"".join(self.withheld), 0)
+        answer.passed = self.final_response
+        answer.calls = len(self.decoder.calls)
+        answer.finished = self.decoder.stop is not None
+        answer.counted = self.usage is not None and not self.usage.estimated
+        return super().terminal(now_s)
 
     def body(self, now_s: int) -> str:
-        return self.final_text
+        return b"".join(self.withheld).decode("utf-8", "replace")
 
 
 # --- 5.11 Messages for clients ---

@@ -2983,6 +2983,7 @@ class Passthrough(Attempt):
         self.events = SSEDecoder(MAX_EVENT_BYTES)
         self.withheld: list[bytes] = []         # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
+        self.passed_bytes = 0
         self.final_response: JSON = {}          # the upstream's own object
 
     def feed(self, data: bytes) -> None:
@@ -3044,13 +3045,13 @@ class Passthrough(Attempt):
             self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
-        self.output_chars += self.text_size(block)
+        self.passed_bytes += self.counted_bytes(block)
+        self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
 
-    def text_size(self, block: bytes) -> int:
-        """About the number of characters of output in events."""
-        return len(block) // 8      # a delta event of 150 bytes has about one token of text
+    def counted_bytes(self, block: bytes) -> int:
+        return len(block)
 
     def send(self, block: bytes, most: int) -> None:
         """Adds the events to the output, changed where the client's API promises something of ours."""
@@ -3617,11 +3618,12 @@ class ChatPassthrough(Passthrough):
     def withhold(self, block: bytes) -> None:
         self.withheld.append(block)
         self.output_started |= self.OUTPUT_EVENTS.search(block) is not None
-        self.output_chars += self.text_size(block)
+        self.output_chars += self.counted_bytes(block) // 8
         self.check_limits(len(block))
 
-    def text_size(self, block: bytes) -> int:
-        return sum(map(len, CHUNK_TEXTS.findall(block)))
+    def counted_bytes(self, block: bytes) -> int:
+        """Only the text: what else a chunk has is of any length."""
+        return 8 * sum(map(len, CHUNK_TEXTS.findall(block)))
 
     def send(self, block: bytes, most: int) -> None:
         self.out.append(block.replace(self.theirs, self.ours))

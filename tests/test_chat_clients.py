@@ -118,9 +118,9 @@ FIELDS = {
             {"type": "web_search", "search_context_size": "low", "user_location": {"type": "approximate", "city": "Bonn"}}]}),
     "a choice": ({"tools": [LOOK], "tool_choice": "required"}, {"tool_choice": "required"}),
     "a function": ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "look"}}},
-                   {"tool_choice": {"type": "function", "name": "look", "tools": []}}),
+                   {"tool_choice": {"type": "function", "name": "look"}}),
     "a custom tool": ({"tools": [PATCH], "tool_choice": {"type": "custom", "custom": {"name": "patch"}}},
-                      {"tool_choice": {"type": "custom", "name": "patch", "tools": []}}),
+                      {"tool_choice": {"type": "custom", "name": "patch"}}),
     "allowed tools": ({"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
         {"type": "function", "function": {"name": "look"}}]}}},
         {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}}),
@@ -230,11 +230,11 @@ def test_sealed_reasoning_returns_to_its_provider_only():
     call = pomex.WIRES["responses"].call(context(parse(messages=messages), provider="other"))
     assert "theirs" not in call.body.decode() and call.dropped == ["reasoning:p"]
     body, dropped = up("chat", messages=messages)
-    assert body["messages"] == [*HI, {"role": "assistant", "content": "a"}, *HI] and dropped == ["reasoning_details:p"]
+    assert body["messages"] == [*HI, {"role": "assistant", "content": "a"}, *HI] and dropped == ["reasoning_details"]
     foreign = {"type": "reasoning.text", "text": "hm", "index": 0}
     messages[1]["reasoning_details"] = [foreign, {**DETAIL, "data": "pmx1.x"}]
     body, dropped = up("chat", messages=messages)
-    assert body["messages"][1]["reasoning_details"] == [foreign] and dropped == ["reasoning_details:unverified"]
+    assert body["messages"][1]["reasoning_details"] == [foreign] and dropped == ["reasoning_details"]
 
 
 def test_a_grown_conversation_is_translated_once(monkeypatch):

@@ -3551,11 +3551,12 @@ class ChatAnswer(ClientAnswer):
 
 # of chunks: members that end nothing, the first ones in OpenAI's order; and the texts
 CHUNK_HEAD = (
-    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+')
+    rb'(?:"id":"[^"\\\n]++","object":"chat.completion.chunk","created":\d++,"model":"[^"\\\n]++",'
+    rb'(?:"service_tier":"\w++",)?+(?:"system_fingerprint":(?:null|"\w++"),)?+)?+')
 CHUNK_MEMBERS = (
-    rb'(?:"(?:(?!finish_reason"|error"|message")\w++": ?'
-    rb'(?:"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|\d++|null)|\w++": ?null),? ?)*+')
-CHUNK_TEXTS = re.compile(rb'"(?:content|reasoning|reasoning_content|arguments)": ?"((?:[^"\\]++|\\.)*+)')
+    rb'(?:"(?:finish_reason": ?null|(?!finish_reason"|error"|message")\w++": ?'
+    rb'(?:"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|\d++|null)),? ?)*+')
+CHUNK_TEXTS = re.compile(rb'"(?:content|reasoning\w*|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)')
 
 
 class ChatPassthrough(Passthrough):

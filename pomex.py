@@ -2886,10 +2886,13 @@ class Passthrough(Attempt):
             self.withheld.clear()
         if self.answer.request.stream:
             self.send(block, most)
-        self.passed_bytes += len(block)
+        self.passed_bytes += self.counted_bytes(block)
         self.output_chars = self.passed_bytes // 8  # a delta event of 150 bytes has about one token of text
         if self.output_chars > self.output_limit:
             self.check_limits()
+
+    def counted_bytes(self, block: bytes) -> int:
+        return len(block)
 
     def send(self, block: bytes, most: int) -> None:
         """Adds the events to the output, changed where the client's API promises something of ours."""
@@ -3069,26 +3072,10 @@ class ResponsesPassthrough(Passthrough):
 
 # --- 5.10 Chat Completions for clients ---
 
-def check_entry(entry: Any, known: Mapping[str, Fields], path: str, tag: str = "type") -> str:
-    """Checks an object by its type, which must be a known one, and returns the type."""
-    check(entry, OBJECT, path)
-    kind: str = check(entry.get(tag), Field(choices=known), f"{path}.{tag}")
-    check_members(entry, known[kind], path)
-    return kind
-
-
-def object_with(members: Fields) -> Field:
-    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
-
-
-def check_chat_content(content: Any, path: str) -> None:
-    if isinstance(content, list):
-        check_typed(content, CHAT_PARTS, path)
-
-
 CHAT_FIELDS: Fields = {
-    **{name: REQUEST_FIELDS[name] for name in
-       "model stream stream_options service_tier prompt_cache_key reasoning tool_choice".split()},
+    **REQUEST_FIELDS,
+    **dict.fromkeys(("input", "instructions", "include", "text", "max_output_tokens"),
+                    Field((), wanted="absent: it is a field of the Responses API, at /v1/responses")),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), REQUEST_FIELDS["max_output_tokens"]),
     **dict.fromkeys(("reasoning_effort", "verbosity"), TEXT),
     **dict.fromkeys(("response_format", "web_search_options"), OBJECT),
@@ -3096,14 +3083,8 @@ CHAT_FIELDS: Fields = {
     "n": Field((int,), 1, 128),
     "stop": Field((str, list), items=TEXT),
 }
-CHAT_PARTS = {
-    "text": PART_TEXT,
-    "refusal": {"refusal": TEXT},
-    "image_url": {"image_url": object_with({"url": TEXT})},
-    "file": {"file": OBJECT},
-}
-CHAT_CONTENT = CONTENT._replace(inner=check_chat_content)
-MAYBE_CONTENT = CHAT_CONTENT._replace(types=(str, list, type(None)))
+CHAT_CONTENT = CONTENT._replace(inner=None)
+MAYBE_CONTENT = Field((str, list, type(None)))
 CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are read
     **dict.fromkeys(("developer", "system", "user"), {"content": CHAT_CONTENT}),
     "assistant": {"content": MAYBE_CONTENT, "refusal": MAYBE_TEXT, "function_call": MAYBE_OBJECT,
@@ -3111,11 +3092,13 @@ CHAT_MESSAGES: dict[str, Fields] = {        # by role, with the fields that are 
     "tool": {"content": CHAT_CONTENT, "tool_call_id": TEXT, "name": MAYBE_TEXT},
     "function": {"content": MAYBE_CONTENT, "name": TEXT},
 }
+CHAT_PARTS = {"text": PART_TEXT, "refusal": {"refusal": TEXT}}
+# what stands in a member of its type's name
+CHAT_FILES = {"image_url": {"url": TEXT}, "file": {"file_data": MAYBE_TEXT}}
 CALL_TYPES = {"function": "function_call", "custom": "custom_tool_call"}
-CHAT_CALLS = {kind: {"id": TEXT, kind: object_with(ITEM_FIELDS[item])} for kind, item in CALL_TYPES.items()}
-CHAT_TOOLS = {kind: {kind: object_with(TOOL_FIELDS[kind])} for kind in CALL_TYPES}
-CHAT_FORMATS: dict[str, Fields] = {
-    "text": {}, "json_object": {}, "json_schema": {"json_schema": object_with(JSON_SCHEMA)}}
+CHAT_CALLS = {kind: ITEM_FIELDS[item] for kind, item in CALL_TYPES.items()}
+CHAT_TOOLS = {kind: TOOL_FIELDS[kind] for kind in CALL_TYPES}
+CHAT_FORMATS: dict[str, Fields] = {"text": {}, "json_object": {}, "json_schema": JSON_SCHEMA}
 REASONING_KEYS = frozenset(("reasoning_content", "reasoning", "reasoning_details"))
 # fields with another name or place in Responses
 CHAT_MOVED = frozenset("""messages max_tokens max_completion_tokens reasoning reasoning_effort response_format
@@ -3130,14 +3113,9 @@ ONLY_CHAT_SERVERS = {"n": "n = 1", "functions": "tools", "function_call": "tool_
 
 
 def chat_fields(given: JSON) -> JSON:
-    """ClientApi.fields of a Chat Completions body."""
     for name, spec in CHAT_FIELDS.items():
-        value = given.get(name)
-        if value is not None or name in ("model", "messages"):
-            check(value, spec, name)
-    for name in ("input", "instructions", "include", "text", "max_output_tokens"):
-        if name in given:
-            raise invalid_param(name, " is a field of the Responses API, which is at /v1/responses.")
+        if given.get(name) is not None or name in ("model", "messages"):
+            check(given.get(name), spec, name)
     fields = {name: value for name, value in given.items()
               if name not in CHAT_MOVED and value not in (None, [], {})}
     if limit := given.get("max_completion_tokens") or given.get("max_tokens"):
@@ -3148,8 +3126,7 @@ def chat_fields(given: JSON) -> JSON:
 
 
 def translate_chat(request: ResponsesRequest) -> JSON:
-    """ClientApi.translate. It adds fields `messages.NAME` for those of messages that have no place in an
-    item: no wire carries them, so they are reported."""
+    """What has no place in an item becomes a field `messages.NAME`, which no wire carries."""
     given, memo = request.given, request.memo
     body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
     for index, message in enumerate(given["messages"]):
@@ -3160,27 +3137,22 @@ def translate_chat(request: ResponsesRequest) -> JSON:
         body |= known[2]
     if not body["input"]:
         raise invalid_param("messages", " must hold some content.")
-    body["tools"] = tools = []
-    for index, tool in enumerate(given.get("tools") or ()):
-        check_entry(tool, CHAT_TOOLS, f"tools[{index}]")
-        flat = flatten(tool)
-        tools.append({**flat, "format": flatten(flat["format"])} if flat.get("format") else flat)
-    if (options := given.get("web_search_options")) is not None:
-        place = flatten(as_dict(options.get("user_location")))
-        tools.append({**options, "type": "web_search", "user_location": place})
-    choice = given.get("tool_choice")
-    if isinstance(choice, dict):
-        choice = flatten(choice)
-        choice["tools"] = [flatten(tool) for tool in only_dicts(choice.get("tools"))]
-    shape = given.get("response_format")
+    offered, search, choice, shape = map(
+        given.get, ("tools", "web_search_options", "tool_choice", "response_format"))
+    tools = [read_entry(tool, CHAT_TOOLS, f"tools[{index}]") for index, tool in enumerate(offered or ())]
+    if search is not None:
+        tools.append(flatten({**search, "type": "web_search"}))
     if shape is not None:
-        check_entry(shape, CHAT_FORMATS, "response_format")
-        shape = flatten(shape)
+        shape = read_entry(shape, CHAT_FORMATS, "response_format")
     reasoning = {"effort": given.get("reasoning_effort"), **(given.get("reasoning") or {})}
     if reasoning["effort"]:
         reasoning = {"summary": "auto", **reasoning}
-    text = {"verbosity": given.get("verbosity"), "format": shape}
-    return {**body, "tool_choice": choice, "reasoning": reasoning, "text": text}
+    return {
+        **body,
+        "tools": tools,
+        "tool_choice": flatten(choice) if isinstance(choice, dict) else choice,
+        "reasoning": reasoning,
+        "text": {"verbosity": given.get("verbosity"), "format": shape}}
 
 
 def flatten(given: JSON) -> JSON:
@@ -3188,20 +3160,34 @@ def flatten(given: JSON) -> JSON:
     kind = str(given.get("type"))
     flat = {**as_dict(given.get(kind)), **given}
     flat.pop(kind, None)
+    for name in ("format", "user_location"):
+        if isinstance(flat.get(name), dict):
+            flat[name] = flatten(flat[name])
+    if "tools" in flat:
+        flat["tools"] = [flatten(tool) for tool in only_dicts(flat["tools"])]
     return flat
+
+
+def read_entry(given: Any, known: Mapping[str, Fields], path: str) -> JSON:
+    """Checks an object by its type, one of `known`, and flattens it."""
+    check(given, OBJECT, path)
+    kind = check(given.get("type"), Field(choices=known), f"{path}.type")
+    if known[kind]:
+        check_members(check(given.get(kind), OBJECT, f"{path}.{kind}"), known[kind], f"{path}.{kind}")
+    return flatten(given)
 
 
 def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
     """The items of a message, and fields for what has no place in them."""
-    role = check_entry(message, CHAT_MESSAGES, path, "role")
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = [chat_part(part, role) for part in content]
+    check(message, OBJECT, path)
+    role = check(message.get("role"), Field(choices=CHAT_MESSAGES), f"{path}.role")
+    check_members(message, CHAT_MESSAGES[role], path)
+    content = chat_content(message.get("content") or "", role, f"{path}.content")
     refusal, sealed = message.get("refusal"), sealed_details(message)
     unread = message.keys() - CHAT_MESSAGES[role].keys() - {"role"} - (REASONING_KEYS if sealed else set())
     lost = {f"messages.{name}": True for name in unread if message[name]}
     if role in ("tool", "function"):
-        call_id = message["tool_call_id" if role == "tool" else "name"]
+        call_id = message.get("tool_call_id") or message["name"]
         return [{"type": "function_call_output", "call_id": call_id, "output": content}], lost
     contents = content, refusal and [{"type": "refusal", "refusal": refusal}]
     items = [{"type": "message", "role": role, "content": each} for each in contents if each]
@@ -3209,8 +3195,9 @@ def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
     if old := message.get("function_call"):     # its result has no other id than the name
         calls.append({"id": old.get("name"), "type": "function", "function": old})
     for index, call in enumerate(calls):
-        kind = check_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")
-        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call["id"]})
+        kind = read_entry(call, CHAT_CALLS, f"{path}.tool_calls[{index}]")["type"]
+        call_id = check(call.get("id"), TEXT, f"{path}.tool_calls[{index}].id")
+        items.append({**call[kind], "type": CALL_TYPES[kind], "call_id": call_id})
         others = call.keys() - {"id", "type", "index", kind}
         lost |= {f"messages.tool_calls.{name}": True for name in others if call[name]}
     for detail in sealed:
@@ -3219,15 +3206,22 @@ def chat_items(message: Any, path: str) -> tuple[list[JSON], JSON]:
     return items, lost
 
 
-def chat_part(part: JSON, role: str) -> JSON:
-    """A part of a message as that of Responses; of another type unchanged."""
-    kind = part["type"]
-    if kind == "text":
-        return {**part, "type": "output_text" if role == "assistant" else "input_text"}
-    if kind == "image_url":
-        flat = flatten(part)
-        return {"image_url": flat.pop("url"), **flat, "type": "input_image"}
-    return {**flatten(part), "type": "input_file"} if kind == "file" else part
+def chat_content(content: str | list[JSON], role: str, path: str) -> str | list[JSON]:
+    """Content with parts as those of Responses; of other types unchanged."""
+    if isinstance(content, str):
+        return content
+    check_typed(content, CHAT_PARTS, path)
+    text = "output_text" if role == "assistant" else "input_text"
+    types = {"text": text, "image_url": "input_image", "file": "input_file"}
+    parts = []
+    for index, part in enumerate(content):
+        kind = part["type"]
+        if kind in CHAT_FILES:
+            part = read_entry(part, CHAT_FILES, f"{path}[{index}]")
+        if kind == "image_url":
+            part[kind] = part.pop("url")
+        parts.append({**part, "type": types.get(kind, kind)})
+    return parts
 
 
 def sealed_details(message: JSON) -> list[JSON]:
@@ -3242,16 +3236,15 @@ CHAT_TEXTS = {      # type of a part -> the field of a message
     "summary_text": "reasoning_content",
     "reasoning_text": "reasoning_content",
 }
-END_FIELDS = frozenset(("finish_reason", "usage"))
 FINISH_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 CHUNK_TAIL = '},"finish_reason":null}]}\n\n'
 
 
 def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
-    """The field of a message, "" if none, and the entry in its list for an item that is no text. The SDK
+    """The list of a message that an item without text belongs in, "" if none, and its entry there. The SDK
     joins streamed entries of one index; that of reasoning is its place in the answer, where it returns to."""
     if field := CALL_FIELD.get(item["type"]):
-        kind = "function" if field == "arguments" else "custom"
+        kind, _, _ = item["type"].partition("_")
         call = {"name": item["name"], field: item[field]}
         return "tool_calls", {"id": item["call_id"], "type": kind, kind: call}
     if sealed := item.get("encrypted_content"):
@@ -3264,22 +3257,25 @@ def chat_entry(item: JSON, index: int) -> tuple[str, JSON]:
 
 
 class ChatAnswer(ClientAnswer):
-    """Chunks of Chat Completions. It does not separate texts of one kind: they are joined by empty lines."""
+    """Chunks of Chat Completions. Its texts of one kind are one text, joined by empty lines."""
     calls = 0               # begun in the stream
     texts_begun: frozenset[str] = frozenset()
     cited = False
+    # where the upstream's chunks pass: one of them, and what they have said of the end
+    passed: JSON = {}
+    finished = counted = False
 
     def head(self, kind: str) -> JSON:
-        name = f"chatcmpl-{self.id.removeprefix('resp_')}"
-        return {"id": name, "object": kind, "created": self.created_s, "model": self.request.given["model"]}
-
-    @functools.cached_property
-    def frame_head(self) -> str:
-        return f'data: {dumps(self.head("chat.completion.chunk"))[:-1]},"choices":['
+        return {
+            "id": self.passed.get("id") or f"chatcmpl-{self.id.removeprefix('resp_')}",
+            "object": kind,
+            "created": self.passed.get("created") or self.created_s,
+            "model": self.request.given["model"]}
 
     @functools.cached_property
     def chunk_head(self) -> str:
-        return self.frame_head + '{"index":0,"delta":{'
+        head = dumps(self.head("chat.completion.chunk"))
+        return f'data: {head[:-1]},"choices":[{{"index":0,"delta":{{'
 
     def chunk(self, name: str, value: Any) -> bytes:
         """A chunk whose delta has one field."""
@@ -3295,11 +3291,11 @@ class ChatAnswer(ClientAnswer):
         return b": keep-alive\n\n"
 
     def begin_item(self, item: Item) -> bytes:
-        if item.kind not in CALL_FIELD or item.tool is None:
+        if item.tool is None:
             return b""
-        index, field = self.calls, CALL_FIELD[item.kind]
+        field, index = CALL_FIELD[item.kind], self.calls
         self.calls += 1
-        given = {"type": item.kind, "call_id": item.call_id, **call_fields(item.tool, "")}
+        given = {"type": item.kind, "call_id": item.call_id, "name": item.tool.name, field: ""}
         name, call = chat_entry(given, index)
         item.delta_head = f'{self.chunk_head}"{name}":[{{"index":{index},"{call["type"]}":{{"{field}":'
         item.delta_tail = "}}]" + CHUNK_TAIL
@@ -3316,202 +3312,176 @@ class ChatAnswer(ClientAnswer):
         self.cited = True       # the SDK takes only one list of them
         return b""
 
-    def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
+    def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
         if item.tool:
             return self.delta(item, rest) if rest else b""
-        name, entry = chat_entry({"type": item.kind, **item.fields}, item.index)
+        return self.whole_item(item.index, text)
+
+    def whole_item(self, index: int, text: str) -> bytes:
+        name, entry = chat_entry(json.loads(text), index)
         return self.chunk(name, [entry]) if name else b""
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
-        """The finish chunk, the usage chunk if it was asked for, [DONE]; of a failure only the error."""
+        """What the end still lacks, and [DONE]; of a failure only the error."""
         if attempt.error is not None:
             return sse_frame("", dumps(attempt.error.body()))
-        frames, usage, passed = self.start(attempt), attempt.usage, getattr(attempt, "passed", ())
+        frames = self.start(attempt)
         if self.cited:
             frames += self.chunk("annotations", self.message(attempt)["annotations"])
-        if "finish_reason" not in passed:
-            reason = json_string(self.finish_reason(attempt, self.calls > 0))
+        if not self.finished:
+            reason = json_string(self.finish_reason(attempt))
             frames += (self.chunk_head + CHUNK_TAIL.replace("null", reason)).encode()
-        if self.wants_usage and usage and "usage" not in passed:
-            frames += f'{self.frame_head}],"usage":{dumps(self.usage(usage))}}}\n\n'.encode()
+        if self.wants_usage and not self.counted:
+            head = self.head("chat.completion.chunk")
+            frames += sse_frame("", dumps({**head, "choices": [], "usage": self.usage(attempt)}))
         return frames + DONE_FRAME
 
     @property
     def wants_usage(self) -> bool:
         return bool(self.request.get("stream_options", {}).get("include_usage"))
 
-    def usage(self, usage: Usage) -> JSON:
+    def usage(self, attempt: Attempt) -> JSON:
+        assert attempt.usage is not None
         return {name.replace("input", "prompt").replace("output", "completion"): value
-                for name, value in usage_object(usage).items()}
+                for name, value in usage_object(attempt.usage).items()}
 
-    def finish_reason(self, attempt: Attempt, called: bool) -> str:
-        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if called else "stop")
+    def finish_reason(self, attempt: Attempt) -> str:
+        return FINISH_REASONS.get(attempt.incomplete_reason, "tool_calls" if self.calls else "stop")
 
     def message(self, attempt: Attempt) -> JSON:
         """The finished items as one message. A truncated call is left out: no client can use it."""
         lists = collections.defaultdict[str, list[Any]](list)
         for index in sorted(attempt.items):
             item = json.loads(attempt.items[index])
-            if item.get("status") != "incomplete" or item["type"] not in CALL_FIELD:
+            if item.get("status") != "incomplete":
                 name, entry = chat_entry(item, index)
                 lists[name].append(entry)
             for part in only_dicts(item.get("summary")) + only_dicts(item.get("content")):
                 texts = lists[CHAT_TEXTS.get(part["type"], "")]
-                begin = len("\n\n".join([*texts, ""]))
+                begin = sum(map(len, texts), 2 * len(texts))
                 texts.append(part.get("text", part.get("refusal")))
                 for given in part.get("annotations", ()):
-                    note = {name: value + begin if name.endswith("_index") else value
-                            for name, value in given.items() if name != "type"}
-                    lists["annotations"].append({"type": given["type"], given["type"]: note})
+                    kind = given.pop("type")
+                    for place in given.keys() & {"start_index", "end_index"}:
+                        given[place] += begin
+                    lists["annotations"].append({"type": kind, kind: given})
         message = {name: "\n\n".join(entries) if name in CHAT_TEXTS.values() else entries
                    for name, entries in lists.items() if name}
         content = None if "tool_calls" in message else ""
         return {"role": "assistant", "content": content, "refusal": None, **message}
 
     def body(self, attempt: Attempt, now_s: int) -> str:
-        usage, message = attempt.usage, self.message(attempt)
-        assert usage is not None
-        reason = self.finish_reason(attempt, "tool_calls" in message)
+        message = self.message(attempt)
+        self.calls = len(message.get("tool_calls", ()))
+        reason = self.finish_reason(attempt)
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        answer = {**self.head("chat.completion"), "choices": [choice], "usage": self.usage(usage)}
-        if usage.tier in ("default", "flex", "scale", "priority"):
-            answer["service_tier"] = usage.tier
-        return dumps(answer)
+        head = self.head("chat.completion")
+        return dumps({**head, "choices": [choice], "usage": self.usage(attempt)})
 
 
-CHUNK_STRING = rb'"(?:[^"\\\n]++|\\.)*+"'
-CHUNK_VALUES = (    # members that say nothing but text; the first ones in OpenAI's order
-    rb'(?:"id":"[\w.:-]++","object":"chat.completion.chunk","created":\d++,"model":"[\w.:/-]++",)?+'
-    rb'(?:"(?:(?:content|index|role|id|object|created|model|provider|system_fingerprint|service_tier|'
-    rb'obfuscation|reasoning|reasoning_content)": ?(?:%b|\d++|null)|\w++": ?null)(?:, ?|(?=[}\]])))*+'
-    % CHUNK_STRING)
-ARGUMENTS = (       # of a call that has begun
-    rb'"tool_calls": ?\[\{"index": ?(\d++), ?(?:"type": ?"function", ?)?'
-    rb'"function": ?\{"arguments": ?(%b)\}\}\]' % CHUNK_STRING)
+# of chunks: members that end nothing, the first ones in OpenAI's order; and the texts
+CHUNK_HEAD = (
+    rb'(?:"id":"[^"\\\n]++","object":"chat.completion.chunk","created":\d++,"model":"[^"\\\n]++",'
+    rb'(?:"service_tier":"\w++",)?+(?:"system_fingerprint":(?:null|"\w++"),)?+)?+')
+CHUNK_MEMBERS = (
+    rb'(?:"(?:finish_reason": ?null|(?!finish_reason"|error"|message")\w++": ?'
+    rb'(?:"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|\d++|null)),? ?)*+')
+CHUNK_TEXTS = re.compile(rb'"(?:content|reasoning\w*|arguments)": ?"([^"\\]*+(?:\\.[^"\\]*+)*+)')
 
 
 class ChatPassthrough(Passthrough):
-    """The chunks of a chat server, with the client's name of the model. The end is withheld if a call's
-    arguments are not whole, and the usage chunk if the client did not ask for it."""
+    """The chunks of a chat server, with the client's name of the model. The end is withheld, because an error
+    may follow, and the usage chunk dropped if the client did not ask for it."""
     OUTPUT_EVENTS = re.compile(
         rb'"(?:content|reasoning_content|reasoning|thinking|refusal)": ?"[^"]'
         rb'|"(?:content|tool_calls|reasoning_details|images|function_call|audio)": ?[\[{]')
     PLAIN_EVENTS = re.compile(
-        rb'(?:data: \{0"choices": ?\[\{0"delta": ?\{0(?:1)?\}(?:, ?)?0\}\](?:, ?)?0\}\n\n)++'
-        .replace(b"1", ARGUMENTS).replace(b"0", CHUNK_VALUES))
-    DEFERRED_EVENTS = (b'"arguments"',)
+        rb'(?:data: \{1 0"choices": ?\[\{0"delta": ?\{0\},? ?0\}\],? ?0\}\n\n)++'
+        .replace(b"1 ", CHUNK_HEAD).replace(b"0", CHUNK_MEMBERS))
+    DEFERRED_EVENTS = ()
     answer: ChatAnswer
-    theirs = ours = b'"model"'  # the provider's member, and the client's
-    final_text = ""             # a whole answer, for the client
-    overhead = sys.maxsize      # bytes of a chunk without its text
+    stops = 0
     fail = Attempt.fail         # nothing follows
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.named = json_string(self.answer.request.given["model"]).encode()
-        self.choices_left = self.choices = self.answer.request.get("n", 1)
-        self.open_calls: set[Any] = set()
-        self.passed: set[str] = set()       # fields of the end that the client has
-
-    # what the decoder reports
-
-    def call(self, key: Any, call_id: str, tool: Tool) -> None:
-        self.open_calls.add(key)
-
-    def done(self, key: Any = None, **fields: Any) -> None:
-        self.open_calls.discard(key)
+        self.ours = b'"model":' + json_string(self.answer.request.given["model"]).encode()
+        self.theirs = self.ours             # as the last chunk spells it that was read
 
     def set_stop(self, stop: Stop) -> None:
         """Takes the stop of the last choice. The calls of several ones are not told apart."""
-        self.choices_left -= 1
-        if stop.final or self.choices_left <= 0:
+        self.stops += 1
+        choices = self.answer.request.get("n", 1)
+        if stop.final or self.stops >= choices:
             super().set_stop(stop)
-        if self.open_calls and self.choices == 1 and not stop.incomplete_reason:
+        broken = any(call.text and not call.closed for call in self.decoder.calls)
+        if broken and choices == 1 and not stop.incomplete_reason:
             self.fail(UpstreamError("The provider ended, but a call's arguments are not whole JSON."))
 
-    # the events
-
     def take_event(self, event: Event) -> None:
+        name, data = event
         if not self.answer.request.stream:
             raise UpstreamError("The provider streamed an answer that should have come whole.")
-        self.read_deferred()
-        name, data = event
+        if self.upstream_done:
+            return
         if name == "error" or data == "[DONE]":
             self.decoder.feed(data, name)
-        elif not self.upstream_done:
-            self.take_chunk(data)
-
-    def take_chunk(self, data: str) -> None:
+            return
         chunk = parse_object(data)
         if chunk is None:
             raise UpstreamError("The provider sent an event that cannot be read.")
         self.decoder.read(chunk)
-        choices = only_dicts(chunk.get("choices"))
-        if self.error is not None or (chunk.get("usage") and not (choices or self.answer.wants_usage)):
-            return
-        frame, holders = self.with_model(sse_frame("", data)), (chunk, *choices)
-        deltas = [value for choice in choices for value in as_dict(choice.get("delta")).values()]
-        size = sum(len(text) for text in deltas if isinstance(text, str))
-        self.overhead = min(self.overhead, len(frame) - size)
-        self.passed |= {name for name in END_FIELDS if any(each.get(name) for each in holders)}
-        if self.stop is None:
-            self.forward(frame)
-        else:                           # an error may follow
-            self.withheld.append(frame)
-            self.output_started |= self.OUTPUT_EVENTS.search(frame) is not None
-            self.check_limits(len(frame))
+        if chunk.get("id"):
+            self.final_response = chunk
+        wanted = self.answer.wants_usage or chunk.get("choices") or not chunk.get("usage")
+        if wanted and self.error is None:
+            give = self.forward if self.stop is None else self.withhold
+            give(self.with_model(sse_frame("", data)))
 
-    def read_deferred(self) -> None:
-        """Reads the arguments that passed unread."""
-        found = re.findall(ARGUMENTS, b"".join(self.deferred))
-        self.deferred.clear()
-        for index, pieces in itertools.groupby(found, lambda piece: piece[0]):
-            text = b'"%b"' % b"".join(piece[1][1:-1] for piece in pieces)
-            call = {"index": int(index), "function": {"arguments": lenient_json(text.decode())}}
-            self.decoder.read({"choices": [{"delta": {"tool_calls": [call]}}]})
+    def withhold(self, block: bytes) -> None:
+        self.withheld.append(block)
+        self.output_started |= self.OUTPUT_EVENTS.search(block) is not None
+        self.output_chars += self.counted_bytes(block) // 8
+        self.check_limits(len(block))
 
-    def forward(self, block: bytes, most: int = 1) -> None:
-        self.passed_bytes -= min(len(block), block.count(b"\n\n") * self.overhead)
-        super().forward(block, most)
-        self.output_chars = self.passed_bytes
+    def counted_bytes(self, block: bytes) -> int:
+        """Only the text: what else a chunk has is of any length."""
+        return 8 * sum(map(len, CHUNK_TEXTS.findall(block)))
 
     def send(self, block: bytes, most: int) -> None:
         self.out.append(block.replace(self.theirs, self.ours))
 
     def with_model(self, block: bytes) -> bytes:
-        """The block with the client's name of the model. Unread chunks spell the provider's like this one."""
         if found := MODEL_FIELD.search(block):
-            self.theirs, self.ours = found[0], found[0].removesuffix(found[1]) + self.named
+            self.theirs = found[0]
         return block.replace(self.theirs, self.ours)
 
-    def close_open_items(self) -> None:
-        """Passes the end, or an answer without output, when it is known not to have failed."""
-        if self.error is None and self.answer.request.stream:
-            self.send(b"".join(self.withheld), 0)
-
-    # an answer that came as one JSON object
-
     def whole(self, data: bytes) -> None:
-        text = data.decode("utf-8", "replace")
-        self.decoder.whole(parse_object(text) or {})
-        if self.error is not None:
-            raise self.error
-        self.upstream_done = self.output_started = True
-        self.output_chars = len(data)
-        self.check_limits()
-        self.final_text = self.with_model(data).decode("utf-8", "replace")
-        if self.answer.request.stream:              # as one chunk
-            body = json.loads(self.final_text)
-            for choice in body["choices"]:
-                choice["delta"] = choice.pop("message")
-                for index, call in enumerate(choice["delta"].get("tool_calls") or ()):
-                    call.setdefault("index", index)
-            body |= {"object": "chat.completion.chunk", "usage": None}
-            self.out.append(sse_frame("", dumps(body)))
-            self.passed.add("finish_reason")
+        """A client that streams gets it as one chunk."""
+        body = parse_object(data.decode("utf-8", "replace")) or {}
+        if not self.answer.request.stream:
+            self.decoder.whole(body)
+            self.withhold(self.with_model(data))
+            return
+        for choice in only_dicts(body.get("choices")):
+            choice["delta"] = delta = as_dict(choice.pop("message", None))
+            for index, call in enumerate(only_dicts(delta.get("tool_calls"))):
+                call["index"] = index
+        self.take_event(Event("", dumps({**body, "object": "chat.completion.chunk"})))
+        self.take_event(Event("", "[DONE]"))
+
+    def terminal(self, now_s: int) -> bytes:
+        answer = self.answer
+        if self.error is None:
+            self.send(b"".join(self.withheld), 0)
+        answer.passed = self.final_response
+        answer.calls = len(self.decoder.calls)
+        answer.finished = self.decoder.stop is not None
+        answer.counted = not (self.usage and self.usage.estimated)
+        return super().terminal(now_s)
 
     def body(self, now_s: int) -> str:
-        return self.final_text
+        return b"".join(self.withheld).decode("utf-8", "replace")
 
 
 # --- 5.11 Messages for clients ---
@@ -7198,33 +7168,33 @@ def relay_responses(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
 
 def relay_chat(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     """The client's own bytes go up, with the usage asked for and the key's limit; the chunks come down."""
-    request, given, limits = ctx.request, ctx.request.given, ("max_tokens", "max_completion_tokens")
+    request, given = ctx.request, ctx.request.given
     ctx.settings = WIRES["chat"].model_settings(ctx)
     changes: JSON = {}
     if request.stream:
         changes["stream_options"] = {**(given.get("stream_options") or {}), "include_usage": True}
-    limit = request.get("max_output_tokens")
-    for name in [name for name in limits if given.get(name)] or [ctx.settings.max_tokens]:
-        changes[name] = min(given.get(name) or limit, limit) if limit else None
+    limits = [name for name in ("max_tokens", "max_completion_tokens") if given.get(name)]
+    if limit := request.get("max_output_tokens"):
+        for name in limits or [ctx.settings.max_tokens]:
+            changes[name] = min(given.get(name) or limit, limit)
     if ENVELOPE_PREFIX.encode() in request.raw:
-        changes["messages"] = [without_envelopes(message, ctx) for message in given["messages"]]
+        changes["messages"] = [without_envelopes(message) for message in given["messages"]]
     changes = {name: value for name, value in changes.items() if value != given.get(name)}
+    if "messages" in changes:
+        ctx.dropped.append("reasoning_details")
     body, exact = splice_model(request, ctx.model, changes)
     if not exact or changes.keys() & given.keys():
         body = dumps({**given, "model": ctx.model, **changes}).encode()
     return body, ChatPassthrough(ctx.answer, ctx.seal, ChatDecoder(ToolMap(()), ctx.settings))
 
 
-def without_envelopes(message: Any, ctx: EncodeContext) -> Any:
+def without_envelopes(message: Any) -> Any:
     """A message without sealed reasoning, which is another provider's: a chat server's own is not sealed."""
     sealed = sealed_details(as_dict(message))
-    for detail in sealed:
-        opened = ctx.envelope.open(detail["data"])
-        ctx.dropped.append(f"reasoning_details:{opened[0] if opened else 'unverified'}")
     if not sealed:
         return message
-    kept = [detail for detail in message["reasoning_details"] if detail not in sealed]
-    rest = {name: value for name, value in message.items() if name != "reasoning_details"}
+    rest = {**message}
+    kept = [detail for detail in rest.pop("reasoning_details") if detail not in sealed]
     return {**rest, "reasoning_details": kept} if kept else rest
 
 

@@ -118,9 +118,9 @@ FIELDS = {
             {"type": "web_search", "search_context_size": "low", "user_location": {"type": "approximate", "city": "Bonn"}}]}),
     "a choice": ({"tools": [LOOK], "tool_choice": "required"}, {"tool_choice": "required"}),
     "a function": ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "look"}}},
-                   {"tool_choice": {"type": "function", "name": "look", "tools": []}}),
+                   {"tool_choice": {"type": "function", "name": "look"}}),
     "a custom tool": ({"tools": [PATCH], "tool_choice": {"type": "custom", "custom": {"name": "patch"}}},
-                      {"tool_choice": {"type": "custom", "name": "patch", "tools": []}}),
+                      {"tool_choice": {"type": "custom", "name": "patch"}}),
     "allowed tools": ({"tools": [LOOK], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
         {"type": "function", "function": {"name": "look"}}]}}},
         {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}}),
@@ -230,11 +230,11 @@ def test_sealed_reasoning_returns_to_its_provider_only():
     call = pomex.WIRES["responses"].call(context(parse(messages=messages), provider="other"))
     assert "theirs" not in call.body.decode() and call.dropped == ["reasoning:p"]
     body, dropped = up("chat", messages=messages)
-    assert body["messages"] == [*HI, {"role": "assistant", "content": "a"}, *HI] and dropped == ["reasoning_details:p"]
+    assert body["messages"] == [*HI, {"role": "assistant", "content": "a"}, *HI] and dropped == ["reasoning_details"]
     foreign = {"type": "reasoning.text", "text": "hm", "index": 0}
     messages[1]["reasoning_details"] = [foreign, {**DETAIL, "data": "pmx1.x"}]
     body, dropped = up("chat", messages=messages)
-    assert body["messages"][1]["reasoning_details"] == [foreign] and dropped == ["reasoning_details:unverified"]
+    assert body["messages"][1]["reasoning_details"] == [foreign] and dropped == ["reasoning_details"]
 
 
 def test_a_grown_conversation_is_translated_once(monkeypatch):
@@ -495,16 +495,29 @@ def tool_chunks(*arguments, finish="tool_calls"):
     return [chunk({"role": "assistant", "content": None}), chunk({"tool_calls": [first]}), *rest, chunk({}, finish)]
 
 
-def test_arguments_pass_unread_and_are_read_at_the_end(monkeypatch):
-    seen, real = [], pomex.ChatDecoder.read
-    monkeypatch.setattr(pomex.ChatDecoder, "read", lambda self, event: seen.append(event) or real(self, event))
+def test_arguments_pass_as_they_came():
     events = tool_chunks('{"a":', '"\\u00e9\\n"', "}")
     raw, attempt = read("chat", [frames(*events) + DONE])
-    assert raw == as_given(frames(*events) + DONE) and len(seen) == 4
-    assert seen[2]["choices"][0]["delta"]["tool_calls"] == [{"index": 0, "function": {"arguments": '{"a":"\\u00e9\\n"}'}}]
+    assert raw == as_given(frames(*events) + DONE) and attempt.status == "completed"
     events[3]["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] = '"'
     raw, attempt = read("chat", [frames(*events) + DONE])
     assert ends(raw) == (0, 1) and attempt.status == "failed"
+
+
+def test_what_is_supplied_is_part_of_the_passed_answer():
+    events = tool_chunks("{}")
+    raw, _ = read("chat", [frames(*events)], **ASKED)
+    assert {(each["id"], each["created"], each["model"]) for each in chunks(raw)} == {("chatcmpl-1", 1, "p/m")}
+    assert raw.startswith(as_given(frames(*events))) and "usage" in chunks(raw)[-1]
+    raw, _ = read("chat", [frames(*events[:-1]) + DONE])
+    assert chunks(raw)[-1]["choices"][0]["finish_reason"] == "tool_calls", "the finish that was missing"
+
+
+def test_the_text_that_passes_is_counted():
+    for first in (chunk({"role": "assistant", "content": "", "refusal": None}, service_tier="default"), chunk({"content": "x"})):
+        words = [chunk({"content": "word"}) for _ in range(50)]
+        _, attempt = read("chat", [frames(first, *words)])
+        assert 50 <= attempt.usage.output <= 51 and attempt.usage.estimated
 
 
 def test_calls_pass_and_half_ones_are_a_failure():

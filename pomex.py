@@ -139,18 +139,21 @@ log = logging.getLogger("pomex")
 
 # === 1. errors and constants ===
 
-VERSION = "v00083"      # the product's own numbering; the first release with the terminal-event fallback
+VERSION = "v00083"  # the product's own numbering
 
 
 class GatewayError(Exception):
-    """A failure with an answer: the HTTP status and the fields of an OpenAI error. `str(error)` is a sentence
-    for the client; it never contains a key, a path of this machine or a prompt."""
+    """A failure as an HTTP status and the fields of an OpenAI error. `str(error)` is a sentence for the
+    client, without a key, a path of this machine or a prompt."""
     status = 500
-    type = "server_error"
-    code = "server_error"
-    retryable = False       # another target, or the same one later, may succeed
-    ledger_code = ""        # the code in the ledger, if it differs from the client's
-    plain = False           # the body is only the sentence, for a client that shows raw bodies
+    type = code = "server_error"
+    retryable = False  # another target, or the same one later, may succeed
+    ledger_code = ""  # the code in the ledger, if it differs from the client's
+    plain = False  # the body is only the sentence, for a client that shows raw bodies
+    # of a failed upstream call
+    upstream_status = 0
+    retry_after_s: float | None = None
+    brief = where = ""  # see TransportError
 
     def __init__(
         self, message: str, *, status: int = 0, type: str = "", code: str | None = None,
@@ -161,7 +164,7 @@ class GatewayError(Exception):
         self.type = type or self.type
         self.code = code or self.code
         self.param = param
-        self.headers = headers      # of the answer, e.g. (("retry-after", "3"),)
+        self.headers = headers  # of the answer, e.g. (("retry-after", "3"),)
 
     def body(self) -> JSON:
         """The OpenAI error envelope."""
@@ -196,12 +199,9 @@ def without_traceback(error: Raised) -> Raised:
 
 
 def fault_location(error: BaseException) -> str:
-    """The place of a bug, innermost frame first. Without the message, which may hold private data."""
-    places = [
-        f"{frame.f_code.co_name} line {line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_globals is globals()
-    ]
+    """The place of a bug, innermost frame first, without the message: it may hold private data."""
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [f"{frame.f_code.co_name} line {line}" for frame, line in frames if frame.f_globals is globals()]
     return f"a fault of Pomex itself, {type(error).__name__} in {' < '.join(places[::-1])}"
 
 
@@ -225,7 +225,7 @@ def finite(digits: str) -> float:
     return number if math.isfinite(number) else reject_constant(digits[:20])
 
 
-# Clients get the strict reader; models may leave raw line ends in strings. NaN is never accepted.
+# The lenient one is for models, which leave raw line ends in strings.
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 STRICT_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite)
 strict_json = STRICT_DECODER.decode
@@ -233,11 +233,11 @@ lenient_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=fini
 
 
 def load_json(raw: bytes) -> Any:
-    """Reads one JSON text strictly; the ValueError names the mistake and its place."""
+    """Reads JSON strictly; the ValueError names the mistake and its place."""
     try:
         value = strict_json(raw.decode())
         if LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()      # otherwise it fails later, in log or ledger
+            json.dumps(value, ensure_ascii=False).encode()  # fails here rather than in log or ledger
     except UnicodeEncodeError:
         raise ValueError("a string holds half of a UTF-16 surrogate pair") from None
     except UnicodeDecodeError as error:
@@ -268,8 +268,7 @@ def only_dicts(value: Any) -> list[JSON]:
 
 # === 2. stream events ===
 #
-# A decoder reports a provider's stream only through calls of a Sink. It assigns no numbers, ends no stream
-# and reads no clock.
+# A decoder reports a provider's stream only by calls of a Sink.
 
 ItemType: TypeAlias = Literal[
     "message", "reasoning", "function_call", "custom_tool_call", "tool_search_call",
@@ -280,23 +279,23 @@ PartType: TypeAlias = Literal["text", "refusal", "summary", "raw", "arguments", 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """The tokens of the whole response so far. A later Usage replaces an earlier one; they are not added."""
-    input: int = 0          # all input tokens, including cached and written ones
-    cached: int = 0         # input tokens read from the provider's prompt cache
-    cache_write: int = 0    # input tokens written to it
-    output: int = 0         # all output tokens, including reasoning
+    input: int = 0  # including cached and cache_write
+    cached: int = 0  # read from the provider's prompt cache
+    cache_write: int = 0
+    output: int = 0  # including reasoning
     reasoning: int = 0
-    estimated: bool = False     # the provider gave no count
-    cache_write_1h: int = 0     # written tokens with a long lifetime: 1 h at Anthropic, 12 h at OpenAI
-    web_searches: int = 0       # requests of the provider's own search tool
-    inconsistency: str = ""     # the contradiction in the provider's counts
+    estimated: bool = False  # the provider gave no count
+    cache_write_1h: int = 0  # with a long lifetime: 1 h at Anthropic, 12 h at OpenAI
+    web_searches: int = 0  # requests of the provider's own search tool
+    inconsistency: str = ""  # the contradiction in the provider's counts
     # from the answer, beside its counts; "" if it has none
-    tier: str = field(default="", compare=False)        # the service tier: "priority", "standard fast us"
-    model: str = field(default="", compare=False)       # the model that answered
-    cost: str = field(default="", compare=False)        # in US dollars
+    tier: str = field(default="", compare=False)  # "priority", "standard fast us"
+    model: str = field(default="", compare=False)  # that answered
+    cost: str = field(default="", compare=False)  # in US dollars
 
 
 COUNTED = ("input", "cached", "cache_write", "output", "reasoning", "cache_write_1h", "web_searches")
-MAX_TOKENS = 1 << 24    # a larger count is a mistake and would spoil every sum
+MAX_TOKENS = 1 << 24  # a larger count is a mistake and would spoil every sum
 
 
 def count(holder: Any, *names: str) -> int:
@@ -312,12 +311,11 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
     cost = facts.get("cost")
     is_cost = isinstance(cost, (int, float)) and 0 < cost < 10**6
     tiers = map(facts.get, ("service_tier", "speed", "inference_geo"))
-    web_searches = (
-        count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")  # OpenAI
-        or count(facts.get("server_tool_use"), "web_search_requests")  # Anthropic, OpenRouter
-        or count(facts.get("server_side_tool_usage_details"), "web_search_calls"))  # xAI
     return {
-        "web_searches": web_searches,
+        "web_searches": (
+            count(as_dict(facts.get("tool_usage")).get("web_search"), "num_requests")  # OpenAI
+            or count(facts.get("server_tool_use"), "web_search_requests")  # Anthropic, OpenRouter
+            or count(facts.get("server_side_tool_usage_details"), "web_search_calls")),  # xAI
         "tier": " ".join(tier for tier in tiers if isinstance(tier, str) and tier != "auto").lower(),
         "model": str(facts.get("model") or "")[:200],
         "cost": f"{cost:.12f}" if is_cost else "",
@@ -326,40 +324,32 @@ def billing_facts(facts: JSON) -> dict[str, Any]:
 
 def checked_usage(usage: Usage) -> Usage:
     """The usage with consistent counts. A reduced count is named and makes the usage an estimate."""
-    total = min(usage.input, MAX_TOKENS)
-    cached = min(usage.cached, total)
-    written = min(usage.cache_write, total - cached)
-    output = min(usage.output, MAX_TOKENS)
-    consistent: JSON = {
-        "input": total,
-        "cached": cached,
-        "cache_write": written,
-        "output": output,
-        "reasoning": min(usage.reasoning, output),
-        "cache_write_1h": min(usage.cache_write_1h, written),
-        "web_searches": min(usage.web_searches, MAX_TOKENS),
-    }
-    names = [name for name, number in consistent.items() if number != getattr(usage, name)]
-    if not names:
+    most: JSON = dict.fromkeys(("input", "output", "web_searches"), MAX_TOKENS)
+    most["cached"] = min(usage.input, MAX_TOKENS)
+    most["cache_write"] = most["cached"] - min(usage.cached, most["cached"])
+    most["reasoning"] = min(usage.output, MAX_TOKENS)
+    most["cache_write_1h"] = min(usage.cache_write, most["cache_write"])
+    reduced = {name: most[name] for name in COUNTED if getattr(usage, name) > most[name]}
+    if not reduced:
         return usage
-    inconsistency = f"the provider's count of {', '.join(names)} cannot be"
-    return dataclasses.replace(usage, **consistent, estimated=True, inconsistency=inconsistency)
+    inconsistency = f"the provider's count of {', '.join(reduced)} cannot be"
+    return dataclasses.replace(usage, **reduced, estimated=True, inconsistency=inconsistency)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """The provider's evidence that the model has finished."""
-    incomplete_reason: str = ""     # "" or a reason of Responses: "max_output_tokens", "content_filter"
-    final: bool = False             # nothing more will come: reading can end
-    explanation: str = ""           # for the user: why a content filter stopped the answer
+    incomplete_reason: str = ""  # "" or a reason of Responses: "max_output_tokens", "content_filter"
+    final: bool = False  # nothing more will come: reading can end
+    explanation: str = ""  # for the user: why a content filter stopped the answer
 
 
 class Sink:
-    """The calls that a decoder makes; this class ignores them. An item has a key that is unique in the
-    stream, or None. Only one item without a key is open at a time; it ends when any other item begins."""
+    """The calls of a decoder; this class ignores them. An item's key is unique in the stream, or None. Only
+    one item without a key is open at a time; it ends when any other item begins."""
     def text(self, text: str, channel: PartType = "text") -> None:
-        """Adds text to the message without a key, which begins with its first visible character. With the
-        channel "summary", adds to the reasoning item without a key; "" only begins it."""
+        """Adds to the message without a key, which begins with its first visible character; with the channel
+        "summary", to the reasoning item without a key, which "" only begins."""
     def open(self, key: Any, kind: ItemType, **fields: Any) -> None:
         """Begins an item with these fields of its own."""
     def call(self, key: Any, call_id: str, tool: Tool) -> None:
@@ -847,10 +837,9 @@ class ContentDecoder:
 
 # === 4. SSE ===
 #
-# Server-sent events (WHATWG HTML 9.2.6), whole events at a time. Line ends are ASCII, so each event can be
-# decoded by itself.
+# Server-sent events (WHATWG HTML 9.2.6), whole events at a time.
 
-MAX_EVENT_BYTES = 32 << 20      # the terminal event repeats the answer, images included
+MAX_EVENT_BYTES = 32 << 20  # the terminal event repeats the answer, images included
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -878,10 +867,10 @@ class SSEDecoder:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
-        self.truncated = False          # after finish(): the body ended inside an event
-        self._rest = bytearray()        # holds no empty line, but may end with a line end
-        self._started = False           # the first event has been read: no byte order mark can follow
-        self._after_cr = False          # a leading LF belongs to that line end
+        self.truncated = False  # after finish(): the body ended inside an event
+        self._rest = bytearray()  # holds no empty line, but may end with a line end
+        self._started = False  # no byte order mark can follow
+        self._after_cr = False  # a leading LF belongs to that line end
 
     def feed(self, data: bytes) -> list[Event]:
         return self.parse(self.split(data))
@@ -922,8 +911,8 @@ class SSEDecoder:
         return text
 
     def finish(self) -> list[Event]:
-        """Ends the body. An event without its empty line, as many chat servers end, counts if all its lines
-        are complete, or if its data cannot be part of something longer."""
+        """Ends the body. An event without its empty line (many chat servers) counts if all its lines are
+        complete, or if its data cannot be part of something longer."""
         rest, self._rest = bytes(self._rest), bytearray()
         events = self.parse(rest.strip(b"\n"))
         if events and not rest.endswith(b"\n"):
@@ -958,7 +947,6 @@ JSON_NAMES = {
 
 
 def invalid_param(path: str, words: str, code: str | None = "invalid_value") -> BadRequest:
-    """The error for a value that its field does not accept."""
     return BadRequest(f"{path}{words}", param=path, code=code)
 
 
@@ -968,19 +956,19 @@ Strings: TypeAlias = "tuple[str, ...]"
 class Field(NamedTuple):
     """The valid values of a field: of a request, of pomex.toml, of an admin body or of a command."""
     types: tuple[type, ...] = (str,)
-    minimum: float | None = None            # of a number, or of a string's length
+    minimum: float | None = None  # of a number, or of a string's length
     maximum: float = math.inf
     choices: Collection[str] = ()
-    items: Field | None = None              # for each entry of an array or object
-    inner: Callable[[Any, str], None] | None = None         # a further check, called with value and path
-    pattern: str = ""                       # for the whole text
+    items: Field | None = None  # for each entry of an array or object
+    inner: Callable[[Any, str], None] | None = None  # a further check, called with value and path
+    pattern: str = ""  # for the whole text
     read: Callable[[Any], Any] | None = None  # converts; ValueError, ArithmeticError or KeyError: invalid
-    wanted: str = ""                        # completes "must be" if the types are not enough
-    meaning: str = ""                       # for people
-    secret: bool = False                    # never shown
+    wanted: str = ""  # completes "must be" if the types are not enough
+    meaning: str = ""  # for people
+    secret: bool = False  # never shown
 
 
-Fields: TypeAlias = "Mapping[str, Field]"       # by name
+Fields: TypeAlias = "Mapping[str, Field]"  # by name
 
 
 def check(value: Any, spec: Field, path: str) -> Any:
@@ -990,15 +978,13 @@ def check(value: Any, spec: Field, path: str) -> Any:
     if spec.minimum is not None:
         what, size = ("length", len(value)) if isinstance(value, str) else ("value", value)
         if not spec.minimum <= size <= spec.maximum:
-            limits = f"between {spec.minimum} and {spec.maximum}"
-            if spec.maximum == math.inf:
-                limits = f"at least {spec.minimum}"
+            bounded = spec.maximum < math.inf
+            limits = f"between {spec.minimum} and {spec.maximum}" if bounded else f"at least {spec.minimum}"
             raise invalid_param(path, f": its {what} must be {limits}.")
     if spec.choices and value not in spec.choices:
         raise invalid_param(path, f" must be one of {', '.join(filter(None, spec.choices))}.")
     if spec.items and not isinstance(value, str):
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             check(entry, spec.items, f"{path}[{key!r}]")
     if spec.inner:
         spec.inner(value, path)
@@ -1017,11 +1003,9 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
     if spec.wanted:
         return invalid_param(path, f" must be {spec.wanted}.", "invalid_type")
     if value is None:
-        return BadRequest(f"Missing required parameter: {path}.", param=path,
-                          code="missing_required_parameter")
-    wanted = " or ".join(JSON_NAMES[each] for each in spec.types)
-    if float in spec.types:
-        wanted = "a number"
+        message = f"Missing required parameter: {path}."
+        return BadRequest(message, param=path, code="missing_required_parameter")
+    wanted = "a number" if float in spec.types else " or ".join(JSON_NAMES[each] for each in spec.types)
     given = JSON_NAMES.get(type(value), "a date")
     return invalid_param(path, f" must be {wanted}, not {given}.", "invalid_type")
 
@@ -1029,18 +1013,16 @@ def type_error(value: Any, spec: Field, path: str) -> BadRequest:
 def check_members(value: JSON, members: Fields, path: str) -> None:
     for name, spec in members.items():
         given = value.get(name)
-        if (
-            type(given) not in spec.types       # most values need no call
-            or spec.minimum is not None
-            or (spec.choices and given not in spec.choices)
-        ):
+        # most values need no call
+        if (type(given) not in spec.types or spec.minimum is not None
+                or (spec.choices and given not in spec.choices)):
             check(given, spec, f"{path}.{name}")
         elif spec.inner:
             spec.inner(given, f"{path}.{name}")
 
 
 def check_content(content: Any, path: str) -> None:
-    if isinstance(content, list) and not all(map(is_text_part, content)):   # nearly all are
+    if isinstance(content, list) and not all(map(is_text_part, content)):  # nearly all are
         check_typed(content, PART_FIELDS, path)
 
 
@@ -1049,12 +1031,8 @@ def is_text_part(part: Any) -> bool:
             and type(part.get("text")) is str)
 
 
-def check_tool_list(tools: list[Any], path: str) -> None:
-    check_typed(tools, TOOL_FIELDS, path)
-
-
 def check_typed(entries: list[Any], known: Mapping[str, Fields], path: str) -> None:
-    """Checks objects by their type. Types that are not known have any members."""
+    """Checks objects by their type. Unknown types have any members."""
     for index, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
         if not isinstance(kind, str):
@@ -1089,8 +1067,7 @@ JSON_SCHEMA = {"name": Field(minimum=1, maximum=64), "schema": OBJECT}
 PART_TEXT = {"text": Field(wanted="a string")}
 CONTENT = Field((str, list), inner=check_content, wanted="a string or an array of parts")
 OUTPUT = CONTENT._replace(wanted="")
-TOOLS = Field((list,), inner=check_tool_list)
-ROLE = Field(choices=("assistant", "developer", "system", "user"))
+TOOLS = Field((list,), inner=lambda tools, path: check_typed(tools, TOOL_FIELDS, path))
 
 # Other fields go unchecked. null counts as absent: SDKs send it.
 REQUEST_FIELDS: Fields = {
@@ -1122,25 +1099,20 @@ NEEDS_STATE = {
 }
 
 # Known items, parts and tools, with the fields that Pomex reads. Unknown ones are never refused.
+MESSAGE = {"role": Field(choices=("assistant", "developer", "system", "user")), "content": CONTENT}
 CALL = {"call_id": MAYBE_TEXT, "namespace": MAYBE_TEXT}
-MESSAGE = {"role": ROLE, "content": CONTENT}
-ITEM_FIELDS: dict[str, Fields] = {"message": MESSAGE} | {kind: CALL | fields for kind, fields in {
+CALL_FIELDS: dict[str, Fields] = {
     "function_call": {"name": NAME, "arguments": TEXT},
-    "function_call_output": {"output": OUTPUT},
     "custom_tool_call": {"name": NAME, "input": TEXT},
-    "custom_tool_call_output": {"output": OUTPUT},
-    "local_shell_call": {"action": MAYBE_OBJECT},
-    "local_shell_call_output": {"output": MAYBE_TEXT},
-    "shell_call": {"action": MAYBE_OBJECT},
-    "shell_call_output": {},
-    "apply_patch_call": {},
-    "apply_patch_call_output": {"output": MAYBE_TEXT},
-    "tool_search_call": {},
-    "tool_search_output": {"tools": TOOLS},
-    "additional_tools": {"tools": TOOLS},
-}.items()}
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), {"output": OUTPUT}),
+    **dict.fromkeys(("local_shell_call_output", "apply_patch_call_output"), {"output": MAYBE_TEXT}),
+    **dict.fromkeys(("local_shell_call", "shell_call"), {"action": MAYBE_OBJECT}),
+    **dict.fromkeys(("tool_search_output", "additional_tools"), {"tools": TOOLS}),
+    **dict.fromkeys(("shell_call_output", "apply_patch_call", "tool_search_call"), {}),
+}
+ITEM_FIELDS = {"message": MESSAGE, **{kind: {**CALL, **fields} for kind, fields in CALL_FIELDS.items()}}
 PART_FIELDS = {"input_text": PART_TEXT, "output_text": PART_TEXT}
-TOOL_FIELDS = {
+TOOL_FIELDS: dict[str, Fields] = {
     "function": {"name": NAME, "description": MAYBE_TEXT, "parameters": MAYBE_OBJECT},
     "custom": {"name": NAME, "description": MAYBE_TEXT, "format": MAYBE_OBJECT},
     "namespace": {"name": NAME, "tools": TOOLS},
@@ -1157,8 +1129,8 @@ def check_item(item: JSON, path: str) -> JSON:
         kind = "message"
         item = {**item, "type": kind}
     if kind == "item_reference" or (kind is None and "id" in item):
-        raise invalid_param(path, ": Pomex stores no items: send the item itself.",
-                            "previous_response_not_found")
+        words = ": Pomex stores no items: send the item itself."
+        raise invalid_param(path, words, "previous_response_not_found")
     if not isinstance(kind, str):
         raise invalid_param(f"{path}.type", " must be a string.", "missing_required_parameter")
     check_members(item, ITEM_FIELDS.get(kind, {}), path)
@@ -1188,15 +1160,15 @@ class AroundInput(NamedTuple):
     """A body with a mark in place of its input array, if the two were decoded apart."""
     text: str = ""
     body: JSON = {}
-    start: int = 0              # of the array, in the bytes of the body
-    behind: int = 0             # the number of bytes behind it
+    start: int = 0  # of the array, in the bytes of the body
+    behind: int = 0  # the number of bytes behind it
 
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A validated request. `input` is a list of items that have a type; `tools` holds the tools of the body,
-    then those of input items, in order. A request of another client API is translated into this form; its
-    input and tools only on demand, by `translated()`."""
+    """A validated request. `input` is a list of items that have a type; `tools` holds those of the body, then
+    those of input items. A request of another client API is translated into this form; its input and tools
+    only on demand, by `translated()`."""
     body: JSON
     raw: bytes
     model: str
@@ -1204,12 +1176,12 @@ class ResponsesRequest:
     instructions: str
     input: list[JSON]
     tools: list[JSON]
-    weight: int                 # see weigh_input
+    weight: int  # see weigh_input
     around: AroundInput = field(default=AroundInput(), compare=False)
     # the prepared tools and items, shared by the requests of a growing conversation
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
-    api: str = "responses"      # of CLIENT_APIS
-    given: JSON = field(default_factory=dict, compare=False)    # the client's own body, decoded
+    api: str = "responses"  # of CLIENT_APIS
+    given: JSON = field(default_factory=dict, compare=False)  # the client's own body, decoded
 
     @property
     def estimated_input(self) -> int:
@@ -1226,48 +1198,39 @@ class ResponsesRequest:
         if self.input or self.api == "responses":
             return self
         body = {**CLIENT_APIS[self.api].translate(self), **self.body}
-        whole = validate_request(body, self.raw, self.weight, None, self.around)
-        return dataclasses.replace(whole, model=self.model, memo=self.memo, api=self.api, given=self.given)
+        checked = dataclasses.replace(self, body={}, input=body["input"])
+        whole = validate_request(body, self.raw, self.weight, checked, self.around)
+        return dataclasses.replace(whole, model=self.model, api=self.api, given=self.given)
 
     def cache_key(self) -> str:
         """prompt_cache_key, or a key shared by all requests with the same beginning."""
-        given: str = self.get("prompt_cache_key", "")
-        if given:
-            return given
-        return sha256_hex(dumps([self.model, self.instructions, self.body.get("tools")]))[:32]
+        beginning = [self.model, self.instructions, self.body.get("tools")]
+        return self.get("prompt_cache_key") or sha256_hex(dumps(beginning))[:32]
 
 
-INLINE_DATA = (     # images and files
-    re.compile(rb';base64,([^"]*)'),
-    re.compile(rb'"file_data":"(?!data:)([^"]*)'),
-)
-INLINE_DATA_BYTES = 1024        # shorter data counts as text
-INLINE_DATA_WEIGHT = 6000       # for each, 1,500 tokens: a large image at the providers that document it
+# images and files
+INLINE_DATA = (re.compile(rb';base64,([^"]*)'), re.compile(rb'"file_data":"(?!data:)([^"]*)'))
+INLINE_DATA_BYTES = 1024  # shorter data counts as text
+INLINE_DATA_WEIGHT = 6000  # for each, 1,500 tokens: a large image at the providers that document it
 
 
 def weigh_input(raw: bytes, start: int = 0) -> int:
     """The request bytes from `start` on; four make a token. Inline images and files have a fixed weight."""
-    weight = len(raw) - start
-    for pattern in INLINE_DATA:
-        for match in pattern.finditer(raw, start):
-            size = len(match[1])
-            if size >= INLINE_DATA_BYTES:
-                weight += INLINE_DATA_WEIGHT - size
-    return weight
+    sizes = [len(match[1]) for pattern in INLINE_DATA for match in pattern.finditer(raw, start)]
+    large = [size for size in sizes if size >= INLINE_DATA_BYTES]
+    return len(raw) - start - sum(large) + INLINE_DATA_WEIGHT * len(large)
 
 
-MAX_INPUT_ITEMS = 100_000       # a conversation of several weeks has some thousands
-MAX_JSON_VALUES = 2_000_000     # each takes a hundred bytes of memory
-COUNTED_BODY_BYTES = 8 << 20    # a smaller body cannot hold many more, and text has commas too
-
-
-INPUT_ARRAYS = {        # by the field's name; never inside a JSON string, which escapes quotes
+MAX_INPUT_ITEMS = 100_000  # a conversation of several weeks has some thousands
+MAX_JSON_VALUES = 2_000_000  # each takes a hundred bytes of memory
+COUNTED_BODY_BYTES = 8 << 20  # a smaller body cannot hold many more, and text has commas too
+INPUT_ARRAYS = {  # by the field's name; never inside a JSON string, which escapes quotes
     name: re.compile(rb'"%s"\s*:\s*\[' % name.encode()) for name in ("input", "messages")}
-INPUT_MARK = "(input)"                              # stands for the array while the rest is decoded
+INPUT_MARK = "(input)"  # stands for the array while the rest is decoded
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
-    """The length of the common prefix, by bisection."""
+    """Its length, by bisection."""
     start, end = 0, min(len(one), len(other))
     while start < end:
         middle = (start + end + 1) // 2
@@ -1279,8 +1242,8 @@ def common_prefix(one: bytes, other: bytes) -> int:
 
 
 def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInput] | None:
-    """The decoded body, its weight and the text around its input, if `raw` extends the body of `last` by more
-    input items; else None. Only new text is decoded."""
+    """The decoded body, its weight and the text around its input, if `raw` is the body of `last` with more
+    input items. Only new text is decoded."""
     name = CLIENT_APIS[last.api].history
     shared = common_prefix(raw, last.raw)
     array = INPUT_ARRAYS[name].search(raw, 0, shared)
@@ -1288,7 +1251,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
         return None
     start, body, same = array.end() - 1, last.around.body, last.given[name]
     try:
-        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":   # more here, the end there
+        if raw[shared:shared + 1] + last.raw[shared:shared + 1] != b",]":  # more here, the end there
             # Claude Code moves its cache marks, so its messages differ in the last one
             shared = raw.rfind(b',{"role":', start, shared)
             if shared < 0 or last.api == "responses":
@@ -1297,7 +1260,7 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
             same = same[:1 - len(changed)]
         text = "[0" + raw[shared:].decode()
         items, end = STRICT_DECODER.raw_decode(text)
-        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]    # it may not be JSON
+        around = raw[:start].decode() + json_string(INPUT_MARK) + text[end:]  # it may not be JSON
         if around != last.around.text:
             body = strict_json(around)
     except (ValueError, RecursionError):
@@ -1311,10 +1274,9 @@ def grown_body(raw: bytes, last: ResponsesRequest) -> tuple[JSON, int, AroundInp
 
 def parse_request(raw: bytes, last: ResponsesRequest | None = None,
                   api: str = "responses") -> ResponsesRequest:
-    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. `last` is the
-    conversation's previous request: the common part is neither decoded nor validated again."""
-    marks = (b",", b"[", b"{")
-    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, marks)) > MAX_JSON_VALUES:
+    """Parses a body of one of CLIENT_APIS. A BadRequest names the field and its valid values. What it shares
+    with `last`, the conversation's previous request, is neither decoded nor validated again."""
+    if len(raw) > COUNTED_BODY_BYTES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadRequest(f"The body holds more than {MAX_JSON_VALUES} JSON values. Send a shorter history.",
                          status=413, code="request_too_large")
     grown = last and last.api == api and grown_body(raw, last)
@@ -1326,8 +1288,8 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None,
         except ValueError as error:
             raise BadRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
         if not isinstance(body, dict):
-            raise BadRequest(f"The body must be a JSON object, not {JSON_NAMES[type(body)]}.",
-                             code="invalid_json")
+            mistake = f"The body must be a JSON object, not {JSON_NAMES[type(body)]}."
+            raise BadRequest(mistake, code="invalid_json")
         last, weight, around = None, weigh_input(raw), AroundInput()
     try:
         if api != "responses":
@@ -1335,7 +1297,7 @@ def parse_request(raw: bytes, last: ResponsesRequest | None = None,
             return ResponsesRequest(fields, raw, fields["model"], fields.get("stream", False), "", [], [],
                                     weight, around, last.memo if last else {}, api, body)
         return validate_request(body, raw, weight, last, around)
-    except RecursionError:              # newer Pythons decode deeper than they call
+    except RecursionError:  # newer Pythons decode deeper than they call
         raise BadRequest("The tools are nested too deeply.", param="tools", code="invalid_value") from None
 
 
@@ -1367,24 +1329,11 @@ def validate_request(body: JSON, raw: bytes, weight: int, last: ResponsesRequest
         if "tools" in ITEM_FIELDS.get(item["type"], ()):
             tools += item["tools"]
     check_tool_choice(body.get("tool_choice"), tools)
-    return ResponsesRequest(
-        body, raw,
-        model=body["model"],
-        stream=bool(body.get("stream")),
-        instructions=instructions_text(body),
-        input=items,
-        tools=tools,
-        weight=weight,
-        around=around,
-        memo=last.memo if last else {},
-        given=body)
-
-
-def instructions_text(body: JSON) -> str:
-    given = body.get("instructions") or ""
-    if isinstance(given, str):
-        return given
-    return "\n\n".join(text_of(item.get("content")) for item in only_dicts(given))
+    instructions = body.get("instructions") or ""
+    if isinstance(instructions, list):
+        instructions = "\n\n".join(text_of(item.get("content")) for item in only_dicts(instructions))
+    return ResponsesRequest(body, raw, body["model"], bool(body.get("stream")), instructions, items, tools,
+                            weight, around, last.memo if last else {}, given=body)
 
 
 def text_of(content: Any, separator: str = "") -> str:
@@ -1399,17 +1348,17 @@ def text_of(content: Any, separator: str = "") -> str:
 
 ENVELOPE_PREFIX = "pmx1."
 MAC_BYTES = 16
-MAX_ENVELOPE_BYTES = 4 << 20        # inflated; signed thinking blocks have below 200 KB
-MAX_ENVELOPES_BYTES = 32 << 20      # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
+MAX_ENVELOPE_BYTES = 4 << 20  # inflated; signed thinking blocks have below 200 KB
+MAX_ENVELOPES_BYTES = 32 << 20  # of all in a request: 1.5 KB may inflate to 1 MB and can be repeated
 
 
 @dataclass(slots=True)
 class Envelope:
-    """Data that a provider needs back with the next turn. The client carries it in `encrypted_content`:
+    """Data that a provider needs back with the next turn, carried by the client in `encrypted_content`:
     authenticated, not secret, bound to the account, marked with its origin."""
     secret: bytes
     account: str
-    inflated: int = 0                   # total size of all opened envelopes
+    inflated: int = 0  # total size of all opened envelopes
 
     def seal(self, provider: str, model: str, replay: JSON) -> str:
         content = {"p": provider, "m": model, "b": replay}
@@ -1431,20 +1380,17 @@ class Envelope:
         return content["p"], content["m"], content["b"]
 
     def mac(self, packed: bytes) -> bytes:
-        bound = self.account.encode() + b"\0" + packed
-        return hmac.digest(self.secret, bound, "sha256")[:MAC_BYTES]
+        return hmac.digest(self.secret, self.account.encode() + b"\0" + packed, "sha256")[:MAC_BYTES]
 
 
-def unseal_items(items: list[JSON], envelope: Envelope,
-                 provider: str) -> tuple[list[JSON], list[str]]:
-    """The input items that `provider` may see, and the names of dropped ones: of another provider, or not
-    verified. `sealed_replay` holds the content of an envelope. Content without our prefix stays: only a
+def unseal_items(items: list[JSON], envelope: Envelope, provider: str) -> tuple[list[JSON], list[str]]:
+    """The input items that `provider` may see, with the content of envelopes as `sealed_replay`, and the
+    names of dropped ones: of another provider, or not verified. Content without our prefix stays: only a
     Responses upstream can judge it."""
     kept, dropped = [], []
     envelope.inflated = 0
-    for given in items:
-        item = given
-        if "sealed_replay" in item:             # from a client: only content of an envelope is trusted
+    for item in items:
+        if "sealed_replay" in item:  # from a client: only content of an envelope is trusted
             item = {name: value for name, value in item.items() if name != "sealed_replay"}
         sealed = item.get("encrypted_content")
         if isinstance(sealed, str) and sealed.startswith(ENVELOPE_PREFIX):
@@ -1463,31 +1409,21 @@ def unseal_items(items: list[JSON], envelope: Envelope,
 
 # --- 5.3 tools for providers that know only functions ---
 
-MAX_NAME = 64                       # OpenAI's function names; the strictest of all providers
-SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")      # Gemini's names begin with a letter or _
+MAX_NAME = 64  # of OpenAI's functions; the strictest of all providers
+SAFE_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_-]{0,63}")  # Gemini's names begin with a letter or _
+UNSAFE = re.compile(r"^(?=\d)|^$|\W", re.ASCII)
 FREEFORM_PARAMETERS: JSON = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["input"],
+    "type": "object", "additionalProperties": False, "required": ["input"],
     "properties": {
-        "input": {"type": "string", "description": "The raw text, as the tool's description asks."},
-    },
+        "input": {"type": "string", "description": "The raw text, as the tool's description asks."}},
 }
+COMMAND = {"type": "array", "items": {"type": "string"}, "description": "The command and its arguments."}
 LOCAL_SHELL: JSON = {
     "description": "Runs a command on the user's machine and returns its output.",
     "parameters": {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["command"],
+        "type": "object", "additionalProperties": False, "required": ["command"],
         "properties": {
-            "command": {
-                "type": "array",
-                "items": {"type": "string"},
-                "description": "The command and its arguments.",
-            },
-            "working_directory": {"type": "string"},
-            "timeout_ms": {"type": "integer"},
-        },
+            "command": COMMAND, "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}},
     },
 }
 
@@ -1497,7 +1433,7 @@ class Tool(NamedTuple):
     kind: ItemType
     name: str
     namespace: str
-    fitted: Mapping[str, str] = {}      # renamed parameters: the client's name -> the provider's
+    fitted: Mapping[str, str] = {}  # renamed parameters: the client's name -> the provider's
 
 
 # valid names of a tool's parameters, from Anthropic's error and Google's reference; others accept any
@@ -1513,8 +1449,7 @@ def rename_keys(arguments: str, names: Mapping[str, str]) -> str:
     if not names:
         return arguments
     renamed = json.loads(arguments, strict=False, object_hook=lambda holder: {
-        names.get(key, key): value for key, value in holder.items()
-    })
+        names.get(key, key): value for key, value in holder.items()})
     return dumps(renamed)
 
 
@@ -1526,15 +1461,13 @@ def upstream_tool_name(name: str, namespace: str) -> str:
 
 def fit_name(name: str) -> str:
     """A valid name of a tool or a parameter, shortened, with a digest of the original one."""
-    safe = re.sub(r"^(?=\d)|\W", "_", name, flags=re.ASCII)
-    return f"{safe[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
+    return f"{UNSAFE.sub('_', name)[:MAX_NAME - 9]}_{sha256_hex(name)[:8]}"
 
 
 def freeform_description(tool: JSON) -> str:
     """A custom tool's description with its grammar as advice, since nothing enforces it."""
     shape = tool.get("format") or {}
-    grammar = shape.get("definition")
-    if grammar:
+    if grammar := shape.get("definition"):
         grammar = f"The text must follow this {shape.get('syntax') or 'lark'} grammar:\n{grammar}"
     advice = "Put the raw text into `input`: no markdown fence, no extra quoting."
     return "\n\n".join(filter(None, (tool.get("description"), grammar, advice)))
@@ -1545,8 +1478,8 @@ SCHEMA_DATA = frozenset(("enum", "const", "default", "required", "example", "exa
 
 
 def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
-    """A copy of a JSON schema with `change`, which may alter its argument, applied to every schema object,
-    inner ones first."""
+    """A copy of a JSON schema with every schema object changed, inner ones first. `change` may alter its
+    argument."""
     if isinstance(schema, list):
         return [map_schema(entry, change) for entry in schema]
     if not isinstance(schema, dict):
@@ -1564,15 +1497,14 @@ def map_schema(schema: Any, change: Callable[[JSON], JSON]) -> Any:
 def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[str, str]]:
     """A tool's parameters for a provider, and replacements for the names that break its rule."""
     schemas: list[JSON] = []
-    names: JSON = {}            # a set in order
+    names: JSON = {}  # a set in order
 
     def clean(schema: JSON) -> JSON:
-        if isinstance(schema.get("encrypted"), bool):   # only in Codex (openai/codex#27331); others refuse it
+        if isinstance(schema.get("encrypted"), bool):  # only in Codex (openai/codex#27331); others refuse it
             del schema["encrypted"]
-        # Codex sends `"required": null`: strict servers refuse it (cc-switch#7019)
-        if None in schema.values():
-            schema = {key: value for key, value in schema.items()
-                      if value is not None or key in ("default", "const")}
+        if None in schema.values():  # `"required": null` of Codex: strict servers refuse it (cc-switch#7019)
+            schema = {key: schema[key] for key in schema
+                      if schema[key] is not None or key in ("default", "const")}
         names.update(as_dict(schema.get("properties")))
         schemas.append(schema)
         return schema
@@ -1581,7 +1513,7 @@ def fit_parameters(parameters: JSON, rule: re.Pattern[str]) -> tuple[JSON, dict[
     taken, fitted = set(names), {}
     for name in names:
         if not rule.fullmatch(name):
-            safe = re.sub(r"^(?=\d)|^$|\W", "_", name, flags=re.ASCII)[:MAX_NAME]
+            safe = UNSAFE.sub("_", name)[:MAX_NAME]
             fitted[name] = fit_name(name) if safe in taken else safe
             taken.add(safe)
     for schema in schemas if fitted else ():
@@ -1603,14 +1535,14 @@ class ToolMap:
     """The request's tools under the names that providers see."""
 
     def __init__(self, tools: Sequence[JSON], searches: bool = False, model: str = "") -> None:
-        self.parameter_names = next(
-            rule for vendor, rule in PARAMETER_NAMES.items() if vendor in model.lower())
+        vendor = next(each for each in PARAMETER_NAMES if each in model.lower())
+        self.parameter_names = PARAMETER_NAMES[vendor]
         self.searches = searches
-        self.functions: list[JSON] = []  # the offered functions: name, description, parameters, strict?
-        self.hosted: list[JSON] = []            # web_search tools, for a provider that `searches` itself
-        self.dropped: list[str] = []            # the other tools, as "tools:TYPE"
+        self.functions: list[JSON] = []  # name, description, parameters, strict?
+        self.hosted: list[JSON] = []  # web_search tools, for a provider that `searches` itself
+        self.dropped: list[str] = []  # the other tools, as "tools:TYPE"
         self.by_upstream_name: dict[str, Tool] = {}
-        self.by_name: dict[str, Tool | None] = {}       # also without a namespace, if the name is unique
+        self.by_name: dict[str, Tool | None] = {}  # also without a namespace, if the name is unique
         self._add(tools, "")
         self.by_name |= self.by_upstream_name
 
@@ -1635,7 +1567,7 @@ class ToolMap:
                 self._add_function("tool_search_call", kind, "", tool)
             elif kind == "local_shell":
                 self._add_function("local_shell_call", kind, "", LOCAL_SHELL)
-            elif kind.startswith("web_search") and self.searches:       # also _preview and dated names
+            elif kind.startswith("web_search") and self.searches:  # also _preview and dated names
                 self.hosted.append(tool)
             else:
                 self.dropped.append(f"tools:{kind}")
@@ -1646,32 +1578,25 @@ class ToolMap:
         parameters, fitted = fit_parameters(parameters, self.parameter_names)
         tool = Tool(kind, name, namespace, fitted)
         first = self.by_upstream_name.setdefault(upstream_name, tool)
-        if first is not tool:                   # the first of two equal names wins
+        if first is not tool:  # the first of two equal names wins
             if first[:3] != tool[:3]:
                 self.dropped.append(f"tools:{upstream_name}")
             return
         self.by_name[name] = None if name in self.by_name else tool
-        function = {
-            "name": upstream_name,
-            "description": given.get("description") or "",
-            "parameters": parameters,
-        }
-        if given.get("strict") is not None:
-            function["strict"] = given["strict"]
-        self.functions.append(function)
+        description, strict = given.get("description") or "", given.get("strict")
+        function = {"name": upstream_name, "description": description, "parameters": parameters}
+        self.functions.append(function if strict is None else {**function, "strict": strict})
 
 
 def split_trailing_surrogate(text: str) -> tuple[str, str]:
-    """The text, and half a surrogate pair at its end; the next fragment brings the other half."""
+    """The text, and half a surrogate pair at its end, whose other half comes next."""
     half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
     return fix_surrogates(text.removesuffix(half)), half
 
 
 def fix_surrogates(text: str) -> str:
     """Joins surrogate pairs and replaces lone halves."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def unwrap(raw: str) -> str | None:
@@ -1680,7 +1605,7 @@ def unwrap(raw: str) -> str | None:
     try:
         value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        if raw.lstrip().startswith("{"):        # a truncated object is no input
+        if raw.lstrip().startswith("{"):  # a truncated object is no input
             return None
         value = raw
     members = value if isinstance(value, dict) else {"input": value}
@@ -1702,10 +1627,10 @@ CONTROL_ESCAPES = {code: json_string(chr(code))[1:-1] for code in range(32)}
 
 class Turn(NamedTuple):
     """Consecutive plain items of one role, and the outputs of its calls."""
-    role: str                   # "assistant", "user", "system" or "developer"
-    items: list[JSON]           # messages, and reasoning before the calls
-    calls: list[JSON]           # calls, and reasoning between them
-    results: list[JSON]         # an output for each call, in the order of the calls
+    role: str  # "assistant", "user", "system" or "developer"
+    items: list[JSON]  # messages, and reasoning before the calls
+    calls: list[JSON]  # calls, and reasoning between them
+    results: list[JSON]  # an output for each call, in the order of the calls
 
 
 class History(NamedTuple):
@@ -1715,10 +1640,8 @@ class History(NamedTuple):
     - reasoning {sealed_replay}
     - function_call {call_id, name, arguments}: an upstream name, arguments that are a JSON object
     - function_call_output {call_id, output: str | [part]}
-
-    `system` holds the leading instructions, in order.
     """
-    system: list[str]
+    system: list[str]  # the leading instructions
     turns: list[Turn]
 
     @property
@@ -1731,8 +1654,8 @@ NO_OUTPUT = "no output was recorded for this call"
 
 def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMap, dropped: list[str],
                       memo: dict[Any, Any]) -> History:
-    """Instructions and unsealed items as a History; names lost content in `dropped`. Items that `memo` knows,
-    by identity, are not normalized again."""
+    """Instructions and unsealed items as a History; names lost content in `dropped`. `memo` keeps the plain
+    form of each item object."""
     system = [instructions] if instructions else []
     plain: list[JSON] = []
     for item in items:
@@ -1740,7 +1663,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
         if known is None or known[:2] != (item, tool_map):
             names: list[str] = []
             known = item, tool_map, normalize_item(item, tool_map, names), names
-            if "sealed_replay" not in item:     # a different object in each request
+            if "sealed_replay" not in item:  # a different object in each request
                 memo[id(item)] = known
         *_, made, names = known
         dropped += names
@@ -1755,7 +1678,7 @@ def normalize_history(instructions: str, items: Sequence[JSON], tool_map: ToolMa
 
 
 def is_summary_only(item: JSON) -> bool:
-    """A reasoning item that is only a summary: its provider needs nothing back."""
+    """Reasoning of which the provider needs nothing back."""
     return item["type"] == "reasoning" and not (item.get("encrypted_content") or item.get("content"))
 
 
@@ -1763,8 +1686,8 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
     """Groups plain items into turns. Each call gets an output and a unique id: local servers begin at call_0
     in every turn. Later items change no id, so a growing history keeps its bytes."""
     turns: list[Turn] = []
-    role = ""                                   # of the current turn
-    numbers = collections.Counter[str]()        # call id -> number of renamed duplicates
+    role = ""  # of the current turn
+    numbers = collections.Counter[str]()  # call id -> number of renamed duplicates
     # call id -> results that still have no output
     waiting = collections.defaultdict[str, collections.deque[JSON]](collections.deque)
     for item in items:
@@ -1794,27 +1717,17 @@ def gather_turns(items: Sequence[JSON]) -> list[Turn]:
             waiting[given].append(result)
         elif kind == "reasoning" and turn.calls:
             turn.calls.append(item)
-        else:               # text between a call and its output goes before the call (mlx-openai-server#268)
+        else:  # text between a call and its output goes before the call (mlx-openai-server#268)
             turn.items.append(item)
     return turns
 
 
-CALL_ARGUMENTS = {                  # the field of each call type, even if its tool is no longer offered
-    "function_call": "arguments",
-    "custom_tool_call": "input",
-    "tool_search_call": "arguments",
-    "local_shell_call": "action",
-    "shell_call": "action",
-    "apply_patch_call": "operation",
+CALL_ARGUMENTS = {  # the field of each call type, even if its tool is no longer offered
+    "function_call": "arguments", "custom_tool_call": "input", "tool_search_call": "arguments",
+    "local_shell_call": "action", "shell_call": "action", "apply_patch_call": "operation",
 }
-OUTPUT_TYPES = (
-    "function_call_output",
-    "custom_tool_call_output",
-    "tool_search_output",
-    "local_shell_call_output",
-    "shell_call_output",
-    "apply_patch_call_output",
-)
+OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output", "tool_search_output",
+                "local_shell_call_output", "shell_call_output", "apply_patch_call_output")
 # our envelope, OpenAI's encryption, anybody's
 ENCRYPTED_TEXT = re.compile(r"pmx1\..*|gAAAA[\w=-]*|[\w+/=-]{100,}", re.ASCII)
 
@@ -1828,12 +1741,9 @@ def normalize_item(item: JSON, tool_map: ToolMap, dropped: list[str]) -> JSON | 
         name, namespace = item.get("name") or kind.removesuffix("_call"), item.get("namespace")
         # the model must not see a misspelt name again
         tool = tool_map.resolve(upstream_tool_name(name, namespace) if namespace else name)
-        return {
-            "type": "function_call",
-            "call_id": call_id,
-            "name": upstream_tool_name(tool.name, tool.namespace),
-            "arguments": rename_keys(call_arguments(item), tool.fitted),
-        }
+        arguments = rename_keys(call_arguments(item), tool.fitted)
+        name = upstream_tool_name(tool.name, tool.namespace)
+        return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
     if kind in OUTPUT_TYPES:
         return {"type": "function_call_output", "call_id": call_id, "output": call_output(item)}
     if kind == "reasoning" and "sealed_replay" in item:
@@ -1852,7 +1762,7 @@ def normalize_message(item: JSON, dropped: list[str]) -> JSON | None:
     given = [text_block(content)] if isinstance(content, str) else only_dicts(content)
     parts = []
     for part in given:
-        encrypted = str(part.get("encrypted_content") or "")    # only OpenAI encrypts messages between agents
+        encrypted = str(part.get("encrypted_content") or "")  # of OpenAI's messages between agents
         if ENCRYPTED_TEXT.fullmatch(encrypted):
             dropped.append("content:encrypted_content")
         elif encrypted:
@@ -1902,39 +1812,29 @@ def call_output(item: JSON) -> Any:
 
 class Attachment(NamedTuple):
     """An image or a file: an address or bytes."""
-    mime: str                   # from the bytes, as declared, or from the extension; "": unknown
+    mime: str  # from the bytes, as declared, or from the extension; "": unknown
     name: str
-    detail: Any                 # of an image, as the client gave it
+    detail: Any  # of an image, as the client gave it
     url: str = ""
-    data: str = ""              # clean base64
-    text: str | None = None     # of a text file
+    data: str = ""  # clean base64
+    text: str | None = None  # of a text file
 
 
 MAGIC = {
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"(?s:RIFF....WEBP)",
-    "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
+    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s:RIFF....WEBP)", "image/heic": rb"(?s:....)ftyp(hei[cx]|mif1)",
     "application/pdf": rb"%PDF-",
 }
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")        # known to every provider
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # known to every provider
 TYPE_BY_ENDING = {
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "gif": "image/gif",
-    "webp": "image/webp",
-    "heic": "image/heic",
-    "pdf": "application/pdf",
-    "txt": "text/plain",
-    "mp4": "video/mp4",
+    **{name: f"image/{name}" for name in ("png", "jpeg", "gif", "webp", "heic")},
+    "jpg": "image/jpeg", "pdf": "application/pdf", "txt": "text/plain", "mp4": "video/mp4",
 }
 
 
 def read_attachment(part: JSON) -> Attachment | None:
-    """The image or file in a part. None if there is only its id at OpenAI, or invalid base64, which would
-    have every later turn refused."""
+    """The image or file in a part. None for a mere id at OpenAI, or invalid base64, which would have every
+    later turn refused."""
     source = part.get("file_data") or part.get("image_url") or part.get("file_url")
     if part["type"] not in ("input_image", "input_file") or not isinstance(source, str):
         return None
@@ -1958,33 +1858,27 @@ def read_attachment(part: JSON) -> Attachment | None:
     declared = head.removeprefix("data:").partition(";")[0].lower().replace("image/jpg", "image/jpeg")
     mime = found or declared or mime
     is_media = found or is_image or re.match("(image|audio|video)/(?!svg)", mime)
-    text = None
     if not is_media and b"\0" not in content:
         with contextlib.suppress(UnicodeDecodeError):
-            mime, text = "text/plain", content.decode("utf-8-sig")
-    return Attachment(mime, name, detail, data=data, text=text)
+            return Attachment("text/plain", name, detail, data=data, text=content.decode("utf-8-sig"))
+    return Attachment(mime, name, detail, data=data)
 
 
 # --- 5.5 client profiles ---
 
 class ClientProfile(NamedTuple):
-    """How one client's protocol differs from the standard."""
-    incomplete_as_completed: bool = False   # a truncated answer ends as complete, without truncated calls
-    refusal_as_text: bool = False       # the client shows only output_text
+    """How a client differs from the standard."""
+    incomplete_as_completed: bool = False  # a truncated answer ends as complete, without truncated calls
+    refusal_as_text: bool = False  # the client shows only output_text
     # errors that it would retry over HTTP become 200 + response.failed, without an `error` event before it
     errors_as_events: bool = False
-    echo_request: bool = True           # every response object repeats tools and instructions
-    final_failures: bool = False        # it would repeat for minutes what has been tried here on every target
+    echo_request: bool = True  # every response object repeats tools and instructions
+    final_failures: bool = False  # it would repeat for minutes what has been tried here on every target
 
 
 STANDARD = ClientProfile()
 CODEX = ClientProfile(
-    incomplete_as_completed=True,
-    refusal_as_text=True,
-    errors_as_events=True,
-    echo_request=False,
-)
-
+    incomplete_as_completed=True, refusal_as_text=True, errors_as_events=True, echo_request=False)
 CLAUDE_CODE = ClientProfile(refusal_as_text=True, final_failures=True)
 
 
@@ -2001,36 +1895,26 @@ DONE_FRAME = b"data: [DONE]\n\n"
 FILTERED = "The provider's content filter stopped this answer."
 # the fields of a response object that repeat the request, with their defaults
 ECHO_DEFAULTS: JSON = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
+    **dict.fromkeys(("instructions", "max_output_tokens", "max_tool_calls", "previous_response_id")),
+    **dict.fromkeys(("prompt_cache_key", "safety_identifier", "user")),
+    **dict.fromkeys(("store", "background"), False),
+    **dict.fromkeys(("temperature", "top_p"), 1),
+    **dict.fromkeys(("top_logprobs", "presence_penalty", "frequency_penalty"), 0),
     "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "service_tier": "default",
-    "store": False,
-    "background": False,
-    "temperature": 1,
-    "top_p": 1,
-    "top_logprobs": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
     "text": {"format": {"type": "text"}, "verbosity": "medium"},
     "tool_choice": "auto",
     "tools": [],
     "truncation": "disabled",
     "metadata": {},
-    "user": None,
 }
-FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}    # required by Open Responses
+FUNCTION_DEFAULTS = {"description": None, "parameters": None, "strict": True}  # required by Open Responses
 
 
 def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
-    """The fields of a response object that repeat the request."""
     fields = {name: request.get(name, default) for name, default in ECHO_DEFAULTS.items()}
-    fields["store"] = False                 # Pomex keeps nothing
+    fields["store"] = False  # Pomex keeps nothing
     for name in ("reasoning", "text"):
         given = {key: value for key, value in fields[name].items() if value is not None}
         fields[name] = {**ECHO_DEFAULTS[name], **given}
@@ -2038,10 +1922,8 @@ def echo_fields(request: ResponsesRequest, echo_request: bool) -> JSON:
         fields["service_tier"] = "default"
     if not echo_request:
         fields |= {"instructions": None, "tools": []}
-    fields["tools"] = [
-        {**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
-        for tool in fields["tools"]
-    ]
+    fields["tools"] = [{**tool, **FUNCTION_DEFAULTS, **tool} if tool.get("type") == "function" else tool
+                       for tool in fields["tools"]]
     return fields
 
 
@@ -2055,14 +1937,13 @@ class ClientAnswer:
     profile: ClientProfile
     # set later, if at all
     started = False
-    max_chars = 32 << 20    # of one attempt's output
+    max_chars = 32 << 20  # of one attempt's output
     max_items = 4096
-    estimated_input = 0     # tokens
-    secrets = re.compile(r"(?!)")   # a call id must not match it
+    estimated_input = 0  # tokens
+    secrets = re.compile(r"(?!)")  # a call id must not match it
 
     def start(self, attempt: Attempt | None = None) -> bytes:
-        """The frames that open the stream, or nothing if they have been sent; without an attempt, those that
-        need none."""
+        """The frames that open the stream, once; without an attempt, those that need none."""
         return b""
 
     def heartbeat(self) -> bytes:
@@ -2077,7 +1958,7 @@ class ClientAnswer:
         return b""
 
     def delta(self, item: Item, text: str) -> bytes:
-        """More text of the open part of an item, or of a call."""
+        """More text of the open part, or of a call."""
         return f"{item.delta_head}{json_string(text)}{item.delta_tail}".encode()
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
@@ -2085,7 +1966,7 @@ class ClientAnswer:
         return f"{item.delta_head}{between.join(map(json_string, texts))}{item.delta_tail}".encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        """A source of the open text; `item.annotations` has it, as the last one."""
+        """A source of the open text, now the last of `item.annotations`."""
         return b""
 
     def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
@@ -2093,7 +1974,7 @@ class ClientAnswer:
         return b""
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
-        """`rest`: the part of a call's `arguments` that no delta has brought; `json`: the whole item."""
+        """`rest`: what no delta has brought of a call's `arguments`; `json`: the whole item."""
         return b""
 
     def whole_item(self, index: int, json: str) -> bytes:
@@ -2111,7 +1992,7 @@ class ClientAnswer:
 
 class ResponsesAnswer(ClientAnswer):
     """Events of the Responses API, numbered."""
-    sequence = 0            # of the next event
+    sequence = 0  # of the next event
 
     @functools.cached_property
     def echo_json(self) -> str:
@@ -2121,17 +2002,9 @@ class ResponsesAnswer(ClientAnswer):
     def response(self, status: str, output: str = "[]", **fields: Any) -> str:
         """The response object as JSON text, like `output`."""
         head = {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created_s,
-            "status": status,
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
+            "id": self.id, "object": "response", "created_at": self.created_s, "status": status,
             "model": self.request.model,
-            "usage": None,
-            **fields,
-        }
+            **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")), **fields}
         return f'{dumps(head)[:-1]},"output":{output},{self.echo_json}'
 
     def frame(self, kind: str, fields: str) -> bytes:
@@ -2139,6 +2012,9 @@ class ResponsesAnswer(ClientAnswer):
         number = self.sequence
         self.sequence += 1
         return f'event: {kind}\ndata: {{"type":"{kind}","sequence_number":{number},{fields}}}\n\n'.encode()
+
+    def item_frame(self, step: str, index: int, json: str) -> bytes:
+        return self.frame(f"response.output_item.{step}", f'"output_index":{index},"item":{json}')
 
     def start(self, attempt: Attempt | None = None) -> bytes:
         if self.started:
@@ -2151,22 +2027,21 @@ class ResponsesAnswer(ClientAnswer):
         return self.frame("response.in_progress", f'"response":{self.response("in_progress")}')
 
     def begin_item(self, item: Item) -> bytes:
-        item.location_json = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
+        item.location = f'"item_id":{json_string(item.id)},"output_index":{item.index}'
         if item.kind in CALL_FIELD:
-            item.delta_head = f'{item.location_json},"delta":'
+            item.delta_head = f'{item.location},"delta":'
             item.delta_event = f"response.{item.kind}_{CALL_FIELD[item.kind]}.delta"
-        fields = f'"output_index":{item.index},"item":{item.to_json("in_progress")}'
-        frames = [self.frame("response.output_item.added", fields)]
+        frames = self.item_frame("added", item.index, item.to_json("in_progress"))
         for step in HOSTED_STEPS.get(item.kind, ()):
-            frames.append(self.frame(f"response.{item.kind}.{step}", item.location_json))
-        return b"".join(frames)
+            frames += self.frame(f"response.{item.kind}.{step}", item.location)
+        return frames
 
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
         number = len(item.parts[shape.container])
-        item.part_location_json = f'{item.location_json},"{shape.container}_index":{number}'
+        item.part_location = f'{item.location},"{shape.container}_index":{number}'
         item.delta_event = f"{shape.delta}.delta"
-        item.delta_head = f'{item.part_location_json}{shape.more},"delta":'
-        return self.frame(f"{shape.event}.added", f'{item.part_location_json},"part":{item.part_json(shape)}')
+        item.delta_head = f'{item.part_location}{shape.more},"delta":'
+        return self.frame(f"{shape.event}.added", f'{item.part_location},"part":{item.part_json(shape)}')
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.frame(item.delta_event, item.delta_head + json_string(text))
@@ -2179,33 +2054,29 @@ class ResponsesAnswer(ClientAnswer):
         return "".join(frames).encode()
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        return self.frame("response.output_text.annotation.added",
-                          f'{item.part_location_json},"annotation_index":{len(item.annotations) - 1},'
-                          f'"annotation":{item.annotations[-1]}')
+        number = len(item.annotations) - 1
+        fields = f'{item.part_location},"annotation_index":{number},"annotation":{item.annotations[-1]}'
+        return self.frame("response.output_text.annotation.added", fields)
 
     def end_part(self, item: Item, shape: PartShape, text: str, part: str) -> bytes:
-        location_json = item.part_location_json
-        return (self.frame(f"{shape.delta}.done", f'{location_json},"{shape.text}":{text}{shape.more}')
-                + self.frame(f"{shape.event}.done", f'{location_json},"part":{part}'))
+        return (self.frame(f"{shape.delta}.done", f'{item.part_location},"{shape.text}":{text}{shape.more}')
+                + self.frame(f"{shape.event}.done", f'{item.part_location},"part":{part}'))
 
     def end_item(self, item: Item, rest: str, arguments: str, json: str) -> bytes:
         frames = self.delta(item, rest) if rest else b""
         if item.kind in CALL_FIELD:
             name = CALL_FIELD[item.kind]
             more = f',"name":{json_string(item.tool.name)}' if item.tool and name == "arguments" else ""
-            fields = f'{item.location_json},"{name}":{json_string(arguments)}{more}'
+            fields = f'{item.location},"{name}":{json_string(arguments)}{more}'
             frames += self.frame(f"response.{item.kind}_{name}.done", fields)
         if item.kind in HOSTED_STEPS:
-            frames += self.frame(f"response.{item.kind}.completed", item.location_json)
-        return frames + self.frame("response.output_item.done", f'"output_index":{item.index},"item":{json}')
+            frames += self.frame(f"response.{item.kind}.completed", item.location)
+        return frames + self.item_frame("done", item.index, json)
 
     def whole_item(self, index: int, json: str) -> bytes:
-        fields = f'"output_index":{index},"item":{json}'
-        return (self.frame("response.output_item.added", fields)
-                + self.frame("response.output_item.done", fields))
+        return self.item_frame("added", index, json) + self.item_frame("done", index, json)
 
     def terminal(self, attempt: Attempt, now_s: int) -> bytes:
-        """The rest of the output, the terminal event, [DONE]."""
         frames, error, kind = self.start(attempt), attempt.error, attempt.status
         if error and not self.profile.errors_as_events:
             frames += self.frame("error", f'"error":{dumps(error.body()["error"])}')
@@ -2214,17 +2085,14 @@ class ResponsesAnswer(ClientAnswer):
         return frames + self.frame(f"response.{kind}", f'"response":{attempt.body(now_s)}') + DONE_FRAME
 
     def body(self, attempt: Attempt, now_s: int) -> str:
-        error, usage = attempt.error, attempt.usage
+        error, usage, status = attempt.error, attempt.usage, attempt.status
         assert usage is not None
         return self.response(
-            attempt.status,
-            attempt.output(),
-            completed_at=now_s if attempt.status == "completed" else None,
+            status, attempt.output(),
+            completed_at=now_s if status == "completed" else None,
             error={"code": error.code, "message": str(error)} if error else None,
-            incomplete_details=(
-                {"reason": attempt.incomplete_reason} if attempt.status == "incomplete" else None),
-            usage=usage_object(usage),
-        )
+            incomplete_details={"reason": attempt.incomplete_reason} if status == "incomplete" else None,
+            usage=usage_object(usage))
 
 
 def usage_object(usage: Usage) -> JSON:
@@ -2239,10 +2107,9 @@ def usage_object(usage: Usage) -> JSON:
 
 
 def usage_from(
-    given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True
-) -> Usage | None:
+        given: Any, answer: JSON, asked_12h: bool = False, reasoning_within: bool = True) -> Usage | None:
     """Reads `given`, the usage object of `answer`, in the fields of Responses or Chat Completions; None if it
-    has neither. `asked_12h` decides if the answer does not name the lifetime of its cache writes."""
+    has neither. `asked_12h`: the lifetime of cache writes where the answer names none."""
     given = as_dict(given)
     totals = map(given.get, ("input_tokens", "prompt_tokens", "output_tokens", "completion_tokens"))
     if not {int, float} & set(map(type, totals)):
@@ -2281,24 +2148,24 @@ class Attempt(Sink):
     After any number of `feed`s comes one `finish`: `status`, `usage` and `error` hold the outcome, and
     `terminal()` makes the last frames. The client gets nothing of `out` before `output_started`.
     """
-    output_started = False   # too late for another target
-    upstream_done = False    # no more data will come
+    output_started = False  # too late for another target
+    upstream_done = False  # no more data will come
     ended = False
     usage: Usage | None = None
     stop: Stop | None = None
     error: GatewayError | None = None
     status = "in_progress"
     terminal_by = "gateway"  # "": the answer was an error's status, not a stream
-    output_chars = 0         # for estimates
-    unbilled = False         # the provider refused the request and will not bill it
-    estimated_input = 0      # tokens; 0 if no provider was called
-    opening = b""            # the upstream's own first event, where it passes
+    output_chars = 0  # for estimates
+    unbilled = False  # the provider refused the request and will not bill it
+    estimated_input = 0  # tokens; 0 if no provider was called
+    opening = b""  # the upstream's own first event, where it passes
 
     def __init__(self, answer: ClientAnswer) -> None:
         self.answer = answer
         self.out: list[bytes] = []
-        self.items: dict[int, str] = {}     # finished items as JSON text, by output_index
-        self.output_limit = answer.max_chars    # of output_chars; other held data lowers it
+        self.items: dict[int, str] = {}  # finished items as JSON text, by output_index
+        self.output_limit = answer.max_chars  # of output_chars; other held data lowers it
         self.items_left = answer.max_items
 
     @property
@@ -2313,14 +2180,12 @@ class Attempt(Sink):
 
     def emit(self, frames: Callable[..., bytes], *arguments: Any) -> None:
         """Adds frames of the answer, if it is streamed."""
-        answer = self.answer
-        if answer.request.stream:
-            self.out.append(answer.start(self))
-            self.out.append(frames(*arguments))
+        if self.answer.request.stream:
+            self.out += self.answer.start(self), frames(*arguments)
 
     def finish(self, error: GatewayError | None = None, notify_client: bool = True) -> None:
         """Ends the attempt, which fails without evidence that the model had finished. `error`: of a broken
-        connection. If the client has left, no item is closed: that takes 20 ms for a long answer."""
+        connection. For a client that left, no item is closed: 20 ms for a long answer."""
         if self.ended:
             return
         self.ended = True
@@ -2328,7 +2193,7 @@ class Attempt(Sink):
         usage, reported = self.usage, self.error
         unbilled = self.unbilled or (reported is not None and not self.output_chars)
         self.error = reported or self.find_error(error)
-        if usage == Usage() and self.error is reported:     # the answer is not empty
+        if usage == Usage() and self.error is reported:  # the answer is not empty
             usage = None
         if notify_client:
             self.close_open_items()
@@ -2336,7 +2201,7 @@ class Attempt(Sink):
         if self.error is not None:
             self.status = "failed"
         counts = usage or Usage(0 if unbilled else self.estimated_input, estimated=not unbilled)
-        if usage is None or usage.estimated:    # Anthropic counts input first, output at the end
+        if usage is None or usage.estimated:  # Anthropic counts input first, output at the end
             counts = dataclasses.replace(counts, output=max(counts.output, -(-self.output_chars // 4)))
         self.usage = checked_usage(counts)
 
@@ -2376,8 +2241,6 @@ class Attempt(Sink):
         self.error = error
         self.upstream_done = True
 
-    # the end
-
     def close_open_items(self) -> None:
         """Finishes or abandons the open items, before the status is decided."""
 
@@ -2400,65 +2263,57 @@ class Attempt(Sink):
 
 class PartShape(NamedTuple):
     """The wire format of one channel of text."""
-    event: str      # family of the part's own .added and .done
-    container: str  # the item's list of such parts; a part's number is its `{container}_index`
     type: str
-    text: str       # the field that holds the text
-    delta: str      # family of the text's .delta and .done
+    delta: str  # family of the text's .delta and .done
+    text: str = "text"  # the field that holds the text
     more: str = ""  # further fields of these events, required by the SDK's types
+    event: str = "response.content_part"  # family of the part's own .added and .done
+    container: str = "content"  # the item's list of such parts; a part's number is its `{container}_index`
 
 
 PARTS = {
-    "text": PartShape("response.content_part", "content", "output_text", "text",
-                      "response.output_text", ',"logprobs":[]'),
-    "refusal": PartShape("response.content_part", "content", "refusal", "refusal", "response.refusal"),
-    "summary": PartShape("response.reasoning_summary_part", "summary", "summary_text", "text",
-                         "response.reasoning_summary_text"),
-    "raw": PartShape("response.content_part", "content", "reasoning_text", "text", "response.reasoning_text"),
+    "text": PartShape("output_text", "response.output_text", more=',"logprobs":[]'),
+    "refusal": PartShape("refusal", "response.refusal", "refusal"),
+    "summary": PartShape("summary_text", "response.reasoning_summary_text",
+                         event="response.reasoning_summary_part", container="summary"),
+    "raw": PartShape("reasoning_text", "response.reasoning_text"),
 }
 ID_PREFIX = {
-    "message": "msg_",
-    "reasoning": "rs_",
-    "function_call": "fc_",
-    "custom_tool_call": "ctc_",
-    "tool_search_call": "tsc_",
-    "local_shell_call": "lsh_",
-    "web_search_call": "ws_",
+    "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_",
+    "tool_search_call": "tsc_", "local_shell_call": "lsh_", "web_search_call": "ws_",
     "image_generation_call": "ig_",
 }
 HOSTED_STEPS = {
-    "web_search_call": ("in_progress", "searching"),
-    "image_generation_call": ("in_progress", "generating"),
-}
-CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}       # their text
+    "web_search_call": ("in_progress", "searching"), "image_generation_call": ("in_progress", "generating")}
+CALL_FIELD = {"function_call": "arguments", "custom_tool_call": "input"}  # their text
 
 
 @dataclass
 class Item:
     """An output item that is being streamed, with at most one open part."""
     kind: ItemType
-    fields: JSON = field(default_factory=dict)  # fields that no part fills, e.g. {"phase": "commentary"}
+    fields: JSON = field(default_factory=dict)  # that no part fills, e.g. {"phase": "commentary"}
     # of a call
     call_id: str = ""
     tool: Tool | None = None
     arguments: list[str] = field(default_factory=list)  # or input, in pieces
-    held_back: bool = False     # sent as a whole: controls are escaped, parameters renamed, input unwrapped
+    held_back: bool = False  # sent as a whole: controls are escaped, parameters renamed, input unwrapped
     # since output_item.added
     id = ""
     index = -1
-    location_json = ""      # `"item_id":..,"output_index":..`
+    location = ""  # `"item_id":..,"output_index":..`
     parts: dict[str, list[str]] = field(default_factory=dict)  # finished ones as JSON text, by container
     # of the open part, or of a call
     shape: PartShape | None = None
-    upstream_part = 0       # the provider's number for it
+    upstream_part = 0  # the provider's number for it
     delta_event = ""
-    delta_head = ""         # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
-    delta_tail = ""         # what follows it
-    part_location_json = ""     # `"item_id":..,"output_index":..,"content_index":..`
+    delta_head = ""  # a delta's fields before its text: `"item_id":..,"output_index":..,"delta":`
+    delta_tail = ""  # what follows it
+    part_location = ""  # `"item_id":..,"output_index":..,"content_index":..`
     annotations: list[str] = field(default_factory=list)  # as JSON text
     text: list[str] = field(default_factory=list)  # also white space before a part
-    pending_surrogate: str = ""     # the first half of a pair
-    done = False            # the provider has ended the item
+    pending_surrogate: str = ""  # the first half of a pair
+    done = False  # the provider has ended the item
 
     def part_json(self, shape: PartShape, text: str = '""') -> str:
         """The part as JSON text, like `text`: a long one is encoded only once."""
@@ -2474,9 +2329,9 @@ class Item:
             return unwrap(raw) if self.held_back else raw
         if self.tool is None:
             return raw
-        if self.held_back:      # models write raw line ends in strings, which strict readers refuse
+        if self.held_back:  # models write raw line ends in strings, which strict readers refuse
             raw = JSON_STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), raw)
-        if self.done and not raw.strip():       # a tool without arguments
+        if self.done and not raw.strip():  # a tool without arguments
             raw += "{}"
         if parse_object(raw) is None:
             return None
@@ -2500,7 +2355,7 @@ class Assembler(Attempt):
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
-        self.open_items: dict[Any, Item] = {}   # by key
+        self.open_items: dict[Any, Item] = {}  # by key
         self.next_index = 0
         self.shapes = dict(PARTS)
         if answer.profile.refusal_as_text:
@@ -2540,7 +2395,7 @@ class Assembler(Attempt):
             return
         if not item.id:
             item.text.append(text)
-            if not text.strip():    # claude-opus-4-6 opens with "\n\n" before it thinks
+            if not text.strip():  # claude-opus-4-6 opens with "\n\n" before it thinks
                 self.check_limits(len(text))
                 return
             text = "".join(item.text)
@@ -2549,7 +2404,7 @@ class Assembler(Attempt):
         if self.output_chars > self.output_limit:
             self.check_limits()
         shape = self.shapes.get(channel)
-        if shape is None:   # a call
+        if shape is None:  # a call
             item.arguments.append(text)
             if channel == "arguments" and (item.kind == "custom_tool_call" or CONTROL.search(text)):
                 item.held_back = True
@@ -2584,7 +2439,7 @@ class Assembler(Attempt):
 
     def done(self, key: Any = None, **fields: Any) -> None:
         item = self.open_items.get(key)
-        if item is None or not item.id:     # nothing but white space, or less
+        if item is None or not item.id:  # nothing but white space, or less
             self.open_items.pop(key, None)
             return
         item.done = True
@@ -2627,7 +2482,7 @@ class Assembler(Attempt):
 
     def open_part(self, item: Item, shape: PartShape, upstream_part: int = 0) -> None:
         self.close_part(item)
-        item.parts.setdefault(shape.container, [])      # reasoning may have content, too
+        item.parts.setdefault(shape.container, [])  # reasoning may have content, too
         item.shape, item.upstream_part = shape, upstream_part
         item.text, item.annotations = [], []
         self.emit(self.answer.begin_part, item, shape)
@@ -2643,7 +2498,6 @@ class Assembler(Attempt):
         item.shape = None
 
     def text_delta(self, item: Item, text: str) -> None:
-        """More text of the open part of an item, or of a call."""
         if not text:
             return
         item.text.append(text)
@@ -2659,12 +2513,10 @@ class Assembler(Attempt):
         self.close_part(item)
         rest = ""
         if item.tool and item.kind in CALL_FIELD:
-            rest = arguments.removeprefix("".join(item.text))   # e.g. input without its fence
+            rest = arguments.removeprefix("".join(item.text))  # e.g. input without its fence
         text = item.to_json(status, arguments)
         self.emit(self.answer.end_item, item, rest, arguments, text)
         self.items[item.index] = text
-
-    # the end
 
     def close_open_items(self) -> None:
         self.open_items = {key: item for key, item in self.open_items.items() if item.id}
@@ -2712,13 +2564,11 @@ class Assembler(Attempt):
 
 
 def call_fields(tool: Tool, arguments: str) -> JSON:
-    """The fields of a call that depend on its type."""
     if tool.kind == "tool_search_call":
         return {"execution": "client", "arguments": parse_object(arguments) or {}}
     if tool.kind == "local_shell_call":
-        given = parse_object(arguments) or {}
-        return {"action": {"command": [], **given, "type": "exec", "env": {}}}
-    fields: JSON = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
+        return {"action": {"command": [], **(parse_object(arguments) or {}), "type": "exec", "env": {}}}
+    fields = {"name": tool.name, CALL_FIELD[tool.kind]: arguments}
     return {**fields, "namespace": tool.namespace} if tool.namespace else fields
 
 
@@ -2731,7 +2581,7 @@ TEXTS: dict[str, tuple[PartType, str, str]] = {
     "summary_text": ("summary", "reasoning", "text"),
     "reasoning_summary_text": ("summary", "reasoning", "text"),
     "reasoning_text": ("raw", "reasoning", "text"),
-    "reasoning": ("raw", "reasoning", "text"),      # Open Responses uses this name
+    "reasoning": ("raw", "reasoning", "text"),  # of Open Responses
     "function_call_arguments": ("arguments", "call", "arguments"),
     "custom_tool_call_input": ("input", "call", "input"),
 }
@@ -2744,9 +2594,9 @@ class UpstreamText:
     channel: PartType
     pieces: list[str] = field(default_factory=list)
     index: int = 0
-    sent: bool = False          # the sink has everything so far
+    sent: bool = False  # the sink has everything so far
     done: bool = False
-    annotations: list[JSON] = field(default_factory=list)       # of a snapshot's text
+    annotations: list[JSON] = field(default_factory=list)  # of a snapshot's text
 
     def so_far(self) -> str:
         self.pieces[:] = ["".join(self.pieces)]
@@ -2756,19 +2606,19 @@ class UpstreamText:
 @dataclass(slots=True, eq=False)
 class UpstreamItem:
     """The current state of an item."""
-    kind: Any                   # "message", "reasoning", "call", or the type of another item
-    item: JSON                  # its newest snapshot
+    kind: Any  # "message", "reasoning", "call", or the type of another item
+    item: JSON  # its newest snapshot
     upstream_index: Any
-    index: int = -1             # ours
-    shown: bool = False         # the sink knows of it
-    done: bool = False          # the server called it done
-    closed: bool = False        # no further event is expected for it
-    annotation_count: int = 0   # from annotation events
+    index: int = -1  # ours
+    shown: bool = False  # the sink knows of it
+    done: bool = False  # the server called it done
+    closed: bool = False  # no further event is expected for it
+    annotation_count: int = 0  # from annotation events
     texts: list[UpstreamText] = field(default_factory=list)
     numbered: dict[Any, UpstreamText] = field(default_factory=dict)
 
     def text(self, channel: PartType, number: Any, done: bool = False) -> UpstreamText:
-        """The text that a piece continues or a `done` event, perhaps with another number, completes."""
+        """The text that a piece continues, or that a `done` event, perhaps with another number, completes."""
         text = self.numbered.get((channel, number))
         if text is None and done and self.texts:
             last = self.texts[-1]
@@ -2804,10 +2654,7 @@ def item_kind(item: JSON) -> Any:
 
 
 def item_content(item: JSON) -> str:
-    content = dict(item)
-    for name in ("id", "call_id", "status"):
-        content.pop(name, None)
-    return dumps(content)
+    return dumps({name: value for name, value in item.items() if name not in ("id", "call_id", "status")})
 
 
 def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -2824,16 +2671,15 @@ def pair(given: list[Any], known: list[Any], *keys: Callable[[Any], Any]) -> dic
         given = [new for new in given if new not in found]
         known = [each for each in known if each not in taken]
         if not given or not known:
-            break                               # some keys cost as much as their item
+            break  # some keys cost as much as their item
     return found
 
 
 class UpstreamItems(list[UpstreamItem]):
     """The items of a stream, found by their events. Servers give an item a new id in every event (Copilot),
     distinguish items only by id (llama.cpp) or not at all, count from 1, or give all the same index. So any
-    key identifies an open item, and an event without one is about the newest of its kind. An `added` event,
-    or an event for a finished item, begins another item if a key differs."""
-
+    key identifies an open item; an event without one is about the newest of its kind. An `added` event, or
+    one for a finished item, begins another item if a key differs."""
     open_count = 0
 
     def __init__(self) -> None:
@@ -2844,7 +2690,7 @@ class UpstreamItems(list[UpstreamItem]):
         """The item of an event. For a text it may be an item of a kind whose texts are not read."""
         index = event.get("output_index")
         known = self.by_key.get((kind, event.get("item_id"), index))
-        if known and not known.done and "item" not in event:        # nearly always
+        if known and not known.done and "item" not in event:  # nearly always
             return known
         begins = event["type"] == "response.output_item.added"
         item = event.get("item") or {}
@@ -2858,9 +2704,7 @@ class UpstreamItems(list[UpstreamItem]):
                 break
         else:
             known = self.by_key.get(kind if index is None else index)
-            if known and known.is_followed(
-                    event, kind, begins,
-                    other=known.is_other(item_id, call_id)):
+            if known and known.is_followed(event, kind, begins, other=known.is_other(item_id, call_id)):
                 known = None
         if known is None:
             return self.add(UpstreamItem(kind, {"id": item_id, **item}, index))
@@ -2884,8 +2728,8 @@ class UpstreamItems(list[UpstreamItem]):
             self.by_key[known.kind, item["id"], known.upstream_index] = known
 
     def take_final(self, output: list[JSON]) -> list[tuple[UpstreamItem, JSON]]:
-        """The items of a final response, each with its record: by id, by content, in order among its kind. No
-        call matches a finished one. New items take the following indices."""
+        """The items of a final response, each with its record: by id, by content, in order among its kind
+        (but no call matches a finished one). New items take the following indices."""
         given = [UpstreamItem(item_kind(item), item, None) for item in output]
         found = pair(
             given, self,
@@ -2893,11 +2737,10 @@ class UpstreamItems(list[UpstreamItem]):
             lambda each: item_content(each.item),
             lambda each: (each.kind, each.kind == "call" and each.done and each, each.item.get("name")))
         used = [each.upstream_index for each in self if isinstance(each.upstream_index, int)]
-        next_index = max([len(self) - 1, *used])
+        numbers = itertools.count(max([len(self) - 1, *used]) + 1)
         for new in given:
             if new not in found:
-                next_index += 1
-                new.upstream_index = next_index
+                new.upstream_index = next(numbers)
                 self.add(new)
         return [(found.get(new, new), new.item) for new in given]
 
@@ -2938,12 +2781,11 @@ def fill_item(item: JSON, known: UpstreamItem) -> bool:
             whole = unwrap(whole) or whole
         item[name] = whole or ("{}" if name == "arguments" else "")
         return True
-    parts = only_dicts(item.get("content"))
     if known.kind != "message" or has_text:
         return False
     shapes = [(PARTS[text.channel], text.so_far()) for text in known.texts]
     filled = [{"type": shape.type, shape.text: text, "annotations": []} for shape, text in shapes]
-    item["content"] = filled or parts
+    item["content"] = filled or only_dicts(item.get("content"))
     return True
 
 
@@ -2957,43 +2799,42 @@ def is_incomplete_call(item: JSON) -> bool:
 
 # --- 5.9 passthrough ---
 #
-# If the upstream speaks the client's API, its events pass unchanged. A wire needs a subclass with its
+# If the upstream speaks the client's API, its events pass unchanged. A subclass for each wire has its
 # patterns, and a method for each type of parsed event: on_response_created for `response.created`.
 
-# possessive: otherwise the backtracking state takes 130 bytes for each byte
+# possessive: the backtracking state would take 130 bytes for each byte
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]++|\\.)*+")')
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?\d+')
 
 
 class Passthrough(Attempt):
     """An attempt whose events pass unread, except PARSED_EVENTS. Their numbers follow ours."""
-    API_EVENTS: bytes                       # occurs in every event of the API
-    OUTPUT_EVENTS: re.Pattern[bytes]        # output begins: too late for another target
+    API_EVENTS: bytes  # occurs in every event of the API
+    OUTPUT_EVENTS: re.Pattern[bytes]  # output begins: too late for another target
     PARSED_EVENTS: re.Pattern[bytes]
-    PLAIN_EVENTS: re.Pattern[bytes]         # a run of numbered events that pass unread, in the usual form
-    DEFERRED_EVENTS: tuple[bytes, ...]      # one occurs in each unread event that may be needed later
-    whole: Callable[[bytes], None]          # takes a response that came as one JSON object
+    PLAIN_EVENTS: re.Pattern[bytes]  # a run of numbered events that pass unread, in the usual form
+    DEFERRED_EVENTS: tuple[bytes, ...]  # one occurs in each unread event that may be needed later
+    whole: Callable[[bytes], None]  # takes a response that came as one JSON object
 
     def __init__(self, answer: ClientAnswer, seal: Callable[[JSON], str], decoder: Any) -> None:
         super().__init__(answer)
         self.estimated_input = answer.estimated_input
         self.seal = seal
-        self.decoder = decoder                  # reads the events too, for usage and evidence
-        self.decoder.sink = weakref.proxy(self)     # a cycle would keep both until a collection
+        self.decoder = decoder  # reads the events too, for usage and evidence
+        self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder(MAX_EVENT_BYTES)
-        self.withheld: list[bytes] = []         # until output begins; for Chat also the end
+        self.withheld: list[bytes] = []  # until output begins; for Chat also the end
         self.deferred: list[bytes] = []
         self.passed_bytes = 0
-        self.final_response: JSON = {}          # the upstream's own object
+        self.final_response: JSON = {}  # the upstream's own object
 
     def feed(self, data: bytes) -> None:
         """Reads bytes of any length. UpstreamError if an event that must be read is not JSON."""
         block, at = self.events.split(data), 0
         while not self.upstream_done and (end := block.find(b"\n\n", at)) >= 0:
             run = self.PLAIN_EVENTS.match(block, at) if self.output_started else None
-            if run:                             # nearly always
-                plain = run[0]
-                self.pass_unread(plain, len(plain))
+            if run:  # nearly always
+                self.pass_unread(run[0], len(run[0]))
                 at = run.end()
                 continue
             for event in self.events.parse(block[at:end]):
@@ -3009,7 +2850,7 @@ class Passthrough(Attempt):
             self.read(data, frame)
         elif self.API_EVENTS in frame:
             self.pass_unread(frame)
-        else:                                   # not an event of the API: an error counts in any form
+        else:  # not an event of the API: an error counts in any form
             self.error = self.error or self.decoder.stray_error(data, name == "error")
 
     def read(self, data: str, frame: bytes) -> None:
@@ -3060,32 +2901,31 @@ class Passthrough(Attempt):
         """The body ended cleanly. If every item is done, that counts as an end."""
         for event in self.events.finish():
             self.take_event(event)
-        if not self.events.truncated:           # a truncated event may have contained anything
+        if not self.events.truncated:  # a truncated event may have contained anything
             self.decoder.end()
 
     def fail(self, error: GatewayError) -> None:
-        self.error = self.error or error        # its response.failed may follow, with usage
+        self.error = self.error or error  # its response.failed may follow, with usage
 
 
 class ResponsesPassthrough(Passthrough):
     """The first and terminal events are ours, and those of items that only the final response contains."""
     API_EVENTS = b'"response.'
-    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')    # output_text.delta, not response.metadata
+    OUTPUT_EVENTS = re.compile(rb'"type": ?"response\.\w+\.')  # output_text.delta, not response.metadata
     PARSED_EVENTS = re.compile(
         rb'"type": ?"(?:error|response\.(?:created|queued|in_progress|completed|failed|incomplete'
         rb'|output_item\.added|output_item\.done))"')
     PLAIN_EVENTS = re.compile(
         rb'(?:event: response.++\n'
         rb'data: \{"type":"response\.(?!output_item)\w++\.\w++","sequence_number":\d++,.++\n\n)++')
-    DEFERRED_EVENTS = (b'.done"', b"_call_")    # whole texts, and the arguments of calls
-    streamed_items = math.inf                   # the number of items that came before the final response
+    DEFERRED_EVENTS = (b'.done"', b"_call_")  # whole texts, and the arguments of calls
+    streamed_items = math.inf  # the number of items that came before the final response
     answer: ResponsesAnswer
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        cache_options = self.answer.request.get("prompt_cache_options", {})
-        self.decoder.asked_12h = cache_options.get("ttl") == "12h"
-        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}   # done events, for an incomplete answer
+        self.decoder.asked_12h = self.answer.request.get("prompt_cache_options", {}).get("ttl") == "12h"
+        self.incomplete_calls: dict[int, tuple[JSON, bytes]] = {}  # done events, for an incomplete answer
 
     def send(self, block: bytes, most: int) -> None:
         """Numbers the events, continuing from our last one."""
@@ -3099,7 +2939,7 @@ class ResponsesPassthrough(Passthrough):
     on_response_queued = on_response_in_progress = on_response_created
 
     def on_response_output_item_done(self, event: JSON, frame: bytes) -> None:
-        """Handles an item that is added or done. An item without content waits for the final response."""
+        """An item is added or done. One without content waits for the final response."""
         item, items = event.get("item"), self.decoder.items
         if not isinstance(item, dict):
             return
@@ -3144,24 +2984,20 @@ class ResponsesPassthrough(Passthrough):
     def release_items(self) -> None:
         """Sends the items that waited for the final response, or that only it contains."""
         for known in self.decoder.items:
-            event = {
-                "type": "response.output_item.done",
-                "sequence_number": 0,
-                "output_index": known.upstream_index,
-                "item": known.item}
+            event = {"type": "response.output_item.done", "sequence_number": 0,
+                     "output_index": known.upstream_index, "item": known.item}
             self.give_item(known, *self.incomplete_calls.get(known.index, (event, b"")))
 
     def adapted(self, event: JSON, frame: bytes) -> bytes:
         """The frame of an item's event, with sealed encrypted content, and refusals as text where the client
         reads only that. Makes the frame if none is given."""
         item = event["item"]
-        if item.get("encrypted_content"):
-            item["encrypted_content"] = self.seal({"encrypted_content": item["encrypted_content"]})
+        if encrypted := item.get("encrypted_content"):
+            item["encrypted_content"] = self.seal({"encrypted_content": encrypted})
             frame = b""
         for part in only_dicts(item.get("content")):
             if part.get("type") == "refusal" and self.answer.profile.refusal_as_text:
-                text = part.pop("refusal", "")
-                part.update(type="output_text", text=text, annotations=[])
+                part.update(type="output_text", text=part.pop("refusal", ""), annotations=[])
                 frame = b""
         return frame or sse_frame(event["type"], dumps(event))
 
@@ -3213,29 +3049,23 @@ class ResponsesPassthrough(Passthrough):
         elif reason == "content_filter" and self.has_no_message():
             self.decoder.add_final([{
                 "id": f"msg_{self.answer.id.removeprefix('resp_')}",
-                "type": "message",
-                "status": "completed",
-                "role": "assistant",
+                "type": "message", "status": "completed", "role": "assistant",
                 "content": [{"type": "output_text", "text": FILTERED, "annotations": []}]}])
             self.release_items()
 
     def body(self, now_s: int) -> str:
         """The upstream's own response, if any, with our id and model and the items sent."""
-        if self.status == "failed" or not self.final_response.get("object"):
+        answer, response = self.answer, self.final_response
+        if self.status == "failed" or not response.get("object"):
             return super().body(now_s)
         assert self.usage is not None
-        usage = as_dict(self.final_response.get("usage"))
-        response = {
-            **self.final_response,
-            "id": self.answer.id,
-            "created_at": self.answer.created_s,
-            "model": self.answer.request.model,
-            "status": self.status,
-            "usage": merge_counts(usage, usage_object(self.usage))}
+        usage = merge_counts(as_dict(response.get("usage")), usage_object(self.usage))
+        response = {**response, "id": answer.id, "created_at": answer.created_s,
+                    "model": answer.request.model, "status": self.status, "usage": usage}
         if self.incomplete_reason:
             response["incomplete_details"] = {"reason": self.incomplete_reason}
         else:
-            response["completed_at"] = now_s            # by the clock of created_at
+            response["completed_at"] = now_s  # by the clock of created_at
         response.pop("output", None)
         return f'{dumps(response)[:-1]},"output":{self.output()}}}'
 
@@ -4182,8 +4012,8 @@ class MessagesPassthrough(Passthrough):
             self.close_block()
         elif kind == "content_block_stop" and self.decoder.blocks.get(index) is not self.open_block:
             return                              # it has ended
-        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
-        self.decoder.read({**event, **named})
+        is_error = frame.startswith(b"event: error\n")      # whatever its form
+        self.decoder.read({**event, "type": "error"} if is_error else event)
         if self.error is not None:
             return
         if kind == "message_start":
@@ -4319,8 +4149,8 @@ def api_of(path: str) -> str:
 
 # === 6. providers ===
 #
-# One block per wire API, each with the same two pure things: an encoder of the whole request, and a decoder
-# that is fed one event at a time and calls a Sink. Then the table.
+# One block per wire API: an encoder of the whole request, and a decoder that is fed one event at a time and
+# calls a Sink. Then the table.
 
 def object_in(holder: JSON, name: str) -> JSON:
     """The member of this name if it is an object, else {}."""
@@ -4328,14 +4158,14 @@ def object_in(holder: JSON, name: str) -> JSON:
 
 
 def objects_in(holder: JSON, name: str) -> list[JSON]:
-    """The objects in the member of this name, which should be an array."""
+    """The objects in the array of this name."""
     return only_dicts(holder.get(name))
 
 
 # --- 6.0 errors of providers ---
 #
-# A provider's failure, an HTTP body or an event, becomes one ProviderError. Routing decides by its kind,
-# because the status alone misleads: Gemini answers a bad key with 400, and llama.cpp refuses with 500.
+# Routing decides by the kind of a failure, because the status misleads: Gemini answers a bad key with 400,
+# and llama.cpp refuses with 500.
 
 ErrorKind: TypeAlias = Literal[
     "rate_limit", "quota", "overload", "network", "auth", "model_not_found", "context_length", "bad_request",
@@ -4343,7 +4173,7 @@ ErrorKind: TypeAlias = Literal[
 
 
 class ErrorClass(NamedTuple):
-    """The client's error for one kind of failure. Status 0: the provider's own if it is a 4xx, else 400."""
+    """The client's error. Status 0: the provider's own if it is a 4xx, else 400."""
     status: int
     type: str = "server_error"
     code: str = "server_error"
@@ -4362,8 +4192,7 @@ ERROR_CLASSES: dict[ErrorKind, ErrorClass] = {
     "tool_generation": ErrorClass(502),
 }
 
-# The first match decides: one of the provider's names for the failure (error_names, the HTTP status), or its
-# message.
+# The first match decides: a name of the failure (error_names, the HTTP status), or its message.
 ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("tool_generation", "tool_use_failed", ""),
     ("context_length", "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
@@ -4394,8 +4223,8 @@ ERROR_RULES: list[tuple[ErrorKind, str, str]] = [
     ("bad_request", "http4xx invalid_request_error", ""),
 ]
 
-MAX_UPSTREAM_TEXT = 300         # characters of a provider's message that the client gets
-MAX_SOURCE_TEXT = 65536         # characters of it that are searched for configured secrets
+MAX_UPSTREAM_TEXT = 300  # characters of a message that the client gets
+MAX_SOURCE_TEXT = 65536  # characters searched for configured secrets
 MAX_RETRY_AFTER_S = 60.0
 
 # keys, tokens and paths
@@ -4405,7 +4234,6 @@ SECRET = re.compile(
     r"|(?<=key=)[^\s&\"']+|[A-Za-z0-9+/]{40,}={0,2}"
     r"|(?<![\w:/.])/(?:home|root|Users|mnt|opt|var|tmp|data|srv|private|workspace|models)/[^\s\"',:;)]+",
     re.IGNORECASE)
-# the places of errors of all forms, and the names of their fields
 ERROR_FIELDS = "error base_resp errors ret detail".split()
 MESSAGE_FIELDS = "message msg error_msg errorMessage status_msg errmsg".split()
 CODE_FIELDS = "code error_code errorCode statusCode status_code errcode".split()
@@ -4427,8 +4255,8 @@ class ProviderError(UpstreamError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
-        upstream_status: int = 0,       # 0: an error inside a stream, or no answer at all
-        source_text: str = "",          # the provider's text before `redacted` shortened it
+        upstream_status: int = 0,  # 0: in a stream, or no answer at all
+        source_text: str = "",  # before `redacted` shortened it
     ) -> None:
         shown = ERROR_CLASSES[kind]
         status = shown.status or (upstream_status if 400 <= upstream_status < 500 else 400)
@@ -4443,14 +4271,13 @@ class ProviderError(UpstreamError):
 
 
 def provider_error(status: int, headers: Headers, body: bytes, now_s: float = 0.0) -> ProviderError:
-    """The failure in an HTTP answer."""
     return classify_error(decode_error(body.decode("utf-8", "replace")), status, headers, now_s)
 
 
 def classify_error(
     decoded: Any, status: int = 0, headers: Iterable[tuple[str, str]] = (), now_s: float = 0.0,
 ) -> ProviderError:
-    """The failure that a decoded error reports; without an HTTP status the one in its own fields counts."""
+    """Without an HTTP status the one in the error's own fields counts."""
     fields = error_object(decoded)
     numbers = map(str, map(fields.get, STATUS_FIELDS))
     status = status or int(next(filter(STATUS.fullmatch, numbers), 0))
@@ -4461,7 +4288,7 @@ def classify_error(
     message = redacted(source) or f"The provider {answered} without a reason."
     if kind == "auth" and not re.search("country|territory", source):
         message = "The provider refused the gateway's credentials."
-        source = ""                     # remarks on our key are not for the client
+        source = ""  # remarks on our key are not for the client
     code, param = str(fields["code"] or ""), fields.get("param")
     if kind != "bad_request" or not CODE.fullmatch(code):
         code = "server_is_overloaded" if "server_is_overloaded" in names else ""
@@ -4479,12 +4306,11 @@ def error_kind(names: set[str], text: str) -> ErrorKind:
 
 
 def error_object(decoded: Any) -> JSON:
-    """The fields of an error of any form, at least `message` and `code`. The innermost value has priority: in
-    `error`, which may be a string, MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's
-    `detail`, and the error of OpenRouter's provider."""
+    """The fields of an error of any form, at least `message` and `code`. The innermost wins: in `error` (or a
+    string), MiniMax's `base_resp`, Cloudflare's `errors`, Alibaba's `ret`, FastAPI's `detail`."""
     fields: JSON = {"message": "", "code": None}
     while decoded:
-        if isinstance(decoded, list):           # Gemini wraps one in an array; FastAPI lists several
+        if isinstance(decoded, list):  # Gemini wraps one in an array; FastAPI lists several
             texts = [each for each in decoded if isinstance(each, str)]
             decoded = "; ".join(texts) or decoded[0]
             continue
@@ -4492,7 +4318,7 @@ def error_object(decoded: Any) -> JSON:
         text, code = (
             next(filter(None, map(level.get, names)), None) for names in (MESSAGE_FIELDS, CODE_FIELDS))
         fields |= without_empty({**level, "message": value_text(text), "code": code})
-        if isinstance(level.get("loc"), list):  # FastAPI: the place in the request
+        if isinstance(level.get("loc"), list):  # FastAPI
             fields["param"] = place = ".".join(map(str, level["loc"]))
             fields["message"] = f"{place}: {fields['message']}"
         raw = object_in(level, "metadata").get("raw")
@@ -4513,8 +4339,8 @@ def decode_error(text: str) -> Any:
 
 
 def error_names(fields: JSON) -> list[str]:
-    """The provider's own names for the failure, in lower case."""
-    names = ["tool_use_failed"] if "failed_generation" in fields else []         # Groq
+    """The provider's names for the failure, in lower case."""
+    names = ["tool_use_failed"] if "failed_generation" in fields else []  # Groq
     holders = [fields, object_in(fields, "metadata")]
     for detail in objects_in(fields, "details"):
         holders += [detail, *objects_in(detail, "violations")]
@@ -4525,8 +4351,7 @@ def error_names(fields: JSON) -> list[str]:
 
 
 def states_error(body: JSON, whole: bool = False) -> bool:
-    """Is an event, or a `whole` answer with 200, an error? In an answer only `error` and MiniMax's status
-    count; a code that means success never does."""
+    """Is an event, or a `whole` answer with 200, an error? With content only for `error` and `base_resp`."""
     if body.get("error") or is_failure(object_in(body, "base_resp").get("status_code")):
         return True
     if any(map(body.get, ANSWER_FIELDS)):
@@ -4549,8 +4374,8 @@ def value_text(value: Any) -> str:
 
 
 def plain_text(text: str) -> str:
-    """The title of an HTML page, else the text of a body that is not JSON."""
-    text = text[:8192]          # both patterns search for an end from every start
+    """The title of an HTML page, else its text."""
+    text = text[:8192]  # both patterns search for an end from every start
     title = HTML_TITLE.search(text)
     words = title[1] if title else HTML_TAG.sub(" ", text)
     return " ".join(words.split())
@@ -4563,7 +4388,7 @@ def redacted(text: str) -> str:
 
 
 def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
-    """Removes the configured secrets from a provider's text, even one that `redacted` cut in two."""
+    """Removes the configured secrets, even one that `redacted` cut in two."""
     source = getattr(error, "source_text", "") or str(error)
     if configured.search(f"{source} {error.code} {error.param}"):
         error.args = (redacted(configured.sub("[redacted]", source)),)
@@ -4573,7 +4398,7 @@ def redact_configured(error: GatewayError, configured: re.Pattern[str]) -> None:
 
 # --- the time to wait
 
-NUMBER = r"\d{1,12}(?:\.\d{1,12})?"      # bounded: on n digits \d+ takes n * n steps
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"  # bounded: on n digits \d+ takes n * n steps
 DURATION = re.compile(f"({NUMBER})(ms|s|m|h)")
 TRY_AGAIN = re.compile(f"(?:try again|retry) in ((?:{NUMBER}(?:ms|h|m|s))+|{NUMBER})", re.IGNORECASE)
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -4581,9 +4406,9 @@ LIMIT_RESET = re.compile("x-ratelimit-reset-.*|anthropic-ratelimit-.*-reset")
 
 
 def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
-    """The wait in seconds that the provider requests, at most 60, or None. The first source above 0 counts
-    (Azure sends `retry-after-ms: 0` beside `retry-after: 1`); among exhausted limits the longest counts.
-    Points in time are relative to the answer's Date, else to `now_s`."""
+    """The provider's wait, at most 60 s, or None. The first source above 0 counts (Azure sends
+    `retry-after-ms: 0` beside `retry-after: 1`), of exhausted limits the longest. Points in time are relative
+    to the answer's Date, else to `now_s`."""
     date_s = parse_time_s(headers.get("date")) or now_s
     texts = [
         headers.get("retry-after-ms") + "ms",
@@ -4601,8 +4426,7 @@ def retry_after_s(headers: Headers, error: JSON, now_s: float) -> float | None:
 
 
 def wait_s(text: str, date_s: float) -> float:
-    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; 0 for other
-    text."""
+    """The seconds in "11.054s", "350ms", "1m2s" or "7", or from `date_s` to a point in time; else 0."""
     if parts := DURATION.findall(text):
         return sum(float(amount) * UNIT_S[unit] for amount, unit in parts)
     if re.fullmatch(NUMBER, text):
@@ -4611,7 +4435,7 @@ def wait_s(text: str, date_s: float) -> float:
 
 
 def parse_time_s(text: str) -> float:
-    """Seconds since 1970 for an HTTP date or an RFC 3339 time; 0 for anything else."""
+    """The Unix time of an HTTP date or an RFC 3339 time; else 0."""
     for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
         try:
             return read(text).timestamp()
@@ -4625,7 +4449,7 @@ def parse_time_s(text: str) -> float:
 # the gateway answers these itself, or every wire carries them as far as it can
 CARRIED_BY_ALL = frozenset("""model input instructions tools tool_choice parallel_tool_calls reasoning.summary
 stream stream_options store background metadata client_metadata prompt_cache_key""".split())
-# values that request only the default behavior
+# values that mean the default
 NEUTRAL: dict[str, list[Any]] = {
     "text.verbosity": ["medium"],
     "service_tier": ["auto", "default"],
@@ -4636,7 +4460,7 @@ NEUTRAL: dict[str, list[Any]] = {
     **dict.fromkeys("temperature top_p n".split(), [1]),
     **dict.fromkeys("top_logprobs max_tool_calls presence_penalty frequency_penalty".split(), [0]),
 }
-# keys of tools and parts that are carried or have no effect; other types are carried or reported as a whole
+# carried or without effect; other types are carried or reported as a whole
 KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
     "function": "name description parameters strict defer_loading",
     "custom": "name description format defer_loading",
@@ -4651,7 +4475,7 @@ KNOWN_KEYS = {kind: {"type", "cache_control", *keys.split()} for kind, keys in {
 
 
 def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
-    """The keys of tools or parts that no wire carries, as PREFIX:TYPE.KEY."""
+    """Keys that no wire carries, as PREFIX:TYPE.KEY."""
     for holder in holders:
         kind = str(holder.get("type"))
         known = KNOWN_KEYS.get(kind, holder.keys())
@@ -4663,7 +4487,7 @@ def unknown_keys(prefix: str, holders: Iterable[JSON]) -> Iterator[str]:
 
 
 def request_fields(body: JSON) -> JSON:
-    """The fields of a request that are not null; nested fields by their paths."""
+    """Those that are not null; nested ones by their paths."""
     fields: JSON = {}
     for name, value in body.items():
         nested = isinstance(value, dict) and name in ("reasoning", "text")
@@ -4675,8 +4499,8 @@ EFFORTS = "none minimal low medium high xhigh max".split()
 
 
 def effort_value(values: str, effort: Any) -> str:
-    """The value for `effort`: `values` has one for each of EFFORTS, and the last covers all that follow. ""
-    for "-" and without an effort. An unknown effort counts as high (TRANSLATION.md 1.3)."""
+    """`values` has one for each of EFFORTS, the last for all that follow; "" for "-" and without an effort.
+    An unknown effort counts as high (TRANSLATION.md 1.3)."""
     if not values or not effort:
         return ""
     known = effort if effort in EFFORTS else "high"
@@ -4688,12 +4512,12 @@ VENDOR = re.compile(r"^(?:.*?(?=claude-)|.*/(?=.))")
 
 @functools.lru_cache(1000)
 def bare_model_name(name: str) -> str:
-    """A model's name without its vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
+    """Without the vendor (anthropic/, us.anthropic., models/), and with 4-5 for 4.5."""
     return VENDOR.sub("", name).replace(".", "-")
 
 
 def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
-    """The entry for the longest matching prefix of the model's name; None if no prefix matches."""
+    """The entry of the model's longest prefix, or None."""
     name = bare_model_name(model)
     prefixes = [
         prefix for prefix in rows
@@ -4702,15 +4526,15 @@ def longest_prefix(rows: Mapping[str, Any], model: str) -> Any:
 
 
 def fill_table(table: dict[str, Any], usual: Any, text: str) -> None:
-    """Adds the rows of a table in layer 14, each for several names; omitted fields have the usual values."""
+    """Adds a table of layer 14, whose rows are for several names and omit what is `usual`."""
     for names, fields in json.loads(text).items():
         base = table.get(fields.pop("like", None), usual)
         table |= dict.fromkeys(names.split(" "), base._replace(**fields))
 
 
 def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The request's tool_choice: "none", "auto" or "required", and the only tools that may be called, if any
-    are named. Every wire can force one tool; in `subset_modes` it accepts several names too."""
+    """tool_choice: "none", "auto" or "required", and the only tools that may be called, if any are named.
+    Every wire can force one tool; in `subset_modes` it accepts several names."""
     choice = ctx.request.get("tool_choice", "auto")
     offered = ctx.tool_map.by_upstream_name
     if isinstance(choice, str):
@@ -4729,18 +4553,16 @@ def resolve_tool_choice(ctx: EncodeContext, subset_modes: Sequence[str] = ()) ->
         return "auto", []
     if mode in subset_modes or (mode == "required" and len(names) == 1):
         return mode, names
-    if not offered.keys() <= set(names):  # all tools stay offered, because prompt caches begin with them
+    if not offered.keys() <= set(names):  # all stay offered: prompt caches begin with them
         ctx.dropped.append("tool_choice.tools")
     return mode, []
 
 
 def without_empty(fields: JSON) -> JSON:
-    """Removes the fields that have no effect: null, "", [] and {}."""
     return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
 
 
 def fit_call_id(call_id: str, pattern: re.Pattern[str], length: int) -> str:
-    """The id if the provider accepts it, else a digest of it."""
     return call_id if pattern.fullmatch(call_id) else sha256_hex(call_id)[:length]
 
 
@@ -4748,9 +4570,8 @@ LATER_SYSTEM = "<developer_message>\n{}\n</developer_message>"  # same history, 
 
 
 class TurnEncoder:
-    """A History as the messages of a provider. A subclass has a method for each type of plain items and one
-    for files."""
-    PARTS = "content"           # the field of a message for its parts
+    """A History as a provider's messages. Subclasses have a method for each type of items, and for files."""
+    PARTS = "content"  # the field for parts
     encode_file: Callable[[Attachment], JSON | None]
 
     def __init__(self, ctx: EncodeContext) -> None:
@@ -4772,7 +4593,7 @@ class TurnEncoder:
             self.add_system(text_of(parts, "\n\n"))
 
     def add(self, role: str, parts: list[JSON]) -> None:
-        """Merges neighbours of one role into one message: many servers require alternating roles."""
+        """Merges neighbours of one role: many servers require alternating ones."""
         if parts and role == self.last_role():
             self.out[-1][self.PARTS] += parts
         elif parts:
@@ -4782,7 +4603,7 @@ class TurnEncoder:
         return self.out[-1]["role"] if self.out else ""
 
     def add_system(self, text: str) -> None:
-        """Adds a system message after the leading ones: few servers have a place for it."""
+        """After the leading ones few servers have a place for it."""
         if text:
             self.add("user", [self.text_part(LATER_SYSTEM.format(text))])
 
@@ -4794,7 +4615,7 @@ class TurnEncoder:
             self.out.insert(0, {"role": "user", self.PARTS: [self.text_part("(continue)")]})
 
     def encode_parts(self, content: str | list[JSON]) -> list[JSON]:
-        """Content in the provider's parts, without empty texts; the parts that it cannot take are named."""
+        """Without empty texts; parts that the provider cannot take are named."""
         if isinstance(content, str):
             return [part for part in [self.text_part(content)] if part]
         parts = []
@@ -4824,9 +4645,9 @@ LETTER_ESCAPE = re.compile(rb"\\u00(?:2[de]|3\d|[4-7])")
 
 
 def splice_model(request: ResponsesRequest, model: str, added: JSON) -> tuple[bytes, bool]:
-    """The client's own bytes with `model` replaced and fields added behind it, and whether that is exact."""
+    """The client's own bytes with `model` replaced and fields added, and whether that is exact."""
     named = dumps({"model": model, **added})[len('{"model":'):-1].encode()
-    # a long input is not searched for `model`: a NUL, which JSON cannot contain, takes its place
+    # a NUL, which JSON cannot contain, takes the place of a long input
     raw, around = request.raw, request.around
     start, end = around.start or len(raw), len(raw) - around.behind
     outside, models = MODEL_FIELD.subn(
@@ -4841,11 +4662,11 @@ def passthrough_body(request: ResponsesRequest, items: list[JSON], dropped: list
     """The client's own bytes with `model` replaced, `store` false (only the gateway keeps state) and the
     envelopes of `items` opened. They are spliced if that is exact; otherwise the body is encoded again."""
     body = request.body
-    envelopes: dict[bytes, bytes] = {}      # envelope -> its content
+    envelopes: dict[bytes, bytes] = {}
     for given, item in zip(request.input, items):
         if "sealed_replay" in item:
             item.update(item.pop("sealed_replay"))
-            if not dropped:         # otherwise the two lists do not match
+            if not dropped:  # otherwise the two lists do not match
                 envelope = given["encrypted_content"].encode()
                 envelopes[envelope] = json_string(item["encrypted_content"]).encode()
     spliced, exact = splice_model(request, model, {} if "store" in body else {"store": False})
@@ -4866,7 +4687,7 @@ reasoning.summary truncation include prompt_cache_key service_tier""".split()
 
 
 def encode_responses(ctx: EncodeContext) -> JSON:
-    """The body for a server that knows messages, functions and reasoning, and refuses everything else."""
+    """For a server that knows messages, functions and reasoning, and refuses everything else."""
     history, functions = ctx.history, ctx.tool_map.functions
     body: JSON = {"model": ctx.model}
     if history.system:
@@ -4886,7 +4707,7 @@ def encode_responses(ctx: EncodeContext) -> JSON:
 
 
 def responses_item(item: JSON, index: int) -> JSON:
-    """One item of a History in the strictest reading of the API: ids only if the SDK's types require them."""
+    """In the strictest reading of the API: ids only if the SDK's types require them."""
     if item["type"] == "reasoning":
         return {"type": "reasoning", "id": f"rs_{index}", "summary": [], **item["sealed_replay"]}
     if item["type"] == "message":
@@ -4917,8 +4738,8 @@ def drop_encrypted(body: JSON) -> None:
                          if item.get("type") != "reasoning" and "encrypted_content" not in item]
 
 
-# The repairs of a wire: patterns of errors, and the change of the body for each, called with the pattern's
-# groups, for refusals that every later turn would meet. What a model cannot take is a setting: `overrides`.
+# Patterns of refusals that every later turn would meet, and the change of the body for each, called with the
+# pattern's groups. What a model cannot take is a setting: `overrides`.
 Repairs: TypeAlias = dict[str, Callable[..., None]]
 def drop_reasoning(body: JSON, *refused: str) -> None:
     """The model does not reason, or not at this effort."""
@@ -4942,39 +4763,37 @@ REFUSED = re.compile(r"invalid_\w+|\w*image\w*|\w+_policy(_violation)?")
 
 
 def responses_error(error: Any) -> GatewayError:
-    """The failure in the error object of a Responses stream."""
     if isinstance(error, dict) and REFUSED.fullmatch(str(error.get("code"))):
         error = {**error, "type": "invalid_request_error"}
     return classify_error(error)
 
 
 class TextDelta(NamedTuple):
-    """An event with a piece of an open item's text, and nothing else."""
-    field: str              # the field with the piece
-    pieces: list[str]       # the decoder's list of them
-    key: Any                # for the sink
+    """A piece of an open item's text, and nothing else."""
+    field: str
+    pieces: list[str]  # the decoder's list of them
+    key: Any  # for the sink
     channel: PartType
 
 
 class Decoder:
-    """Reads one upstream stream and calls its sink. Pure: no clock, no socket, no log."""
+    """Reads one upstream stream and calls its sink."""
     sink: Sink
-    delta: TextDelta | None = None      # of the last event; none for Responses, which numbers its events
+    delta: TextDelta | None = None  # of the last event; none for Responses, which numbers its events
     failed = False
-    paused: list[JSON] = []             # of a paused turn: the blocks to return to the provider
+    paused: list[JSON] = []  # of a paused turn: to be returned to the provider
 
-    items_begun = 0                     # by the helpers, on wires whose items have no number of their own
-    notice: ProviderError | None = None     # perhaps an error: reported if nothing else follows
+    items_begun = 0  # by the helpers, on wires whose items have no number of their own
+    notice: ProviderError | None = None  # reported if nothing else follows
 
     def __init__(self, tool_map: ToolMap, settings: Any = None, prefix: str = "call_") -> None:
         self.tool_map = tool_map
-        self.settings = settings        # the known properties of the model or the server
-        self.prefix = prefix            # for call ids made here: unique in the conversation
+        self.settings = settings  # of the model or the server
+        self.prefix = prefix  # of call ids made here: unique in the conversation
         self.call_ids: set[str] = set()
 
     def feed(self, data: str, name: str = "") -> None:
-        """Reads one event's data. Ignores unknown events; UpstreamError if the event is unreadable. Its name
-        alone may mark an error."""
+        """Ignores unknown events; UpstreamError for an unreadable one. The name alone may mark an error."""
         data = data.strip()
         if name == "error":
             error = parse_object(data) or {"message": plain_text(data)}
@@ -4988,7 +4807,7 @@ class Decoder:
         """Handles [DONE], which only a chat stream needs."""
 
     def read(self, event: Any) -> Any:
-        """Reads one event; for Responses, returns the UpstreamItem that it begins or ends."""
+        """For Responses, returns the UpstreamItem that the event begins or ends."""
         try:
             return self.on_event(event)
         except ProviderError as error:
@@ -4999,17 +4818,17 @@ class Decoder:
             raise UpstreamError(text) from None
 
     def on_event(self, event: Any) -> Any:
-        """Calls the method for the event's type, if any. ProviderError for an event that reports an error."""
+        """Calls the method for its type, if any. ProviderError: it reports an error."""
         name = event_type(event).removeprefix("response.").replace(".", "_")
         handler = getattr(self, f"on_{name}", None)
         return handler and handler(event)
 
     def whole(self, body: Any) -> None:
-        """Reads an answer that was not streamed: an object; from Gemini perhaps an array of objects."""
+        """Reads an answer that was not streamed; Gemini's may be an array."""
         self.read(body)
 
     def end(self) -> None:
-        """Handles a clean end of the body, which by itself is no evidence that the model had finished."""
+        """A clean end of the body is no evidence that the model had finished."""
         if self.notice and not self.items_begun:
             self.sink.fail(self.notice)
 
@@ -5018,7 +4837,7 @@ class Decoder:
         return self.items_begun - 1
 
     def _call_id(self, item_key: int, given: Any) -> str:
-        """The provider's id of a call, or one made here if it is missing or was used before."""
+        """The provider's, or one made here if it is missing or was used before."""
         call_id = str(given or f"{self.prefix}{item_key}")
         if call_id in self.call_ids:
             call_id = f"{call_id}_{item_key}"
@@ -5036,21 +4855,17 @@ class Decoder:
         self.sink.done(result=data)
 
     def _annotate(self, start: int, end: int, source: JSON) -> None:
-        """Adds the source of a span of characters of the open message, if it has an address."""
+        """Adds the source of some characters of the open message, if it has an address."""
         if isinstance(source.get("url"), str):
             self.sink.annotate({
-                "type": "url_citation",
-                "start_index": start,
-                "end_index": end,
-                "url": source["url"],
-                "title": source.get("title") or "",
-            })
+                "type": "url_citation", "start_index": start, "end_index": end,
+                "url": source["url"], "title": source.get("title") or ""})
 
 
 class ResponsesDecoder(Decoder):
     """A Responses stream of any server. Some servers omit `added`, the deltas, `done` or the final output:
     the decoder reads each fact once, from any of them."""
-    asked_12h = False       # of the prompt cache
+    asked_12h = False  # of the prompt cache
     ended = False
 
     def __init__(self, *given: Any) -> None:
@@ -5058,7 +4873,7 @@ class ResponsesDecoder(Decoder):
         self.items = UpstreamItems()
 
     def stray_error(self, data: str, named: bool = False, whole: bool = False) -> GatewayError | None:
-        """The failure in data that is not an event of this API, by the event's name or in any form."""
+        """The failure in data that is not an event of this API."""
         body = parse_object(data) or {}
         if not named and not states_error(body, whole):
             return None
@@ -5071,7 +4886,7 @@ class ResponsesDecoder(Decoder):
         return super().on_event(event)
 
     def whole(self, body: JSON) -> None:
-        """Reads an answer that was not streamed, like the last event of a stream."""
+        """Like the last event of a stream."""
         response = as_dict(body)
         error, status = response.get("error"), response.get("status")
         if not isinstance(response.get("output"), list) and not error:
@@ -5081,8 +4896,7 @@ class ResponsesDecoder(Decoder):
         self.read({"type": f"response.{status}", "response": response})
 
     def end(self) -> None:
-        """If every item is done, the model had finished, but not after reasoning alone (DESIGN, promise
-        1)."""
+        """If every item is done, the model had finished, but not after reasoning alone."""
         kinds = {known.kind for known in self.items}
         if not self.ended and not self.items.open_count and not kinds <= {"reasoning"}:
             incomplete = any(known.item.get("status") == "incomplete" for known in self.items)
@@ -5100,7 +4914,7 @@ class ResponsesDecoder(Decoder):
     on_output_item_added = on_output_item_done
 
     def _show(self, known: UpstreamItem, item: JSON) -> None:
-        """Begins the item for the sink. Kinds without texts are sent whole, once done."""
+        """Kinds without texts are sent whole, once done."""
         if known.shown:
             return
         known.shown = True
@@ -5117,7 +4931,6 @@ class ResponsesDecoder(Decoder):
             self._extend(known, text, "")
 
     def _text(self, event: JSON, name: str, step: str) -> None:
-        """Reads a piece of a text, or the whole text."""
         channel, kind, field = TEXTS[name]
         done = step == "done"
         text = as_text(event.get(field)) if done else event.get("delta")
@@ -5138,8 +4951,8 @@ class ResponsesDecoder(Decoder):
     on_reasoning_summary_part_done = on_content_part_done
 
     def _extend(self, known: UpstreamItem, text: UpstreamText, piece: str) -> None:
-        """Extends a text. Empty arguments wait: `{}` may be a placeholder for later ones."""
-        if not known.shown and known.kind != "call":    # late `added` (litellm#22102); a call needs a name
+        """Empty arguments wait: `{}` may be a placeholder for later ones."""
+        if not known.shown and known.kind != "call":  # late `added` (litellm#22102); a call needs a name
             self._show(known, {"type": known.kind})
         text.pieces.append(piece)
         if known.closed or not known.shown:
@@ -5154,13 +4967,13 @@ class ResponsesDecoder(Decoder):
             self.sink.add(known.index, piece, text.channel, text.index)
 
     def _complete(self, known: UpstreamItem, text: UpstreamText, whole: str) -> None:
-        """Adds the part of a whole text beyond its pieces. An item's last text may grow, none may shrink."""
+        """Adds what is beyond the pieces. An item's last text may grow, none may shrink."""
         so_far = text.so_far()
         if text is known.texts[-1] and whole.startswith(so_far):
             self._extend(known, text, whole[len(so_far):])
 
     def _merge(self, known: UpstreamItem, snapshot: JSON) -> None:
-        """Adds the content of an item's snapshot beyond its events."""
+        """Adds what is beyond the item's events."""
         texts = item_texts(snapshot)
         found = pair(
             texts, known.texts, lambda text: (text.channel, text.so_far()), lambda text: text.channel)
@@ -5197,13 +5010,13 @@ class ResponsesDecoder(Decoder):
         if not known.texts:
             self._merge(known, added)
         if is_incomplete_call(item):
-            known.closed = True                         # the sink closes it at the end of the answer
+            known.closed = True  # the sink closes it at the end of the answer
         elif known.texts or known.kind == "reasoning":
             self._close(known)
 
     def _close(self, known: UpstreamItem) -> None:
         for text in known.texts:
-            if not text.sent and text.so_far():         # the start of the arguments
+            if not text.sent and text.so_far():  # the start of the arguments
                 self.sink.add(known.index, text.so_far(), text.channel, text.index)
         known.closed = True
         item = known.item
@@ -5211,7 +5024,7 @@ class ResponsesDecoder(Decoder):
         if item.get("status") == "incomplete":
             fields["status"] = "incomplete"
         sealed = item.get("encrypted_content")
-        if sealed and isinstance(sealed, str):      # Copilot's is bound to the id: "item_id did not match"
+        if sealed and isinstance(sealed, str):  # Copilot's is bound to the id: "item_id did not match"
             fields["sealed_replay"] = without_empty({"encrypted_content": sealed, "id": item.get("id")})
         self.sink.done(known.index, **fields)
 
@@ -5249,7 +5062,7 @@ class ResponsesDecoder(Decoder):
             elif call and complete and item.get("name") and known.texts:
                 text = known.texts[0]
                 if text.channel == "input" or parse_object(text.so_far()) is not None:
-                    self._finish(known, {**item, "status": "completed"})    # only its `done` is missing
+                    self._finish(known, {**item, "status": "completed"})  # only its `done` is missing
         self.ended = True
         self.sink.set_stop(stop)
 
@@ -5258,7 +5071,7 @@ class ResponsesDecoder(Decoder):
 
 
 def event_type(event: JSON) -> Any:
-    """The type of an event. Without one it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
+    """Without a type it is an error or a proxy's heartbeat (`event: ping`, `data: {}`)."""
     if event.get("type") is None:
         return "error" if states_error(event) else ""
     return event["type"]
@@ -5287,56 +5100,53 @@ END_REASONS: dict[str, Any] = {reason: outcome for outcome, reasons in {
 
 
 def search_action(queries: list[str]) -> JSON:
-    """The action of a web_search_call item."""
     return {"type": "search", "query": queries[0] if queries else "", "queries": queries}
 
 
 # --- 6.2 chat: Chat Completions and its dialects ---
 #
-# One wire API for some forty kinds of server. DIALECTS describes the differences that are values. The decoder
-# accepts every server's stream differences, so it has hardly a branch by dialect.
+# One wire API for some forty kinds of server: DIALECTS has the differences of requests. The decoder accepts
+# every server's stream.
 
 class EffortRule(NamedTuple):
-    """How models accept a reasoning effort: a form of EFFORT_FORMS, and a value for each of EFFORTS, if any.
-    `always` is part of every request."""
+    """One of EFFORT_FORMS, a value for each of EFFORTS, if any, and what is `always` part of a request."""
     form: str = "effort"
     values: str = ""
     always: Mapping[str, Any] = {}
 
 
 class Dialect(NamedTuple):
-    """The properties of one kind of chat server: values only."""
+    """The properties of one kind of chat server."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     replay: Literal["", "reasoning_content", "reasoning_details", "thinking"] = ""  # the reasoning's field
-    replay_always: bool = False     # calls without it are refused, even if empty: "must be passed back"
-    efforts: Mapping[str, JSON] = {}        # by a part of the model's name: the first match counts
-    think_tags: bool = False        # an answer may begin with <think>
-    system_anywhere: bool = False   # system messages may be anywhere
+    replay_always: bool = False  # calls without it are refused, even if empty: "must be passed back"
+    efforts: Mapping[str, JSON] = {}  # by a part of the model's name: the first match counts
+    think_tags: bool = False  # an answer may begin with <think>
+    system_anywhere: bool = False
     strict_tools: bool = False
-    tool_parts: bool = False        # tool results may contain images
-    files: bool = False             # {"type": "file"} parts are supported
-    json_schema: bool = True        # response_format may be a schema
-    forced_choice: bool = True      # tool_choice may force a call
-    short_ids: bool = False         # call ids must be nine letters or digits
+    tool_parts: bool = False  # tool results may contain images
+    files: bool = False  # {"type": "file"} parts
+    json_schema: bool = True  # response_format may be a schema
+    forced_choice: bool = True  # tool_choice may force a call
+    short_ids: bool = False  # call ids must be nine letters or digits
     reasoning_within: bool = False  # completion_tokens include the reasoning even if its count is larger
     tool_stream: bool = False  # arguments are streamed only on request; otherwise minutes pass in silence
     passthrough_fields: Sequence[str] = ()
 
 
-DIALECTS: dict[str, Dialect] = {}       # filled in layer 14
+DIALECTS: dict[str, Dialect] = {}  # filled in layer 14
 
 
 # --- the request
 
 SHORT_CALL_ID = re.compile("[a-zA-Z0-9]{9}")
-CALL_ID = re.compile(".{0,40}", re.DOTALL)      # OpenAI: "Expected a string with maximum length 40"
+CALL_ID = re.compile(".{0,40}", re.DOTALL)  # OpenAI: "Expected a string with maximum length 40"
 
 
-SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()   # of all servers
+SAMPLING_FIELDS = "temperature top_p stop seed presence_penalty frequency_penalty".split()  # of all servers
 
 
 def encode_chat(ctx: EncodeContext) -> JSON:
-    """The body of POST /chat/completions."""
     dialect: Dialect = ctx.settings
     shape, instruction = response_format(ctx.take("text.format", {}), dialect)
     thinking = chat_thinking(ctx)
@@ -5363,21 +5173,19 @@ def chat_tools(ctx: EncodeContext, may_force: bool) -> JSON:
     tools = []
     for given in ctx.tool_map.functions:
         function = {**given}
-        if not ctx.settings.strict_tools:       # most servers refuse a tool with it
+        if not ctx.settings.strict_tools:  # most servers refuse a tool with it
             function.pop("strict", None)
         tools.append({"type": "function", "function": function})
     mode, names = resolve_tool_choice(ctx)
-    choice: Any = None                          # like auto: every server's default
+    choice: Any = None  # like auto: every server's default
     if mode == "required" and not may_force:
         ctx.dropped.append("tool_choice")
     elif names:
         choice = {"type": "function", "function": {"name": names[0]}}
     elif mode != "auto":
         choice = mode
-    return {
-        "tools": tools,
-        "tool_choice": choice,
-        "parallel_tool_calls": ctx.request.get("parallel_tool_calls")}
+    parallel = ctx.request.get("parallel_tool_calls")
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
 
 
 def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
@@ -5392,7 +5200,7 @@ def response_format(shape: JSON, dialect: Dialect) -> tuple[JSON | None, str]:
     return None if kind == "text" else {"type": kind}, ""
 
 
-EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for a value
+EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {  # value -> request fields
     "effort": lambda value: {"reasoning_effort": value},
     "reasoning": lambda value: {"reasoning": {"effort": value}},
     "template": lambda value: {"chat_template_kwargs": {"enable_thinking": value == "enabled"}},
@@ -5404,7 +5212,6 @@ EFFORT_FORMS: dict[str, Callable[[str], JSON]] = {      # the request fields for
 
 
 def chat_thinking(ctx: EncodeContext) -> JSON:
-    """The request fields about reasoning."""
     name = ctx.model.lower()
     fitting = (rule for part, rule in ctx.settings.efforts.items() if part in name)
     rule = EffortRule(**next(fitting, {}))
@@ -5414,8 +5221,7 @@ def chat_thinking(ctx: EncodeContext) -> JSON:
 
 
 class ChatMessages(TurnEncoder):
-    """A History as chat messages: an assistant's turn is one message, followed by the results of its
-    calls."""
+    """An assistant's turn is one message, followed by the results of its calls."""
 
     def encode(self, closing: str) -> list[JSON]:
         """All messages; `closing` ends the system message."""
@@ -5427,7 +5233,7 @@ class ChatMessages(TurnEncoder):
                     self.message(item)
         # Mistral and Claude behind a router refuse a final assistant message
         self.add_fillers(may_begin=True)
-        for message in self.out:                # joined once: merging neighbours one by one is quadratic
+        for message in self.out:  # joined once: merging neighbours one by one is quadratic
             parts = message["content"]
             if message["role"] == "user" and all(part["type"] == "text" for part in parts):
                 message["content"] = text_of(parts, "\n\n")
@@ -5453,10 +5259,8 @@ class ChatMessages(TurnEncoder):
                 replays.append(item["sealed_replay"])
             else:
                 calls[item["call_id"]] = {
-                    "id": self._call_id(item["call_id"]),
-                    "type": "function",
-                    "function": {"name": item["name"], "arguments": item["arguments"]},
-                }
+                    "id": self._call_id(item["call_id"]), "type": "function",
+                    "function": {"name": item["name"], "arguments": item["arguments"]}}
         text = text_of(parts, "\n\n")
         if not text and not calls:
             return
@@ -5477,7 +5281,7 @@ class ChatMessages(TurnEncoder):
             self._add_results(turn.results)
 
     def _add_results(self, results: list[JSON]) -> None:
-        images: list[JSON] = []         # for the user message after them
+        images: list[JSON] = []  # for the user message after them
         for result in results:
             output = result["output"]
             parts = [] if isinstance(output, str) else self.encode_parts(output)
@@ -5485,14 +5289,11 @@ class ChatMessages(TurnEncoder):
             others = [part for part in parts if part["type"] != "text"]
             if others and self.settings.tool_parts:
                 content = parts
-            elif others:                # elsewhere a tool message is only text
+            elif others:  # elsewhere a tool message is only text
                 images += [text_block(f"Images from tool call {result['call_id']}:"), *others]
                 content = content or "The images follow."
-            self.out.append({
-                "role": "tool",
-                "tool_call_id": self._call_id(result["call_id"]),
-                "content": content,
-            })
+            call_id = self._call_id(result["call_id"])
+            self.out.append({"role": "tool", "tool_call_id": call_id, "content": content})
         self.add("user", images)
 
     def _call_id(self, given: str) -> str:
@@ -5507,7 +5308,7 @@ class ChatMessages(TurnEncoder):
         url = file.url or f"data:{file.mime};base64,{file.data}"
         if file.mime.startswith("image/") and (file.url or file.mime in IMAGE_TYPES):
             image = {"url": url}
-            if file.detail in ("low", "high"):      # auto is the default; other values are unknown
+            if file.detail in ("low", "high"):  # auto is the default; other values are unknown
                 image["detail"] = file.detail
             return {"type": "image_url", "image_url": image}
         if file.url or not file.mime or not self.settings.files:
@@ -5517,10 +5318,10 @@ class ChatMessages(TurnEncoder):
 
 # --- the answer
 
-scan_string = vars(json.decoder)["scanstring"]    # unknown to type checkers
+scan_string = vars(json.decoder)["scanstring"]  # unknown to type checkers
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")   # one text may come in two of them
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # one text may come in two of them
 TEXT_CHANNELS: dict[str, PartType] = {
     "content": "text", **dict.fromkeys(REASONING_FIELDS, "summary")}
 IGNORED_FIELDS = frozenset(
@@ -5532,27 +5333,26 @@ ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 @dataclass(slots=True)
 class ChatCall:
-    """A tool call that is being streamed."""
     name: str
-    id: str = ""                    # from the provider, "" if missing
-    item_key: int | None = None     # None: neither its name nor its item has arrived
+    id: str = ""  # "" if missing
+    item_key: int | None = None  # None: neither name nor item has arrived
     closed: bool = False
-    streamed: bool = False          # its arguments arrived after its item
-    next_name: str = ""             # its name, if a piece without arguments repeated it
+    streamed: bool = False  # its arguments arrived after its item
+    next_name: str = ""  # its name, if a piece without arguments repeated it
     arguments: io.StringIO = field(default_factory=io.StringIO)
-    last: str = ""                  # their last character that is not blank
-    held: str = ""                  # a piece whose meaning depends on the next one
-    scanned: int = 0                # number of their characters scanned for braces
+    last: str = ""  # the last that is not blank
+    held: str = ""  # a piece whose meaning the next one shows
+    scanned: int = 0  # characters scanned for braces
     depth: float = 0
-    quote: str = ""                 # of an open string
+    quote: str = ""  # of an open string
 
     @property
     def text(self) -> str:
         return self.arguments.getvalue() + self.held
 
     def add(self, piece: str) -> str:
-        """Adds a piece and returns the new part of it: some servers repeat pieces. An ambiguous piece is held
-        until the next one; the empty piece is the last."""
+        """Returns what is new in a piece: some servers repeat pieces. An ambiguous one is held until the
+        next; the empty one is the last."""
         held, self.held = self.held, ""
         length = self.arguments.tell()
         if held and not piece.lstrip().startswith(held.rstrip(" }")):
@@ -5560,7 +5360,7 @@ class ChatCall:
             new = self._append(held if is_more else held[length:])
             return new + self.add(piece)
         rest = None
-        if self.last and length <= 2 * len(piece):      # a shorter piece repeats nothing
+        if self.last and length <= 2 * len(piece):  # a shorter piece repeats nothing
             rest = rest_of_snapshot(self.text, piece)
         # {} may be a placeholder; does {"a":1} continue {"a": or repeat it?
         is_placeholder = not self.last and parse_object(piece) == {}
@@ -5575,7 +5375,7 @@ class ChatCall:
         return text
 
     def is_complete(self) -> bool:
-        """Are the arguments one JSON object? Each piece is scanned once, so every piece may ask."""
+        """Are the arguments one JSON object? Each piece is scanned once."""
         if self.held:
             return parse_object(self.text) is not None
         if self.last != "}":
@@ -5588,28 +5388,27 @@ class ChatCall:
         unquoted = "".join(parts[::2])
         self.depth += unquoted.count("{") - unquoted.count("}")
         if self.depth == 0 and parse_object(self.text) is None:
-            self.depth = math.inf    # it can never become JSON
+            self.depth = math.inf  # it can never become JSON
         return self.depth == 0
 
     def is_followed_by(self, call_id: str, name: str, arguments: str) -> bool:
         """Does a piece with this call's key begin another call? Ollama and many shims number all calls 0."""
         if name and self.name and name != self.name:
             return True
-        if call_id and self.id:    # an id that only rotates comes without a name, or with the same name
+        if call_id and self.id:  # an id that only rotates comes without a name, or with the same name
             if call_id == self.id:
                 return False
             is_bare = not self.name or not self.arguments.tell()
             return self.is_complete() or bool(name and is_bare)
         if not arguments.strip() or not (name or self.next_name) or not self.is_complete():
             return False
-        # without an id, it may be the snapshot of a call that was streamed or has an id; whole calls may be
-        # identical
+        # without an id: perhaps the snapshot of a call that was streamed or has one; whole calls may be alike
         may_be_snapshot = not self.next_name and (self.streamed or self.id)
         return not may_be_snapshot or rest_of_snapshot(self.text, arguments) is None
 
 
 def rest_of_snapshot(text: str, snapshot: str) -> str | None:
-    """The part of a snapshot of arguments beyond `text`; None if it does not repeat it in any spelling."""
+    """What a snapshot has beyond `text`; None if it does not repeat it in any spelling."""
     if snapshot.startswith(text):
         return snapshot[len(text):]
     arguments = parse_object(text)
@@ -5620,18 +5419,17 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class ThinkTags:
-    """Separates content from reasoning in leading <think> tags. If a field carries the reasoning too, the
-    second copy is dropped; therefore the text of tags after a field waits for their end."""
+    """Separates content from reasoning in leading <think> tags. Where a field carries the reasoning too, the
+    text in the tags waits for their end: a second copy is dropped."""
 
     def __init__(self, expected: bool, reasoning: list[str]) -> None:
         # start, inside, waiting (inside, and a field may have the text), behind; "" if no tag can come
         self.place = "start" if expected else ""
-        self.held = ""    # may be the beginning of a tag
+        self.held = ""  # perhaps the beginning of a tag
         self.waiting: list[str] = []
-        self.reasoning = reasoning    # everything from fields and tags; the decoder adds to it
+        self.reasoning = reasoning  # of fields and tags; the decoder adds to it
 
     def read(self, content: str) -> tuple[str, str]:
-        """The reasoning and the text of a piece of content."""
         text, self.held = self.held + content, ""
         reasoning = ""
         if self.place == "start":
@@ -5671,27 +5469,24 @@ class ThinkTags:
 
 
 class ChatDecoder(Decoder):
-    """One chat stream, or one whole answer.
-
-    Chat never marks the end of an item. An item ends when another begins; a call ends when its arguments are
-    complete. Only calls may be open together: some servers mix the pieces of parallel ones.
-    """
-    open_item = ""                  # "message" or "reasoning"
-    sealed_texts = 0                # number of texts["summary"] that belong to ended reasoning items
+    """Chat never marks the end of an item: it ends when another begins, a call when its arguments are
+    complete. Only calls may be open together: some servers mix the pieces of parallel ones."""
+    open_item = ""  # "message" or "reasoning"
+    sealed_texts = 0  # how many texts["summary"] ended items have
     cited = False
-    streamed = False                # after a delta, a message is a snapshot
+    streamed = False  # after a delta, a message is a snapshot
     stop: Stop | None = None
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.texts = collections.defaultdict[PartType, list[str]](list)
-        self.details: dict[Any, tuple[JSON, list[str]]] = {}    # of the open reasoning item
+        self.details: dict[Any, tuple[JSON, list[str]]] = {}  # of the open reasoning item
         self.tags = ThinkTags(self.settings.think_tags, self.texts["summary"])
         self.images: set[str] = set()
         self.calls: list[ChatCall] = []
-        self.changed: list[ChatCall] = []    # since complete ones were last ended
-        self.by_key: dict[Any, ChatCall] = {}    # the newest of an index or an id; "" is the newest of all
-        self.counts: JSON = {}    # of all usages
+        self.changed: list[ChatCall] = []  # since complete ones were ended
+        self.by_key: dict[Any, ChatCall] = {}  # the newest of an index or an id; "": of all
+        self.counts: JSON = {}  # of all usages
 
     def whole(self, body: Any) -> None:
         super().whole(body)
@@ -5704,7 +5499,7 @@ class ChatDecoder(Decoder):
         merge_counts(self.counts, {"service_tier": chunk.get("service_tier")})
         counts = any(given) and merge_counts(self.counts, next(filter(None, given)))
         usage = usage_from(counts, chunk, reasoning_within=self.settings.reasoning_within)
-        if usage:    # OpenRouter's reasoning is sometimes one more
+        if usage:  # OpenRouter's reasoning is sometimes one more
             reasoning = min(usage.reasoning, usage.output)
             self.sink.set_usage(dataclasses.replace(usage, reasoning=reasoning))
         errors = [choice["error"] for choice in choices if choice.get("error")]
@@ -5712,18 +5507,18 @@ class ChatDecoder(Decoder):
             raise classify_error(errors or chunk)
         if not choices and isinstance(chunk.get("message"), str):
             self.notice = classify_error(chunk)
-        for choice in choices:    # Copilot splits text and calls of one answer into two choices
+        for choice in choices:  # Copilot splits text and calls of one answer into two choices
             for name in ("delta", "message"):
                 if message := object_in(choice, name):
                     self._message(message, whole=name == "message")
             self._finish(choice)
         if len(choices) == 1:
             self._note_delta(chunk, choices[0])
-        elif usage and self.stop and not choices:    # OpenAI's order: finish, usage, [DONE]
+        elif usage and self.stop and not choices:  # OpenAI's order: finish, usage, [DONE]
             self.sink.set_stop(dataclasses.replace(self.stop, final=True))
 
     def _note_delta(self, chunk: JSON, choice: JSON) -> None:
-        """Remembers a chunk with one text and nothing else of interest."""
+        """Remembers a chunk with one text and nothing else."""
         delta = object_in(choice, "delta")
         fields = {**chunk, **choice, **delta}
         name, *others = {name for name, value in fields.items() if value} - IGNORED_FIELDS or [""]
@@ -5736,7 +5531,7 @@ class ChatDecoder(Decoder):
         """Reads a delta, or a `whole` message: the answer, or a snapshot of its deltas."""
         self.streamed |= not whole
         snapshot = whole and self.streamed
-        known: dict[PartType, str] = {}    # the texts that the snapshot has yet to repeat
+        known: dict[PartType, str] = {}  # what the snapshot has yet to repeat
         if snapshot:
             known = {channel: "".join(texts) for channel, texts in self.texts.items() if texts}
         if "summary" not in known:
@@ -5751,13 +5546,13 @@ class ChatDecoder(Decoder):
                 text = text[len(pieces):] if is_whole else ""
             if text:
                 self._take(channel, text)
-        for image in objects_in(message, "images"):    # from OpenRouter
+        for image in objects_in(message, "images"):  # OpenRouter
             link = object_in(image, "image_url")
             self._show_image(text_of(link.get("url")))
         if self.open_item == "message" and not (snapshot and self.cited):
             for annotation in objects_in(message, "annotations"):
                 self.cited = True
-                citation = object_in(annotation, "url_citation")    # from OpenAI's and OpenRouter's search
+                citation = object_in(annotation, "url_citation")  # of OpenAI's and OpenRouter's search
                 self._annotate(count(citation, "start_index"), count(citation, "end_index"), citation)
         calls = objects_in(message, "tool_calls")
         for place, call in enumerate(calls):
@@ -5770,20 +5565,19 @@ class ChatDecoder(Decoder):
             reasoning, text = self.tags.read(text)
             self._add("summary", reasoning)
         elif channel == "summary" and self.tags.place == "inside":
-            if any(map(str.strip, self.texts[channel])):    # the tags carry it
+            if any(map(str.strip, self.texts[channel])):  # the tags carry it
                 return
             self.tags.place = "waiting"
         self._add(channel, text)
 
     def _add(self, channel: PartType, text: str, begins: bool = False) -> None:
-        """Adds to the message or the reasoning item, or begins it. An empty text only begins it, if
-        `begins`."""
+        """Adds to the message or the reasoning item, or begins it, with an empty text only if it `begins`."""
         if not text and not begins:
             return
         kind = "reasoning" if channel == "summary" else "message"
         if self.open_item != kind:
             self._end_text()
-            if kind == "reasoning" or text.strip():    # Kimi sends blanks around its calls
+            if kind == "reasoning" or text.strip():  # Kimi sends blanks around its calls
                 self._end_calls()
             self.open_item = kind
             self._new_key()
@@ -5791,8 +5585,7 @@ class ChatDecoder(Decoder):
         self.sink.text(text, channel)
 
     def _detail(self, detail: JSON) -> None:
-        """Reads OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the
-        index."""
+        """OpenRouter's details: pieces by type and index. Encrypted ones are whole and share the index."""
         self._add("summary", "", begins=True)
         kind = str(detail.get("type"))
         name = "summary" if kind == "reasoning.summary" else "text"
@@ -5808,7 +5601,7 @@ class ChatDecoder(Decoder):
         _, comma, data = url.partition(";base64,")
         if not comma:
             self._take("text", url)
-        elif data not in self.images:    # the whole message may repeat it
+        elif data not in self.images:  # the whole message may repeat it
             self.images.add(data)
             self._end_items()
             self._image(data)
@@ -5825,12 +5618,12 @@ class ChatDecoder(Decoder):
         call_id = str(given.get("id") or "")
         key = given.get("index")
         if not isinstance(key, int):
-            key = object() if whole else call_id    # a whole call continues no other
+            key = object() if whole else call_id  # a whole call continues no other
         call = self._find_call(key, call_id, name, arguments, place)
         call.id = call.id or call_id
         call.name = call.name or name
         self.by_key |= {key: call, call.id or key: call}
-        if call.closed:    # some servers repeat a call when it is done
+        if call.closed:  # some servers repeat a call when it is done
             return
         new = ""
         if arguments:
@@ -5843,12 +5636,12 @@ class ChatDecoder(Decoder):
             new = call.arguments.getvalue()
         if call.item_key is not None and new:
             self.sink.add(call.item_key, new, "arguments")
-        self.changed.append(call)    # after the calls that its beginning ended
+        self.changed.append(call)  # after the calls that its beginning ended
 
     def _find_call(self, key: Any, call_id: str, name: str, arguments: str,
                    place: int | None) -> ChatCall:
-        """The call that a piece continues (by index, else by id, else the newest) or begins, or that a
-        snapshot repeats (by id, else by place)."""
+        """The call that a piece continues (by index, id, or the newest) or begins, or that a snapshot repeats
+        (by id or place)."""
         if place is not None:
             if call_id and call_id in self.by_key:
                 return self.by_key[call_id]
@@ -5869,7 +5662,7 @@ class ChatDecoder(Decoder):
         self._end_items()
         item_key = call.item_key = self._new_key()
         call_id = self._call_id(item_key, call.id)
-        if signature:    # from Gemini's OpenAI endpoint
+        if signature:  # Gemini's OpenAI endpoint
             self._carry({"extra_content": [{"id": call_id, "extra_content": signature}]})
         self.sink.call(item_key, call_id, self.tool_map.resolve(call.name))
 
@@ -5879,8 +5672,7 @@ class ChatDecoder(Decoder):
         text = "".join(self.texts["summary"][self.sealed_texts:])
         details = [
             {**fields, name: "".join(pieces)} if pieces else fields
-            for (name, *_), (fields, pieces) in self.details.items()
-        ]
+            for (name, *_), (fields, pieces) in self.details.items()]
         replays = {
             "reasoning_content": text,
             "reasoning_details": details,
@@ -5894,7 +5686,7 @@ class ChatDecoder(Decoder):
         self.open_item = ""
 
     def _end_calls(self, last: bool = False) -> None:
-        """Ends the complete calls; at the `last` end also the ones without arguments."""
+        """Ends the complete calls; at the `last` end those without arguments too."""
         for call in self.calls if last else self.changed:
             if call.item_key is None or call.closed:
                 continue
@@ -5926,7 +5718,7 @@ class ChatDecoder(Decoder):
         if outcome in ERROR_CLASSES:
             name = native if native in END_REASONS else reason
             raise ProviderError(f"The provider broke off its answer: {name[:64]}.", kind=outcome)
-        results = object_in(choice, "content_filter_results")      # from Azure
+        results = object_in(choice, "content_filter_results")  # Azure
         filters = ", ".join(name for name in results if object_in(results, name).get("filtered"))
         explanation = f"The provider's content filter stopped this answer: {filters}." if filters else ""
         self.stop = Stop(outcome, explanation=explanation)
@@ -5950,12 +5742,11 @@ class ChatDecoder(Decoder):
 
 
 def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
-    """The texts of a delta or a message, in order."""
-    details = objects_in(message, "reasoning_details")      # Snowflake sends only them
+    details = objects_in(message, "reasoning_details")  # Snowflake sends only them
     shown = [{"text": detail.get("text") or detail.get("summary")} for detail in details]
     fields = filter(None, map(message.get, REASONING_FIELDS))
     yield "summary", text_of(next(fields, shown))
-    content = message.get("content")        # Mistral sends an array
+    content = message.get("content")  # Mistral sends an array
     for part in [text_block(content)] if isinstance(content, str) else only_dicts(content):
         if part.get("type") == "thinking":
             yield "summary", text_of(part.get("thinking"))
@@ -5966,32 +5757,31 @@ def message_texts(message: JSON) -> Iterator[tuple[PartType, str]]:
 
 # --- 6.3 messages: Anthropic ---
 #
-# ANTHROPIC_MODELS holds all differences between models. Thinking comes in blocks that the next turn must
-# return byte for byte: each is one reasoning item with the block in its envelope.
+# Thinking comes in blocks that the next turn must return byte for byte: each is one reasoning item with the
+# block in its envelope.
 
 class AnthropicModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the strictest, so an unknown model gets no
-    request that it could refuse."""
+    """The defaults are the strictest, so that an unknown model refuses no request."""
     thinking: Literal["", "budget", "adaptive"] = "adaptive"
     # the type; "": no `thinking` at all
     disable_thinking: Literal["", "disabled", "between_tools", "never"] = "never"
-    efforts: str = "low low low medium high xhigh max"      # for each of EFFORTS; "": none
-    max_tokens: int = 128_000       # the model's limit; 0: unknown
-    default_max_tokens: int = 0     # used if the client names no limit; 0: max_tokens
-    sampling: bool = False          # accepts temperature or top_p
-    forced_choice: bool = False     # a tool may be forced, but never with a thinking budget
+    efforts: str = "low low low medium high xhigh max"  # for each of EFFORTS; "": none
+    max_tokens: int = 128_000  # 0: unknown
+    default_max_tokens: int = 0  # if the client names none; 0: max_tokens
+    sampling: bool = False  # temperature or top_p
+    forced_choice: bool = False  # but never with a thinking budget
     json_schema: bool = True
     # honours system messages among the others (claude-sonnet-5 accepts and ignores them)
     system_anywhere: bool = False
-    prefill: bool = False           # the last turn may be the assistant's
-    always_show_thinking: bool = False      # its thinking contains the texts between calls
-    binds_thinking: bool = False    # refuses thinking of a changed conversation, unless asked to drop it
-    web_search: str = "web_search_20260209"     # its type; "": no search of its own
+    prefill: bool = False  # the last turn may be the assistant's
+    always_show_thinking: bool = False  # its thinking contains the texts between calls
+    binds_thinking: bool = False  # refuses thinking of a changed conversation, unless asked to drop it
+    web_search: str = "web_search_20260209"  # "": none
 
 
-ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}        # filled in layer 14
+ANTHROPIC_MODELS: dict[str, AnthropicModel] = {}  # filled in layer 14
 
-THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"      # tokens, for each of EFFORTS
+THINKING_BUDGETS = "0 1024 2048 10000 16384 32768"  # tokens, for each of EFFORTS
 LEAST_BUDGET = 1024
 THINKING_BLOCKS = frozenset(("thinking", "redacted_thinking"))
 
@@ -6008,9 +5798,9 @@ def native_web_search(tool_map: ToolMap, settings: AnthropicModel) -> list[JSON]
     return [without_empty({
         "type": settings.web_search,
         "name": "web_search",
-        "allowed_callers": ["direct"] if dynamic else None,     # called from code, it gives no citations
+        "allowed_callers": ["direct"] if dynamic else None,  # called from code, it gives no citations
         "allowed_domains": allowed,
-        "blocked_domains": None if allowed else filters.get("blocked_domains"),     # never both
+        "blocked_domains": None if allowed else filters.get("blocked_domains"),  # never both
         "user_location": place and {"type": "approximate", **place},
     })]
 
@@ -6021,7 +5811,7 @@ JSON_ONLY = "Answer with one JSON object and nothing else."
 
 
 def encode_messages(ctx: EncodeContext) -> JSON:
-    """The body of POST /messages. It always asks for a stream: long answers are refused otherwise."""
+    """Always asks for a stream: long answers are refused otherwise."""
     settings: AnthropicModel = ctx.settings
     turns = MessagesTurns(ctx)
     shape, instruction = output_format(ctx.take("text.format", {}), settings)
@@ -6053,7 +5843,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
     if settings.sampling and kind not in ("enabled", "adaptive"):
         body["top_k"] = ctx.take("top_k")
         for name in ("temperature", "top_p"):
-            if name in ctx.fields and "temperature" not in body:        # never both
+            if name in ctx.fields and "temperature" not in body:  # never both
                 body[name] = min(ctx.take(name), 1)
     if ctx.tool_map.hosted and not native:
         ctx.dropped.append("tools:web_search")
@@ -6062,7 +5852,7 @@ def encode_messages(ctx: EncodeContext) -> JSON:
 
 
 def fit_thinking(ctx: EncodeContext, missing_thinking: bool) -> tuple[int, JSON, str]:
-    """max_tokens, `thinking` and effort. A thinking budget is added to max_tokens, below the cap."""
+    """A thinking budget is added to max_tokens, below the cap."""
     settings: AnthropicModel = ctx.settings
     asked = ctx.take("reasoning.effort")
     shown = settings.always_show_thinking or ctx.fields.get("reasoning.summary") not in (None, "none")
@@ -6112,19 +5902,16 @@ def messages_tool_choice(ctx: EncodeContext, may_force: bool, native: bool) -> t
 def messages_tool(function: JSON) -> JSON:
     """A tool without `strict`: a request may have at most 20 strict tools and 24 optional parameters."""
     schema = function["parameters"]
-    # the old name from zod-to-json-schema
+    # the old name, of zod-to-json-schema
     defs = object_in(schema, "definitions") | object_in(schema, "$defs")
-    return without_empty({
-        "name": function["name"],
-        "description": function["description"],
-        "input_schema": object_root(schema, defs),
-    })
+    tool = {"name": function["name"], "description": function["description"]}
+    return without_empty({**tool, "input_schema": object_root(schema, defs)})
 
 
 def object_root(schema: JSON, defs: JSON) -> JSON:
-    """A tool's schema with `type: object` at its root. anyOf, oneOf, allOf and $ref are not allowed there:
-    their branches become one object, which requires the fields that all of them require. Each of `defs` is
-    used only at its first mention: two mentions in each of n would make 2 ** n."""
+    """A tool's schema with `type: object` at its root, where anyOf, oneOf, allOf and $ref are not allowed:
+    their branches become one object, which requires what all of them require. Each of `defs` is used only at
+    its first mention: two mentions in each of n would make 2 ** n."""
     root = {**schema, "type": "object"}
     if root.keys().isdisjoint(("$ref", "anyOf", "oneOf", "allOf")):
         return root
@@ -6167,24 +5954,21 @@ def output_format(shape: JSON, settings: AnthropicModel) -> tuple[JSON | None, s
 
 STRICT_KEYWORDS = frozenset("""type enum const description title required properties $defs definitions items
 anyOf oneOf allOf""".split())
-STRICT_VALUES = {       # for other keywords
-    "minItems": (0, 1),
-    "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split(),
-}
+STRICT_VALUES = {  # for other keywords
+    "minItems": (0, 1), "format": "date-time time date duration email hostname uri ipv4 ipv6 uuid".split()}
 
 
 def strict_schema(schema: JSON) -> Any:
     """A schema in the part of JSON Schema that output_config.format accepts; the rest goes into the
     description. ValueError if that would lose something: an object with members of any name."""
     def change(made: JSON) -> JSON:
-        if "$ref" in made:                      # no other keyword is allowed beside it
+        if "$ref" in made:  # no other keyword is allowed beside it
             return {key: made[key] for key in ("$ref", "$defs", "definitions") if key in made}
         is_map = made.pop("additionalProperties", None) or made.get("patternProperties")
         made.pop("$schema", None)
         lost = {
             key: made.pop(key) for key, value in [*made.items()]
-            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())
-        }
+            if key not in STRICT_KEYWORDS and value not in STRICT_VALUES.get(key, ())}
         if lost:
             texts = filter(None, (made.get("description"), dumps(lost)))
             made["description"] = "\n\n".join(texts)
@@ -6200,21 +5984,21 @@ TOOL_USE_ID = re.compile("[a-zA-Z0-9_-]{1,64}")
 
 
 class MessagesTurns(TurnEncoder):
-    """A History as Anthropic's messages: reasoning before its consequences, results before text."""
+    """Reasoning goes before its consequences, results before text."""
 
     def __init__(self, ctx: EncodeContext) -> None:
         super().__init__(ctx)
-        self.pending_reasoning: list[JSON] = []     # waits for other blocks: no turn may end with it
-        self.pending_system: list[str] = []         # waits for the end of the user's turn, its only place
+        self.pending_reasoning: list[JSON] = []  # waits for other blocks: no turn may end with it
+        self.pending_system: list[str] = []  # waits for the end of the user's turn, its only place
         self.encode_items()
 
     def finish(self, closing: str, thinks: bool) -> list[JSON]:
-        """The messages; `closing` is added at their end. A model that thinks begins its turn itself."""
+        """`closing` is added at the end. A model that thinks begins its turn itself."""
         self.add_system(closing)
         self.add_fillers(may_end=self.settings.prefill and not thinks and not self.pending_system)
         last = self.out[-1]["content"][-1]
         if self.last_role() == "assistant" and last["type"] == "text":
-            last["text"] = last["text"].rstrip()        # trailing whitespace is refused there
+            last["text"] = last["text"].rstrip()  # trailing whitespace is refused there
         self._place_system()
         return self.out
 
@@ -6240,7 +6024,7 @@ class MessagesTurns(TurnEncoder):
             super().add_system(text)
 
     def _place_system(self) -> None:
-        """Places a system message right after a user turn, and before the assistant's or at the end."""
+        """Goes right behind a user's turn, and before the assistant's or to the end."""
         role, form = ("system", "{}") if self.last_role() == "user" else ("user", LATER_SYSTEM)
         super().add(role, [text_block(form.format(text)) for text in self.pending_system])
         self.pending_system = []
@@ -6257,11 +6041,8 @@ class MessagesTurns(TurnEncoder):
 
     def function_call(self, item: JSON) -> None:
         self.add("assistant", [{
-            "type": "tool_use",
-            "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
-            "name": item["name"],
-            "input": json.loads(item["arguments"]),
-        }])
+            "type": "tool_use", "id": fit_call_id(item["call_id"], TOOL_USE_ID, 64),
+            "name": item["name"], "input": json.loads(item["arguments"])}])
 
     def function_call_output(self, item: JSON) -> None:
         output = item["output"]
@@ -6274,7 +6055,7 @@ class MessagesTurns(TurnEncoder):
         self.add("user", [result])
 
     def text_part(self, text: str) -> JSON:
-        return text_block(text) if text.strip() else {}     # a blank text is a 400
+        return text_block(text) if text.strip() else {}  # a blank text is a 400
 
     def encode_part(self, part: JSON) -> JSON | None:
         block = super().encode_part(part)
@@ -6296,9 +6077,8 @@ class MessagesTurns(TurnEncoder):
 
 
 def place_cache_control(body: JSON, ttl: str) -> None:
-    """Marks the content that the provider should cache, unless the client did: up to the last tool, the last
-    system block, the ends of the last turn and of the user turn before it (a step that adds over 20 blocks
-    would miss the first)."""
+    """Marks what the provider should cache, unless the client did: the last tool and system block, the ends
+    of the last turn and of the user turn before it (a step of over 20 blocks would miss the first)."""
     messages = body["messages"]
     blocks = [block for message in messages for block in message["content"]]
     inner = [part for block in blocks for part in objects_in(block, "content")]
@@ -6315,7 +6095,7 @@ def place_cache_control(body: JSON, ttl: str) -> None:
 
 
 BINDING_BETA = "thinking-binding-controls-2026-08-01"
-INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"    # thinking between calls, for models with a budget
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"  # thinking between calls, for models with a budget
 DROP_STALE = {"prefix_mismatch_behavior": "drop_block"}
 
 
@@ -6343,7 +6123,7 @@ def drop_stale_thoughts(body: JSON) -> None:
 
 def drop_thoughts(body: JSON) -> None:
     for message in body["messages"]:
-        if isinstance(message["content"], list):        # a client may send a string
+        if isinstance(message["content"], list):  # a client may send a string
             message["content"] = [
                 block for block in message["content"] if block["type"] not in THINKING_BLOCKS]
     if object_in(body, "thinking").get("type") == "enabled":
@@ -6359,43 +6139,36 @@ MESSAGES_REPAIRS: Repairs = {
 
 # --- the answer
 
-MAX_PAUSES = 5                  # a turn that is still paused after this many resumptions counts as truncated
+MAX_PAUSES = 5  # a turn that is still paused after so many resumptions counts as truncated
 DELTA_FIELDS = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "input_json_delta": "partial_json",
-    "signature_delta": "signature",
-    "citations_delta": "citation"}
+    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+    "signature_delta": "signature", "citations_delta": "citation"}
 BLOCK_CHANNELS: dict[Any, PartType] = {"text": "text", "thinking": "summary", "tool_use": "arguments"}
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block that is being streamed."""
-    content: JSON       # completed by its signature and citations, at its end by its text or input
+    content: JSON  # completed by its signature and citations, at its end by its text or input
     item_key: int
-    channel: Any        # PartType, or None: the client sees no text of it
-    pieces: list[str] = field(default_factory=list)     # of its text, thinking or arguments
+    channel: Any  # PartType, or None: the client sees no text of it
+    pieces: list[str] = field(default_factory=list)  # of text, thinking or arguments
 
 
 class MessagesDecoder(Decoder):
-    """One Messages stream, or one whole answer; after a pause the next stream continues the same items.
-
-    Adjacent texts form one message: citations split a sentence into blocks. Unknown blocks are ignored, for
-    example those of compaction, fallback and code execution.
-    """
+    """After a pause the next stream continues the same items. Adjacent texts form one message: citations
+    split a sentence into blocks. Unknown blocks are ignored: of compaction, fallback, code execution."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.id: str | None = None              # of the current message
-        self.blocks: dict[int, Block] = {}      # the open ones, by the provider's index
-        self.length = 0                         # of the open message's finished blocks
+        self.id: str | None = None  # of the current message
+        self.blocks: dict[int, Block] = {}  # open ones, by the provider's index
+        self.length = 0  # of the open message's ended blocks
         # without arguments: the following event shows whether they were truncated
         self.empty_calls: list[int] = []
-        self.searches: list[int] = []           # web searches without results so far; those come in order
-        self.counts: JSON = {}                  # usage of this stream
-        self.earlier = self.usage = Usage()     # of earlier streams; of all streams
-        self.content: list[JSON] = []           # finished blocks, for a resumption
+        self.searches: list[int] = []  # without results so far; those come in order
+        self.counts: JSON = {}  # of this stream
+        self.earlier = self.usage = Usage()  # of earlier streams; of all streams
+        self.content: list[JSON] = []  # for a resumption
         self.pauses = 0
         self.stop = Stop()
 
@@ -6403,7 +6176,6 @@ class MessagesDecoder(Decoder):
         self.read({"type": "message", **as_dict(body)})
 
     def on_message(self, body: JSON) -> None:
-        """Reads an answer that was not streamed."""
         self.on_message_start({"message": body})
         for block in body["content"]:
             self.on_content_block_start({"content_block": block})
@@ -6417,7 +6189,7 @@ class MessagesDecoder(Decoder):
         message = event.get("message") or {}
         if self.id is None:
             self.id = message.get("id")
-            usage = object_in(message, "usage")           # the output is counted at the end
+            usage = object_in(message, "usage")  # the output is counted at the end
             self._count({**usage, "model": message.get("model")}, estimated=True)
         elif self.items_begun and message.get("id") != self.id:
             # some proxies repeat the event, others splice in a second answer (vercel/ai)
@@ -6431,7 +6203,7 @@ class MessagesDecoder(Decoder):
         if reason == "pause_turn" and self.content and self.pauses < MAX_PAUSES:
             self.paused, self.content = self.content, []
             self.pauses += 1
-            self.id, self.earlier, self.counts = None, self.usage, {}   # the next stream continues the turn
+            self.id, self.earlier, self.counts = None, self.usage, {}  # the next stream continues the turn
             self.sink.done()
         elif reason:
             explanation = object_in(delta, "stop_details").get("explanation") or ""
@@ -6458,7 +6230,7 @@ class MessagesDecoder(Decoder):
         self.sink.set_stop(stop)
 
     def _count(self, given: JSON, estimated: bool) -> None:
-        """Adds the usage of this stream to the usage of earlier ones."""
+        """Adds the usage of earlier streams."""
         now = messages_usage(merge_counts(self.counts, given))
         totals = {name: getattr(self.earlier, name) + getattr(now, name) for name in COUNTED}
         self.usage = dataclasses.replace(now, estimated=estimated, **totals)
@@ -6481,7 +6253,7 @@ class MessagesDecoder(Decoder):
         elif kind == "web_search_tool_result" and self.searches:
             status = "completed" if isinstance(content.get("content"), list) else "failed"
             self.sink.done(self.searches.pop(0), status=status)
-        self._text(block, content.get(kind) or "")              # of a text or thinking block
+        self._text(block, content.get(kind) or "")  # of a text or thinking block
 
     def on_content_block_delta(self, event: JSON) -> None:
         block, delta = self.blocks[event.get("index", 0)], event.get("delta") or {}
@@ -6516,12 +6288,12 @@ class MessagesDecoder(Decoder):
         if kind in ("text", "thinking"):
             content[kind] = text
         elif text.strip():
-            content["input"] = parse_object(text) or {}     # the API refuses null, even for a truncated call
+            content["input"] = parse_object(text) or {}  # the API refuses null, even for a truncated call
         if kind == "text":
             start = self.length
             self.length += len(text)
             for citation in objects_in(content, "citations"):
-                self._annotate(start, self.length, citation)    # no client knows the file of a document
+                self._annotate(start, self.length, citation)  # no client knows the file of a document
         elif kind in THINKING_BLOCKS:
             sealed = content.get("signature") or content.get("data")
             if sealed or text:  # without a signature it cannot be returned; with nothing else it must be
@@ -6532,13 +6304,13 @@ class MessagesDecoder(Decoder):
             query = object_in(content, "input").get("query") or ""
             self.searches.append(block.item_key)
             self.sink.open(block.item_key, "web_search_call", action=search_action([query]))
-        if self.tool_map.hosted and kind and content.get("text") != "":     # only hosted tools pause a turn
+        if self.tool_map.hosted and kind and content.get("text") != "":  # only hosted tools pause a turn
             self.content.append(content)
 
     def _finish_call(self, block: Block) -> None:
         """Ends a call unless its arguments are truncated, or so may be because they are empty."""
         given = block.content.get("input")
-        if given and not block.pieces:          # some servers send the whole input at once
+        if given and not block.pieces:  # some servers send the whole input at once
             self._text(block, dumps(given))
         arguments = "".join(block.pieces)
         if not arguments.strip():
@@ -6552,8 +6324,8 @@ class MessagesDecoder(Decoder):
 
 
 def messages_usage(counts: JSON) -> Usage:
-    """Anthropic counts cached input separately. After several passes (compaction, fallback, an advisor) its
-    own sum covers only the last one."""
+    """Cached input is counted separately. After several passes (compaction, fallback, an advisor) the sum
+    covers only the last one."""
     passes = objects_in(counts, "iterations") or [counts]
     fresh, read, written, output = (
         sum(count(each, name) for each in passes)
@@ -6562,49 +6334,41 @@ def messages_usage(counts: JSON) -> Usage:
     kept_long = sum(count(each.get("cache_creation"), "ephemeral_1h_input_tokens") for each in passes)
     reasoning = count(counts.get("output_tokens_details"), "thinking_tokens")
     return Usage(
-        input=fresh + read + written,
-        cached=read,
-        cache_write=written,
-        output=output,
-        reasoning=min(reasoning, output),
-        cache_write_1h=min(kept_long, written),
-        **billing_facts(counts))
+        input=fresh + read + written, cached=read, cache_write=written, output=output,
+        reasoning=min(reasoning, output), cache_write_1h=min(kept_long, written), **billing_facts(counts))
 
 
 # --- 6.4 gemini: Google's generateContent ---
 #
-# A conversation is a list of contents, each with parts; every event of a stream is a whole answer with a few
-# further parts. A thought signature belongs to one part and must come back on that very part: it travels in
-# its own reasoning item, before the call that it signs or after the message. GEMINI_MODELS holds all
-# differences between models.
+# Every event of a stream is a whole answer with a few further parts. A thought signature must come back on
+# its very part: it travels in a reasoning item of its own, before its call or after its message.
 
 class GeminiModel(NamedTuple):
-    """The known properties of a series of models. The defaults are the newest generation's."""
+    """The defaults are the newest generation's."""
     # a request with both is refused
     thinking_param: Literal["", "thinkingBudget", "thinkingLevel"] = "thinkingLevel"
-    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"       # of thinking_param, for each of EFFORTS
+    values: str = "MINIMAL MINIMAL LOW MEDIUM HIGH HIGH HIGH"  # for each of EFFORTS
     # accepts functions with googleSearch or a response schema, media inside a function's result
     combines_tools: bool = True
     web_search: bool = True
-    max_tokens: int = 0             # of a streamed answer, others have half; 0: unknown
+    max_tokens: int = 0  # of a streamed answer, others have half; 0: unknown
 
 
-NEVER_THINKS = "none -"       # without thinking_param only `none` is no loss
-GEMINI_MODELS: dict[str, GeminiModel] = {}      # filled in layer 14
+NEVER_THINKS = "none -"  # without thinking_param only `none` is no loss
+GEMINI_MODELS: dict[str, GeminiModel] = {}  # filled in layer 14
 
 
 # --- the request
 
 # ai.google.dev, thought-signatures
 DUMMY_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
-MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # ids made by GeminiDecoder: Gemini does not know them
-# the media types that functionResponse.parts may hold; the ones for a content
+MINTED_ID = re.compile(r"call_(?:\w+_)?g\d+(?:_\d+)?")  # made by GeminiDecoder
+# in functionResponse.parts; in a content
 RESULT_MEDIA = frozenset("image/png image/jpeg image/webp application/pdf text/plain".split())
 GEMINI_MEDIA = re.compile(r"image/(png|jpeg|webp|heic|heif)|application/pdf|text/plain|audio/|video/")
 
 
 def encode_gemini(ctx: EncodeContext) -> JSON:
-    """The body of POST /models/MODEL:generateContent."""
     system = [{"text": text} for text in ctx.history.system if text]
     return without_empty({
         "systemInstruction": without_empty({"parts": system}),
@@ -6627,10 +6391,8 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
     mode, names = resolve_tool_choice(ctx, modes)
     if functions:
         tools.append({"functionDeclarations": [{
-            "name": function["name"],
-            "description": function["description"],
-            "parametersJsonSchema": gemini_schema(function["parameters"]),
-        } for function in functions]})
+            "name": function["name"], "description": function["description"],
+            "parametersJsonSchema": gemini_schema(function["parameters"])} for function in functions]})
         if names or mode != "auto":
             calling = {"mode": CALLING_MODES[mode], "allowedFunctionNames": names}
             config["functionCallingConfig"] = without_empty(calling)
@@ -6642,23 +6404,16 @@ def gemini_tools(ctx: EncodeContext) -> JSON:
         tools.append({"googleSearch": {}})
         dropped += [f"web_search.{name}" for name in ("filters", "user_location") if hosted[0].get(name)]
         if functions:
-            config["includeServerSideToolInvocations"] = True       # required for both together
+            config["includeServerSideToolInvocations"] = True  # required for both together
     return {"tools": tools, "toolConfig": config}
 
 
 GEMINI_SAMPLING = {
-    "temperature": "temperature",
-    "top_p": "topP",
-    "top_k": "topK",
-    "stop": "stopSequences",
-    "seed": "seed",
-    "presence_penalty": "presencePenalty",
-    "frequency_penalty": "frequencyPenalty",
-}
+    "temperature": "temperature", "top_p": "topP", "top_k": "topK", "stop": "stopSequences", "seed": "seed",
+    "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty"}
 
 
 def gemini_config(ctx: EncodeContext) -> JSON:
-    """generationConfig."""
     settings: GeminiModel = ctx.settings
     functions, shape = ctx.tool_map.functions, ctx.take("text.format", {})
     asks_json = shape.get("type", "text") != "text"
@@ -6676,7 +6431,7 @@ def gemini_config(ctx: EncodeContext) -> JSON:
         shown = value != "0" and ctx.fields.get("reasoning.summary") not in (None, "none")
         thinking = {param: int(value) if value.isdigit() else value, "includeThoughts": shown or None}
     if functions and ctx.request.get("parallel_tool_calls") is False:
-        ctx.dropped.append("parallel_tool_calls")       # there is no such switch
+        ctx.dropped.append("parallel_tool_calls")  # there is no such switch
     return without_empty({
         "maxOutputTokens": max_tokens,
         **{name: ctx.take(path) for path, name in GEMINI_SAMPLING.items()},
@@ -6696,16 +6451,15 @@ JSON_TYPES = {
 
 
 def gemini_schema(schema: Any, refused: str = "") -> Any:
-    """A JSON schema without `refused` and the keywords that Gemini refuses; a string's format goes into its
-    description."""
+    """Without `refused` and what Gemini refuses; a string's format goes into its description."""
     unknown = {*UNKNOWN_KEYWORDS, refused}
 
     def change(made: JSON) -> JSON:
         for key in made.keys() & unknown:
             del made[key]
-        if "definitions" in made:       # renamed in the 2019 draft; Gemini knows only the new name
+        if "definitions" in made:  # renamed in the 2019 draft; Gemini knows only the new name
             made["$defs"] = as_dict(made.pop("definitions")) | object_in(made, "$defs")
-        if "$ref" in made:      # "no other properties, except for those starting as a $, may be set"
+        if "$ref" in made:  # "no other properties, except for those starting as a $, may be set"
             made["$ref"] = made["$ref"].replace("#/definitions/", "#/$defs/", 1)
             return {key: value for key, value in made.items() if key.startswith("$")}
         if "const" in made:
@@ -6721,18 +6475,18 @@ def gemini_schema(schema: Any, refused: str = "") -> Any:
 # --- its contents
 
 class GeminiContents(TurnEncoder):
-    """A History as contents: user and model in turn, the results of one turn's calls together in the next."""
+    """User and model in turn, the results of one turn's calls together in the next."""
     PARTS = "parts"
 
     def encode(self) -> list[JSON]:
-        self.calls: dict[str, JSON] = {}            # by call_id: the fields of a call that its result repeats
-        self.signatures: dict[str, str] = {}        # by call_id
+        self.calls: dict[str, JSON] = {}  # by call_id: what a result repeats
+        self.signatures: dict[str, str] = {}  # by call_id
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
         self.encode_items()
         self.add_fillers()
         for content in self.out:
-            if content["role"] == "user":           # a result's media go after all results
+            if content["role"] == "user":  # a result's media go after all results
                 content["parts"].sort(key=lambda part: "functionResponse" not in part)
                 continue
             content["role"] = "model"
@@ -6748,7 +6502,7 @@ class GeminiContents(TurnEncoder):
     def reasoning(self, item: JSON) -> None:
         replay = item["sealed_replay"]
         signature = replay.get("signature")
-        if "part" in replay and self.settings.combines_tools:       # older models refuse a server's tool
+        if "part" in replay and self.settings.combines_tools:  # older models refuse a server's tool
             self.add("assistant", [replay["part"]])
         elif not signature:
             self.dropped.append("reasoning:foreign")
@@ -6758,8 +6512,7 @@ class GeminiContents(TurnEncoder):
             self._sign_text(signature, replay.get("characters", 0))
 
     def _sign_text(self, signature: str, characters: int) -> None:
-        """Signs the last `characters` of the text since the last signature; for 0 an image or an empty
-        part."""
+        """Signs the last `characters` of text since the last signature; 0: an image or an empty part."""
         parts = self.out[-1]["parts"] if self.last_role() == "assistant" else []
         if not characters:
             if not parts or "inlineData" not in parts[-1]:
@@ -6793,7 +6546,7 @@ class GeminiContents(TurnEncoder):
 
     def function_call_output(self, item: JSON) -> None:
         parts = self.encode_parts(item["output"])
-        inside, outside = [], []                    # the media in the result itself, and after all results
+        inside, outside = [], []  # of the result, and behind all results
         for part in parts:
             mime = part.get("inlineData", {}).get("mimeType")
             if mime in RESULT_MEDIA and self.settings.combines_tools:
@@ -6837,7 +6590,7 @@ def replace_signatures(body: JSON) -> None:
 
 
 def drop_keyword(body: JSON, keyword: str) -> None:
-    """Drops the keyword that an "Unknown name" error quotes, from all schemas and from their holders."""
+    """Drops the keyword that an "Unknown name" error quotes from all schemas and their holders."""
     for holder, name in ((body, "tools"), (body.get("generationConfig", {}), "responseJsonSchema")):
         if name in holder:
             holder[name] = gemini_schema(holder[name], keyword)
@@ -6855,39 +6608,34 @@ GEMINI_ENDS = {
     **END_REASONS,
     "stop": "",
     "other": "tool_generation",
-    "missing_thought_signature": "bad_request"}         # caused by our request: no other target may be tried
+    "missing_thought_signature": "bad_request"}  # our request's fault: no other target may be tried
 UNSPECIFIED = (None, "", "FINISH_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
 class GeminiDecoder(Decoder):
-    """One Gemini stream, or one whole answer.
-
-    Parts follow each other, so only one item is open at a time. The message stays open after its signature,
-    because its citations come with the last event.
-    """
+    """Parts follow each other, so only one item is open at a time. The message stays open after its
+    signature, because its citations come with the last event."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.prefix += "g"
-        self.open: PartType | None = None       # "text" or "summary": of the open item
-        self.texts: list[str] = []              # of the open item
-        self.signature: JSON = {}               # of its last part; the item after it carries it
-        self.counts: JSON = {}                  # the newest of each count, and the model
+        self.open: PartType | None = None  # "text" or "summary": of the open item
+        self.texts: list[str] = []  # of the open item
+        self.signature: JSON = {}  # of its last part; the item after it carries it
+        self.counts: JSON = {}  # the newest of each, and the model
         self.grounding: JSON = {}
-        self.searched = False                   # a web_search_call has been sent
-        self.finished = False                   # there was output, then a finishReason
+        self.searched = False  # a web_search_call has been sent
+        self.finished = False  # there was output, then a finishReason
 
     def on_event(self, event: Any) -> None:
-        """Reads one chunk, or an array of them: without alt=sse even a stream is one array."""
+        """A chunk, or an array of them: without alt=sse even a stream is one array."""
         for chunk in only_dicts(event if isinstance(event, list) else [event]):
             self._chunk(chunk)
 
     def _chunk(self, chunk: JSON) -> None:
         candidate = next(iter(objects_in(chunk, "candidates")), {})
         self.grounding = object_in(candidate, "groundingMetadata") or self.grounding
-        self._count({
-            **object_in(chunk, "usageMetadata"),
-            "model": chunk.get("modelVersion")})
+        self._count({**object_in(chunk, "usageMetadata"), "model": chunk.get("modelVersion")})
         if states_error(chunk):
             raise classify_error(chunk)
         if self.finished:
@@ -6908,7 +6656,7 @@ class GeminiDecoder(Decoder):
             self.sink.set_stop(Stop("content_filter", explanation=explanation))
 
     def _count(self, given: JSON) -> None:
-        if self.finished:                       # after the end only higher counts are used
+        if self.finished:  # after the end only higher counts are used
             given = {
                 name: value for name, value in given.items()
                 if name not in self.counts or count(given, name) > count(self.counts, name)}
@@ -6940,7 +6688,7 @@ class GeminiDecoder(Decoder):
             self._close_texts()
             self._image(str(media.get("data")))
         else:
-            return          # there is no item for audio, or for code that Google ran
+            return  # there is no item for audio, or for code that Google ran
         if signature and not thought:
             if self.signature:
                 self._close_texts()
@@ -6949,7 +6697,7 @@ class GeminiDecoder(Decoder):
     def _text(self, channel: PartType, text: str) -> None:
         if not text:
             return
-        if channel != self.open or self.signature:      # a signed part accepts no more text
+        if channel != self.open or self.signature:  # a signed part accepts no more text
             self._close_texts()
             self._new_key()
             self.open = channel
@@ -6976,7 +6724,7 @@ class GeminiDecoder(Decoder):
 
     def _function_call(self, given: JSON, signature: str) -> None:
         name, args = given.get("name"), given.get("args")
-        in_pieces = given.get("partialArgs") or given.get("willContinue")   # Vertex sends them on request
+        in_pieces = given.get("partialArgs") or given.get("willContinue")  # Vertex sends them on request
         if in_pieces or (args and not name):
             message = "The provider sent a tool call without a name, or in pieces."
             raise ProviderError(message, kind="tool_generation")
@@ -6998,7 +6746,7 @@ class GeminiDecoder(Decoder):
             code = "invalid_prompt" if outcome == "bad_request" else None
             raise ProviderError(message, kind=outcome, code=code)
         self._close_texts()
-        self.finished = self.items_begun > 0          # some proxies begin with an empty STOP
+        self.finished = self.items_begun > 0  # some proxies begin with an empty STOP
         if self.grounding.get("webSearchQueries") and not self.searched:
             self._search(self.grounding["webSearchQueries"])
         explanation = block_reason("stopped this answer", candidate, "finishReason", "finishMessage")
@@ -7006,7 +6754,7 @@ class GeminiDecoder(Decoder):
 
 
 def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
-    """Start, end and source of a message's citations. Gemini counts bytes, and is sometimes off by one."""
+    """Start, end and source. Gemini counts bytes, and is sometimes off by one."""
     encoded = text.encode("utf-8", "replace")
     sources = [object_in(chunk, "web") for chunk in objects_in(grounding, "groundingChunks")]
     for support in objects_in(grounding, "groundingSupports"):
@@ -7026,7 +6774,7 @@ def citations(text: str, grounding: JSON) -> Iterator[tuple[int, int, JSON]]:
 
 
 def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
-    """A sentence for the user: why the provider gave no answer."""
+    """For the user: why the provider gave no answer."""
     words = [str(holder.get(reason))]
     for rating in objects_in(holder, "safetyRatings"):
         if rating.get("blocked"):
@@ -7036,10 +6784,10 @@ def block_reason(action: str, holder: JSON, reason: str, message: str) -> str:
 
 
 def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
-    """Gemini counts thoughts and the input of its tools separately. It bills each search query; Gemini 2
-    bills one per answer."""
+    """Thoughts and the input of tools are counted separately. Each search query is billed; Gemini 2 bills one
+    an answer."""
     if not given.keys() & {"promptTokenCount", "candidatesTokenCount"}:
-        return None                         # Vertex sends {"trafficType": ...} until the end
+        return None  # Vertex sends {"trafficType": ...} until the end
     thoughts = count(given, "thoughtsTokenCount")
     inputs = count(given, "promptTokenCount") + count(given, "toolUsePromptTokenCount")
     queries = grounding.get("webSearchQueries")
@@ -7049,13 +6797,9 @@ def gemini_usage(given: JSON, grounding: JSON) -> Usage | None:
         searches = min(searches, 1)
     tier = str(given.get("serviceTier") or given.get("trafficType") or "").lower()
     return Usage(
-        input=inputs,
-        cached=min(count(given, "cachedContentTokenCount"), inputs),
-        output=count(given, "candidatesTokenCount") + thoughts,
-        reasoning=thoughts,
-        web_searches=searches,
-        tier=tier.removeprefix("on_demand_"),
-        model=model[:200])
+        input=inputs, cached=min(count(given, "cachedContentTokenCount"), inputs),
+        output=count(given, "candidatesTokenCount") + thoughts, reasoning=thoughts,
+        web_searches=searches, tier=tier.removeprefix("on_demand_"), model=model[:200])
 
 
 # --- 6.5 demo: a provider that works offline ---
@@ -7068,17 +6812,15 @@ DEMO_MODELS = {
     "tools": "calls one of your tools, a shell if there is one, then finishes on its output",
     "flaky": "fails at the first call, and answers the second",
 }
-MAX_DEMO_TEXT = 2000        # characters of repeated text: the demo is no file server
-# tools of Codex and its relatives; others are second choice
+MAX_DEMO_TEXT = 2000  # characters: the demo is no file server
+# of Codex and its relatives; others are second choice
 DEMO_SHELLS = ("exec_command", "shell_command", "shell")
 DEMO_VALUES = {
-    "array": ["echo", "hello from pomex"],
-    "number": 1, "integer": 1, "boolean": True, "object": {},
-}
+    "array": ["echo", "hello from pomex"], "number": 1, "integer": 1, "boolean": True, "object": {}}
 
 
 def demo_frames(ctx: EncodeContext) -> Iterator[bytes]:
-    """The answer of a demo model, as chat completion chunks."""
+    """Chat completion chunks."""
     if ctx.model == "flaky" and ctx.calls == 1:
         raise ProviderError("The demo provider fails on purpose.", kind="overload", upstream_status=529)
     deltas = demo_answer(ctx)
@@ -7096,14 +6838,14 @@ def encode_demo(ctx: EncodeContext) -> JSON:
 
 
 def demo_answer(ctx: EncodeContext) -> list[JSON]:
-    """The deltas of the answer: the words of a text, or a call."""
+    """The words of a text, or a call."""
     items, functions = ctx.history.items, ctx.tool_map.functions
     sent = [item["content"] for item in items if item.get("role") == "user"]
     says, content = "You sent: ", sent[-1] if sent else ""
     if ctx.model == "tools" and items and items[-1]["type"] == "function_call_output":
         says, content = "The command printed: ", items[-1]["output"]
     elif ctx.model == "tools" and functions:
-        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))   # or the first
+        tool = max(functions, key=lambda function: function["name"].endswith(DEMO_SHELLS))  # or the first
         properties = object_in(tool["parameters"], "properties")
         arguments = {
             name: DEMO_VALUES.get(str(object_in(properties, name).get("type")), "echo hello from pomex")
@@ -7119,18 +6861,18 @@ def demo_answer(ctx: EncodeContext) -> list[JSON]:
 # --- 6.6 the table ---
 
 NUMBERS = re.compile(r"\d+")
-MAX_TEMPLATES = 8           # consecutive templates without a match: the events of some streams always differ
+MAX_TEMPLATES = 8  # in a row without a match: the events of some streams always differ
 
 
 class DeltaTemplate(NamedTuple):
     """The constant parts of a stream's events that differ only in one text: they need no JSON parser."""
-    before: str = ""        # up to the quote that opens the text; "" matches no event
-    after: str = ""         # from the quote that closes it
-    counts: str = ""        # the rest of the event, in which only numbers differ
+    before: str = ""  # up to the quote that opens the text; "" matches no event
+    after: str = ""  # from the quote that closes it
+    counts: str = ""  # the rest of the event, in which only numbers differ
 
     def texts(self, block: str, at: int) -> tuple[list[str], int]:
-        """The texts of the matching events from `at` on, and the end of these events. If there are counts,
-        the last event stays: only its counts matter."""
+        """The texts of the matching events from `at` on, and their end. With counts the last event stays:
+        only its counts matter."""
         before, after, counts = self
         texts: list[str] = []
         last = at
@@ -7141,7 +6883,7 @@ class DeltaTemplate(NamedTuple):
             except ValueError:
                 break
             if not block.startswith(after, end - 1) or block.find("\\u", start, end) >= 0:
-                break       # no match, or perhaps half a surrogate pair
+                break  # no match, or perhaps half a surrogate pair
             end += len(after) - 1
             if counts:
                 start, end = end, block.find("\n\n", end) + 2
@@ -7168,12 +6910,12 @@ def field_template(event: str, name: str) -> DeltaTemplate:
 
 
 class TranslatedStream(Assembler):
-    """An attempt over a provider's stream: bytes become events, and the decoder's calls become frames."""
+    """Bytes become events, and the decoder's calls become frames."""
 
     def __init__(self, ctx: EncodeContext, decoder: Decoder) -> None:
         super().__init__(ctx.answer, ctx.seal)
         self.decoder = decoder
-        self.decoder.sink = weakref.proxy(self)         # a cycle would keep both until a collection
+        self.decoder.sink = weakref.proxy(self)  # a cycle would keep both until a collection
         self.events = SSEDecoder()
         self.template = DeltaTemplate()
         self.templates_left = MAX_TEMPLATES
@@ -7198,7 +6940,6 @@ class TranslatedStream(Assembler):
             at = end + 2
 
     def read(self, event: Event | None) -> None:
-        """Reads an event, unless nothing more is expected."""
         self.decoder.delta = None
         if event and not self.upstream_done:
             self.decoder.feed(event.data, event.event)
@@ -7220,23 +6961,23 @@ class TranslatedStream(Assembler):
 
 @dataclass(slots=True)
 class EncodeContext:
-    """One request for one target: the input of an encoder, and of a decoder after it."""
+    """One request for one target: the input of an encoder, then of a decoder."""
     answer: ClientAnswer
     envelope: Envelope
-    provider: str               # its name in envelopes
-    model: str                  # the provider's own name for it
-    passthrough: bool           # an upstream that speaks the client's API gets its own bytes
+    provider: str  # its name in envelopes
+    model: str  # the provider's own name
+    passthrough: bool  # an upstream that speaks the client's API gets its own bytes
     dialect: str
-    prompt_cache: str = "5m"    # how long a messages provider keeps the prompt
-    # overrides of the known properties of models, by prefix
+    prompt_cache: str = "5m"  # how long, at a messages provider
+    # of the known properties of models, by prefix
     overrides: Mapping[str, JSON] = field(default_factory=dict)
-    calls: int = 1              # the request's upstream calls, including this one
+    calls: int = 1  # upstream, including this one
     # set by WireApi.call
-    dropped: list[str] = field(init=False)      # fields that the target cannot carry: encoders add to it
-    settings: Any = None        # the known properties of the model
+    dropped: list[str] = field(init=False)  # what the target cannot carry: encoders add to it
+    settings: Any = None  # known properties of the model
     tool_map: ToolMap = field(init=False)
     history: History = field(init=False)
-    fields: JSON = field(init=False)  # of the request, by path: encoders remove theirs, the rest is reported
+    fields: JSON = field(init=False)  # by path: encoders remove theirs, the rest is reported
 
     @property
     def request(self) -> ResponsesRequest:
@@ -7250,7 +6991,7 @@ class EncodeContext:
         return self.fields.pop(path, default)
 
     def take_effort(self, values: str) -> str:
-        """effort_value of the requested effort; an effort without a value is reported as dropped."""
+        """An effort without a value is reported as dropped."""
         asked = self.take("reasoning.effort")
         value = effort_value(values, asked)
         if asked and not value:
@@ -7264,9 +7005,9 @@ class UpstreamCall(NamedTuple):
     path: str
     body: bytes
     attempt: Passthrough | TranslatedStream
-    dropped: list[str]                      # reported in x-pomex-dropped
+    dropped: list[str]  # for x-pomex-dropped
     headers: Sequence[tuple[str, str]] = ()
-    frames: Iterable[bytes] = ()            # demo: the answer itself
+    frames: Iterable[bytes] = ()  # demo: the answer itself
 
     def repaired(self, error: GatewayError) -> UpstreamCall | None:
         """The call changed after a known refusal, if any. Once per request."""
@@ -7284,7 +7025,7 @@ class UpstreamCall(NamedTuple):
         return self._with(body)
 
     def resumed(self) -> UpstreamCall | None:
-        """The call that continues a paused turn in the same attempt."""
+        """Continues a paused turn in the same attempt."""
         paused, self.attempt.decoder.paused = self.attempt.decoder.paused, []
         if not paused:
             return None
@@ -7299,17 +7040,16 @@ class UpstreamCall(NamedTuple):
 
 
 class WireApi(NamedTuple):
-    """One wire API: the encoding of a request and the decoding of its answer."""
     path: str
     encode: Callable[[EncodeContext], JSON]
     decoder: Callable[[ToolMap, Any, str], Decoder]
-    models: Mapping[str, Any] = {}      # known properties, by dialect or by prefix; "" for unknown ones
+    models: Mapping[str, Any] = {}  # known properties, by dialect or by prefix; "" for unknown ones
     repairs: Repairs = {}
     headers: Callable[[JSON], list[tuple[str, str]]] = lambda body: []
     # the key is never in the address, which is logged
     auth: Callable[[str], list[tuple[str, str]]] = lambda key: [("authorization", "Bearer " + key)]
-    vendor: str = ""    # the vendor whose rule for parameter names applies; "": the model's name decides
-    # for clients that speak this API: their own body with little changed, and the reader of the answer
+    vendor: str = ""  # whose rule for parameter names applies; "": the model's name decides
+    # for clients of this API: their own body with little changed, and the reader of the answer
     relay: Callable[[EncodeContext], tuple[bytes, Passthrough]] | None = None
 
     def call(self, ctx: EncodeContext) -> UpstreamCall:
@@ -7367,7 +7107,7 @@ class WireApi(NamedTuple):
         for item in request.input:
             parts = only_dicts(item.get("content") or item.get("output"))
             ctx.dropped += unknown_keys("content", parts)
-            if item["type"] == "configuration_update":      # the last one counts
+            if item["type"] == "configuration_update":  # the last one counts
                 update = {name: item.get(name) for name in ("reasoning", "text")}
                 ctx.fields |= request_fields(update)
         body = self.encode(ctx)
@@ -8084,20 +7824,19 @@ def detect_providers(environ: Mapping[str, str]) -> dict[str, ProviderConfig]:
 
 # === 8. ledger ===
 #
-# One database, shared by all processes that open it. `usage` is the table of facts: a row for each attempt that a provider
-# bills, the last of a request marked `final`. The transaction that inserts rows adds them to `usage_rollups`, from which
-# reports are summed, and to the meters of limits. A settlement is committed before the client sees how its request ended; an
-# open request is recorded before the client sees its first byte, and becomes a row marked interrupted if its process dies.
-# So no answered request is without its row, and none has two. What waits to be written is committed together.
+# One database, shared by all processes. `usage` has a row for each attempt that a provider bills, the last of a request marked
+# `final`; the same transaction adds them to `usage_rollups`, from which reports are summed, and to the meters of limits. A
+# settlement is committed before the client sees how its request ended; an open request is recorded before the client sees its
+# first byte, and becomes a row marked interrupted if its process dies: no answered request is without its row, none has two.
 #
 # Money is integer nano-dollars. A balance is the sum of an account's credits less its charges.
 
 KEY_PREFIX = "sk-rh-"
 KEY_RANDOM = 28  # base62 characters, 166 bits, of which lists show 48
-KEY_CHECK = 4    # of a checksum over those
+KEY_CHECK = 4  # of a checksum over those
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_NUMBER = 2 ** 42  # tokens, or milliseconds since 1970; two million of these can still be summed
+MAX_NUMBER = 2 ** 42  # tokens, or Unix milliseconds; two million of these can still be summed
 DAY_MS = 86_400_000
 HALF_HOUR_MS = 1_800_000
 
@@ -8117,14 +7856,14 @@ class Key:
     expires_s: int  # 0: never
     revoked_s: int  # 0: active
     account_id: int
-    models: str  # patterns of the models it may use, separated by spaces; "": any
+    models: str  # patterns, separated by spaces; "": any
     budget_nanos: int | None
-    period: str          # of the budget: day | week | month | total
-    rpm: int             # requests a minute; 0: any number, as below
-    tpm: int             # tokens a minute
-    concurrent: int      # requests open at once
+    period: str  # of the budget: day | week | month | total
+    rpm: int  # requests a minute; 0: any number, as below
+    tpm: int  # tokens a minute
+    concurrent: int  # requests open at once
     allow_unpriced: int  # 1: models without a price are served in spite of its budget
-    account: str         # its account's name, and what that says
+    account: str  # its account's name, and what that says
     prepaid: int
     account_limit_nanos: int | None
     multiplier: int
@@ -8141,10 +7880,10 @@ class Key:
 
 
 KEY_COLUMNS = tuple(Key.__annotations__)[:15]  # the others are its account's
-KEY_SETTINGS = KEY_COLUMNS[5:]                 # these may change
+KEY_SETTINGS = KEY_COLUMNS[5:]  # these may change
 SELECT_KEYS = f"""SELECT keys.{', keys.'.join(KEY_COLUMNS)}, accounts.name, prepaid, limit_nanos, multiplier, revision
     FROM keys JOIN accounts ON accounts.id = account_id WHERE revision > ? ORDER BY revision, keys.id"""
-NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a key that changes: other processes look for it
+NEXT_REVISION = "(SELECT max(revision) + 1 FROM keys)"  # of a change: other processes look for it
 SELECT_DISABLED = "SELECT substr(name, 10) FROM settings WHERE name LIKE 'disabled/%'"
 
 
@@ -8155,40 +7894,40 @@ class UsageRow(NamedTuple):
     started_ms: int  # Unix time
     key_id: int
     endpoint: str
-    model: str        # as the client asked for it
+    model: str  # as the client asked for it
     attempt: int = 0  # its number, from 1
-    final: int = 1    # 0: a failed attempt that is billed all the same
+    final: int = 1  # 0: a failed attempt, billed all the same
     account_id: int = 1
     provider: str = ""
     upstream_model: str = ""
-    served_model: str = ""     # the model that the answer names, where it is another
+    served_model: str = ""  # as the answer names it, where it is another
     status: str = "completed"  # completed | incomplete | failed | cancelled; lost if not final
-    result: str = ""           # of its request, one of RESULTS
+    result: str = ""  # of its request, one of RESULTS
     error_code: str = ""
-    error: str = ""                # the reason of a failure, in words
+    error: str = ""  # in words
     terminal_by: str = "upstream"  # upstream | gateway; "": the answer is a status
-    estimated: str = ""            # why the tokens are not the provider's own count, if they are not
-    tier: str = ""                 # the service tier, as the provider says
-    session: str = ""              # the client's name of the conversation
-    client: str = ""               # its User-Agent
-    input: int = 0                 # tokens, as in Usage
+    estimated: str = ""  # why the tokens are not the provider's own count
+    tier: str = ""  # as the provider says
+    session: str = ""  # the client's name of the conversation
+    client: str = ""  # its User-Agent
+    input: int = 0  # tokens, as in Usage
     cached: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""              # USD per million tokens, as section 8.4 has it; "": no price
+    price: str = ""  # USD per million tokens, as section 8.4 has it; "": no price
     multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
-    saved_nanos: int = 0   # by the cache
-    asked_ms: int = 0      # from the request: to the newest upstream call,
+    saved_nanos: int = 0  # by the cache
+    asked_ms: int = 0  # from the request: to the newest upstream call,
     answering_ms: int = 0  # to the head of its answer,
-    first_ms: int = 0      # to the first output; 0: none came
-    total_ms: int = 0      # and to the end
-    attempts: int = 0      # requests sent upstream
+    first_ms: int = 0  # to the first output; 0: none came
+    total_ms: int = 0  # and to the end
+    attempts: int = 0  # requests sent upstream
     upstream_id: str = ""  # the provider's request id
-    detail: str = ""       # JSON of `tried`, `tried_ms` and `dropped`
+    detail: str = ""  # JSON of `tried`, `tried_ms` and `dropped`
 
 
 USAGE_COLUMNS = UsageRow._fields
@@ -8208,7 +7947,6 @@ def result_of(status: str, terminal_by: str, attempts: int) -> str:
 # --- 8.1 keys ---
 
 def key_check(body: str) -> str:
-    """The last characters of a key whose random part is `body`."""
     number = zlib.crc32(body.encode("utf-8", "replace"))
     return "".join(BASE62[number // 62 ** place % 62] for place in range(KEY_CHECK))
 
@@ -8248,7 +7986,7 @@ def day_text(day: int) -> str:
 
 
 def day_of(text: str) -> int:
-    """A date like 2026-11-30 as a day since 1970; ValueError where it is none."""
+    """2026-11-30 as a day since 1970; ValueError for another text."""
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
@@ -8297,7 +8035,7 @@ NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not co
 # All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
 
 SCHEMA_VERSION = 5
-APPLICATION_ID = 0x506F6D78  # "Pomx", in the file's header: no other program's database is written to
+APPLICATION_ID = 0x506F6D78  # "Pomx", in the header: no other program's file is written to
 ROW_ID = "INTEGER PRIMARY KEY AUTOINCREMENT"
 INTEGER = "BIGINT NOT NULL DEFAULT 0"
 STRING = "TEXT NOT NULL DEFAULT ''"
@@ -8337,10 +8075,10 @@ SCHEMA = (
     f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
 )
 
-BUSY_S = 30.0  # how long to wait for another program's write; then it is a failure
+BUSY_S = 30.0  # for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
-Attempted: TypeAlias = tuple[Any, Exception | None]  # what a function returned, or raised
+Attempted: TypeAlias = tuple[Any, Exception | None]  # returned, or raised
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
@@ -8349,7 +8087,7 @@ def insertion(table: str, columns: Collection[str]) -> str:
 
 @dataclass(slots=True)
 class Transaction:
-    """Passed to functions that write; used by one thread at a time."""
+    """Used by one thread at a time."""
     connection: sqlite3.Connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
@@ -8366,7 +8104,7 @@ class Transaction:
         return self.connection.execute(sql, values).fetchall()
 
     def attempt(self, run: Callable[[Transaction], Any]) -> Attempted:
-        """Runs a part of the transaction, which is rolled back if it raises."""
+        """Rolls back what `run` did if it raises."""
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
@@ -8379,7 +8117,7 @@ class Transaction:
         return attempted
 
 
-FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
+FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
     sqlite3.SQLITE_READONLY: "cannot be written: it, its folder or its disk is read-only for this user. "
@@ -8391,7 +8129,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> message for the operator
 
 
 def database_trouble(path: str, error: Exception) -> LedgerError:
-    """The message does not disclose the file's folder."""
+    """Does not disclose the file's folder."""
     code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
     if isinstance(error, OSError):
         reason = error.strerror or ""  # str() would give the path
@@ -8440,17 +8178,16 @@ class Database:
                 raise FileNotFoundError(errno.ENOENT, "the file was replaced")
 
     async def read(self, sql: str, *values: Any) -> list[Row]:
-        """All rows."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
 
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Runs it in a transaction, which is rolled back if it raises."""
+        """Rolls back if it raises."""
         with database_errors(self.path):
             return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
 
     def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """The same on the calling thread, without a running loop."""
+        """On the calling thread, without a running loop."""
         with database_errors(self.path), self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
@@ -8466,7 +8203,7 @@ class Database:
         self.writer.close()
 
     def copy(self, path: str) -> None:
-        """Makes a complete copy or none while servers run; does not overwrite an existing file."""
+        """A complete copy or none, while servers run; overwrites nothing."""
         part = path + ".part"
         with database_errors(path):
             with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
@@ -8483,7 +8220,7 @@ class Database:
                     os.unlink(part)
 
     def migrate(self) -> None:
-        """Creates the schema, or upgrades an older file after copying it."""
+        """Upgrades an older file after copying it."""
         folder, name = os.path.split(os.path.abspath(self.path))
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
@@ -8506,7 +8243,7 @@ class Database:
         self.commit(create_tables)
 
     def use_wal(self) -> None:
-        """Retries: several processes may open a new file at once, and SQLite does not wait for this lock."""
+        """Several processes may open a new file at once, and SQLite does not wait for this lock."""
         for attempt in range(20):
             try:
                 self.writer.execute("PRAGMA journal_mode = WAL")
@@ -8518,7 +8255,6 @@ class Database:
 
 
 def create_tables(tx: Transaction) -> None:
-    """Creates the schema and moves the rows of an older one into it."""
     if tx.read("PRAGMA user_version")[0][0] == SCHEMA_VERSION:  # another process was faster
         return
     found = tx.read("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite%' ORDER BY type DESC")
@@ -8582,9 +8318,9 @@ def take_over_old_tables(tx: Transaction) -> None:
 # A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
 # thousand searches; "-" where there is none.
 
-ONE = 1_000_000             # a multiplier of 1
+ONE = 1_000_000  # a multiplier of 1
 PEAK_HOURS = (1, 2, 3, 6, 7, 8, 9)  # UTC: DeepSeek's, 9-12 and 14-18 in Beijing, not on weekends there
-USUAL = {       # defaults for all models of a provider; a row of the table overrides them
+USUAL = {  # of all models of a provider; rows override them
     "anthropic": "search=10 fast=2 us=1.1 batch=0.5", "google": "search=14 priority=1.8 flex=0.5 batch=0.5",
     "groq": "search=5", "meta": "search=2.5", "xai": "search=5 batch=0.8 over199999=2",
     "openai": "search=10 priority=2 ultrafast=6 flex=0.5 batch=0.5 gov=1.1",
@@ -8607,7 +8343,7 @@ class Price(NamedTuple):
 
 @functools.lru_cache(4096)
 def price_of(text: str) -> Price | None:
-    """None for "". Cache reads and writes without a price of their own cost the same as plain input."""
+    """Cache reads and writes without a price of their own cost the same as plain input."""
     if not text:
         return None
     if text.startswith("provider "):
@@ -8617,13 +8353,13 @@ def price_of(text: str) -> Price | None:
         if words[place] == "-":
             words[place] = words[instead]
     picos = [0 if word == "-" else int(decimal.Decimal(word) * 10**6) for word in words]
-    picos[5] *= 1000  # a token is priced per million, a search per thousand
+    picos[5] *= 1000  # per thousand, tokens per million
     return Price(*picos)
 
 
 @functools.cache
 def scaled(text: str, factors: str) -> str:
-    """A price with each token price multiplied by its factor ("2/1.5/2"); the last factor applies to all that follow."""
+    """Each token price times its factor ("2/1.5/2"); the last factor applies to all that follow."""
     numbers = factors.split("/")
     numbers = [*numbers, *numbers[-1:] * 4][:5] + ["1"]
     return " ".join(word if word == "-" else format(round(decimal.Decimal(word) * decimal.Decimal(number), 6).normalize(), "f")
@@ -8633,12 +8369,12 @@ def scaled(text: str, factors: str) -> str:
 class PriceSchedule(NamedTuple):
     """All prices of one model."""
     base: str
-    over: int = 0  # with more input than this a request costs `long`; 0: none does
+    over: int = 0  # input tokens above which a request costs `long`; 0: none does
     long: str = ""
     changes: tuple[tuple[int, str], ...] = ()  # (day since 1970 UTC, price from then on), in order
-    factors: Mapping[str, str] = {}            # of service tiers, regions and peak hours
-    ends: str = ""                             # the day its provider retires the model
-    source: str = ""                           # where it is defined, for people
+    factors: Mapping[str, str] = {}  # of service tiers, regions and peak hours
+    ends: str = ""  # the day its provider retires the model
+    source: str = ""  # for people
 
     def price(self, started_ms: int, input_tokens: int, tiers: str = "") -> str:
         """By the start of a request, its size (cached and written input included), and what it was served as."""
@@ -8655,17 +8391,16 @@ class PriceSchedule(NamedTuple):
 
 
 def model_rows() -> Iterator[tuple[str, list[str]]]:
-    provider = ""
+    provider, shared = "", list[str]()
     for names, *columns in map(str.split, MODEL_TABLE.splitlines()):
-        if columns:
-            yield from ((provider + name, columns) for name in names.split(","))
+        if names.endswith("/"):
+            provider, shared = names, columns
         else:
-            provider = names
+            yield from ((provider + name, shared + columns) for name in names.split(","))
 
 
 @functools.cache
 def builtin_schedules() -> dict[str, PriceSchedule]:
-    """The built-in table."""
     schedules = {}
     for name, (_, _, *words) in model_rows():
         words = [*USUAL.get(name.partition("/")[0], "").split(), *words]
@@ -8685,7 +8420,7 @@ def builtin_schedules() -> dict[str, PriceSchedule]:
 
 
 def configured_schedule(name: str, prices: PriceConfig) -> PriceSchedule:
-    """The same from [prices."provider/model"]."""
+    """Of [prices."provider/model"]."""
     def text(prefix: str) -> str:
         values = [*(getattr(prices, prefix + name) for name in Price._fields[:5]), prices.search_per_1000]
         return " ".join("-" if value is None else format(value, "f") for value in values)
@@ -8714,7 +8449,7 @@ class PriceTable:
 
 
 def cost_nanos(price: str, multiplier: int, usage: Usage) -> int:
-    """The sum in pico-dollars, times the account's multiplier, rounded once, half up."""
+    """Pico-dollars times the account's multiplier, rounded once, half up."""
     rate = price_of(price)
     if rate is None:
         return 0
@@ -8774,7 +8509,7 @@ ROLLUP_PLACE, ROLLUP_COUNTS = operator.attrgetter(*ROLLUP_KEY[1:]), operator.att
 
 
 def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> None:
-    """Adds rows to the rollups and to the meters of limits, or subtracts them."""
+    """Adds rows to the rollups and meters, or subtracts them."""
     rollups, meters = [], []
     for row in rows:
         unpriced = row.final and not row.price and row.input + row.output > 0
@@ -8792,7 +8527,7 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
 
 
 def insert_rows(tx: Transaction, rows: Iterable[UsageRow]) -> Sequence[UsageRow]:
-    """Returns them as stored."""
+    """As stored."""
     storable = [UsageRow._make(map(to_storable, row)) for row in rows]
     tx.execute_many(INSERT_USAGE, storable)
     upsert_rollups(tx, storable)
@@ -8804,8 +8539,8 @@ def read_rows(tx: Transaction, query: str, *values: Any) -> list[UsageRow]:
 
 
 def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> Collection[str]:
-    """Returns the ids of requests whose rows were inserted. The first settlement of a request counts, unless it was a guess:
-    the true one replaces `interrupted`."""
+    """The ids whose rows were inserted. A request's first settlement counts, unless it was a guess: the true one replaces
+    `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
     for response_id, rows in [*by_id.items()]:
         found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
@@ -8828,13 +8563,13 @@ def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
 
 
 def interrupted(row: UsageRow) -> UsageRow:
-    """The row of an open request whose process died, billed for its estimated input."""
+    """Of an open request whose process died, billed for its estimated input."""
     return row._replace(status="failed", result="failed", error_code="interrupted", terminal_by="gateway",
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
 def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Settles the open requests of dead or unregistered processes."""
+    """Of dead or unregistered processes."""
     tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
     rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
     if rows:
@@ -8849,17 +8584,17 @@ def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
 # its estimated input and some output, extends that while output streams, and releases it with its settlement, or by its row
 # of `open_requests` if its process dies. A rate is a token bucket (GCRA): a row of `rates` with the time when it is full.
 
-RESERVED_STEP = 4096    # output tokens by which a running answer's reservation grows
-LEAST_OUTPUT = 256      # tokens: with room for fewer a request is refused
+RESERVED_STEP = 4096  # tokens by which a running answer's reservation grows
+LEAST_OUTPUT = 256  # with room for fewer tokens a request is refused
 WINDOW_NS = 60 * 10**9  # a rate's bucket holds what may be used in a minute
 PERIODS = {"day": "today", "week": "this week", "month": "this month", "total": "in total"}
 
 
 class Limit(NamedTuple):
-    owner: str    # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
-    unit: str     # nanos | requests | tokens | open
+    owner: str  # of the meter: "key 7", "account 2", "key 7 open"; of a rate: "key 7 requests"
+    unit: str  # nanos | requests | tokens | open
     maximum: int  # 0 for prepaid credit, whose bound is its balance
-    kind: str     # key | account | credit | open | rate
+    kind: str  # key | account | credit | open | rate
     since_day: int  # of a meter: it counts what was spent since then
 
 
@@ -8873,7 +8608,7 @@ class LimitExceeded(Exception):
 
 
 def period_bounds(period: str, now_s: float) -> tuple[int, int]:
-    """Its first day (since 1970, UTC), and that of the next one; (0, 0) for total."""
+    """Its first day (since 1970, UTC), and the next one's; (0, 0) for total."""
     day, now = int(now_s // 86400), time.gmtime(now_s)
     monday, first = day - now.tm_wday, day - now.tm_mday + 1
     month = first, first + calendar.monthrange(now.tm_year, now.tm_mon)[1]
@@ -8900,12 +8635,12 @@ def is_owner(owner: str) -> str:
 
 
 def select_spent(owner: str) -> str:
-    """SQL of what a key or an account has spent since a time."""
+    """SQL of what an owner has spent since a time."""
     return f"SELECT coalesce(sum(cost_nanos), 0) FROM usage_rollups WHERE {is_owner(owner)} AND started_ms >= ?"
 
 
 def spent_and_granted(tx: Transaction, limit: Limit) -> Row:
-    """The state of its meter, which is created if needed."""
+    """Of its meter, which is created if needed."""
     found = tx.read("SELECT spent, granted FROM meters WHERE owner = ? AND since_day = ?", (limit.owner, limit.since_day))
     if found:
         return found[0]
@@ -8945,17 +8680,17 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
 
 # --- 8.7 the ledger ---
 
-KEYS_POLL_S = 0.5    # a revocation in another process holds within a second
+KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
-GATHER_S = 0.005     # between two commits while requests are open: more of them join each one
-RETRY_S = 0.25       # between two attempts of a failing ledger to write
+GATHER_S = 0.005  # between two commits, while requests are open: more join
+RETRY_S = 0.25  # between two attempts of a failing ledger to write
 SETTLE_WAIT_S = 2.0  # how long an answer waits for it
-BEAT_S = 10.0        # how often a process with open requests says that it lives
-KEYS_AT_ONCE = 100   # keys applied per step of the loop: half a millisecond
-DEAD_S = 60.0        # without a beat a process of another host is dead
+BEAT_S = 10.0  # how often a process says that it lives
+KEYS_AT_ONCE = 100  # per step of the loop: half a millisecond
+DEAD_S = 60.0  # without a beat a process of another host is dead
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
-OpenRow: TypeAlias = Callable[[], UsageRow]      # makes the row of an open request when it is written
+OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
 Unsaved: TypeAlias = OpenRow | Settlement
 
@@ -8986,16 +8721,15 @@ def has_ended(pid: int, start: str) -> bool:
 
 
 class Ledger:
-    """Keys, limits and usage of one database. Called on the loop's thread; the database has threads of its own.
-
-    `healthy` is False while rows cannot be written: `begin` refuses, settled rows are kept in memory and tried again."""
+    """Called on the loop's thread; the database has its own. While rows cannot be written `healthy` is False: `begin` refuses,
+    settled rows are kept in memory and tried again."""
     healthy = True
-    trouble = ""                # why the keys could not be read last time; "" if they could
-    secret = b""                # authenticates what clients carry for us
-    disabled: frozenset[str] = frozenset()      # providers that an administrator disabled
-    revision = 0                # of the keys
+    trouble = ""  # why the keys could not be read last time
+    secret = b""  # authenticates what clients carry for us
+    disabled: frozenset[str] = frozenset()  # providers, by an administrator
+    revision = 0  # of the keys
     flushed: asyncio.Future[LedgerError | None] | None = None  # when the next commit is done; None: not yet asked for
-    flushed_at = 0.0            # when the one before was begun
+    flushed_at = 0.0  # when the one before began
     flushing: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     maintaining: asyncio.Task[None] | None = None
@@ -9012,8 +8746,8 @@ class Ledger:
         # what one commit of each half second writes
         self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
-        self.notes: dict[str, str] = {}                # settings: the last error of each provider
-        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when this count was first seen
+        self.notes: dict[str, str] = {}  # settings: the last error of each provider
+        self.beats: dict[tuple[str, int], float] = {}  # of other processes: when first seen
 
     @classmethod
     def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
@@ -9035,7 +8769,7 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """Reads what any process has changed of keys, and which providers are disabled."""
+        """What any process changed of keys, and which providers are disabled."""
         try:
             self.db.check()
             rows = await self.db.read(SELECT_KEYS, self.revision)
@@ -9050,7 +8784,7 @@ class Ledger:
             self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
-        """The key of an Authorization header, or Unauthorized with what to do."""
+        """Unauthorized says what to do."""
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
@@ -9077,7 +8811,6 @@ class Ledger:
     # requests
 
     def start(self) -> None:
-        """Starts the background work of a server."""
         self.maintaining = asyncio.create_task(self.maintain())
 
     def begin(self, response_id: str, row: OpenRow) -> None:
@@ -9089,7 +8822,7 @@ class Ledger:
             self.timer = asyncio.get_running_loop().call_later(OPEN_AFTER_S, self.schedule_flush)
 
     async def recorded(self, response_id: str) -> None:
-        """Returns when the open request survives the end of this process; LedgerError where it cannot."""
+        """When the open request survives the end of this process; LedgerError: it cannot."""
         if not await self.is_written(response_id):
             raise self.unavailable()
 
@@ -9178,7 +8911,7 @@ class Ledger:
         return self.flushed
 
     async def flush(self) -> None:
-        """Commits what waits, until nothing is asked for. Requests whose commit fails wait for the next."""
+        """Until nothing is asked for. Requests whose commit fails wait for the next."""
         try:
             while self.flushed is not None:
                 if self.pending or not self.healthy:  # others may join, or the database may heal
@@ -9239,7 +8972,6 @@ class Ledger:
                            "provider. Try again in a few seconds.", headers=(("retry-after", "2"),))
 
     def close(self) -> None:
-        """Commits what is left."""
         for task in (self.maintaining, self.timer):
             if task is not None:
                 task.cancel()
@@ -9290,7 +9022,7 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, if it has open requests, and settles the requests of dead ones."""
+        """Says that this process lives, if it has open requests, and settles those of dead ones."""
         def run(tx: Transaction) -> None:
             self.register(tx)
             recover_open_requests(tx, dead)
@@ -9339,7 +9071,7 @@ class Ledger:
                         notes.items())
 
     async def counted(self) -> dict[tuple[str, ...], int]:
-        """The counters of all processes together."""
+        """Of all processes together."""
         await self.save_counts()
         found = await self.commit(lambda tx: tx.read("SELECT name, value FROM counters"))  # behind what is on its way
         return {tuple(json.loads(name)): value for name, value in found}
@@ -9348,7 +9080,7 @@ class Ledger:
 
     async def change(self, who: str, action: str, name: str, run: Callable[[Transaction], object], after: JSON,
                      before: JSON | None = None) -> None:
-        """Commits a change together with its row of the audit log."""
+        """Commits a change with its row of the audit log."""
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
@@ -9358,7 +9090,7 @@ class Ledger:
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
-        """A new key or account; BadRequest where its name is malformed or taken."""
+        """BadRequest: the name is malformed or taken."""
         if not KEY_NAME.fullmatch(name):
             raise BadRequest("A name is 1 to 64 letters, digits, dots, dashes or underscores.", param="name")
 
@@ -9372,7 +9104,7 @@ class Ledger:
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
     async def create_key(self, name: str, now_s: float, who: str = "", **settings: Any) -> str:
-        """The new key, which is stored nowhere; `settings` are of KEY_SETTINGS."""
+        """The new key is stored nowhere; `settings` are of KEY_SETTINGS."""
         token = new_key()
         await self.create("key", name, now_s, who, settings, digest=key_digest(token), hint=mask_key(token), revision=0)
         return token
@@ -9381,7 +9113,7 @@ class Ledger:
         return await self.edit_key(name, who, "key revoked", revoked_s=int(now_s))
 
     async def edit_key(self, name: str, who: str = "", action: str = "key edited", **settings: Any) -> Key:
-        """Changes an active key; running servers know within a second."""
+        """Of an active key; running servers know within a second."""
         await self.refresh()
         key = next((key for key in self.keys.values() if key.name == name and not key.revoked_s), None)
         if key is None:
@@ -9393,7 +9125,7 @@ class Ledger:
         return self.keys[key.id]
 
     async def use_provider(self, name: str, use: bool, who: str = "") -> None:
-        """Enables or disables a provider, in every process."""
+        """In every process."""
         change = "DELETE FROM settings WHERE name = ?" if use else "INSERT INTO settings VALUES (?, '1') ON CONFLICT DO NOTHING"
         await self.change(who, f"provider {'enabled' if use else 'disabled'}", name, lambda tx: tx.execute(
             change, (f"disabled/{name}",)), {"disabled": not use}, {"disabled": name in self.disabled})
@@ -9418,18 +9150,18 @@ class Reservation:
     started_ms: int
     named: Mapping[str, Any]  # columns that all its rows share: request_id, endpoint, session and client
     asked_tier: str = ""
-    reserved_output = 0      # output tokens whose cost is reserved
-    charged_output = 0       # output tokens charged to a rate
-    max_output_tokens = 0    # of the answer
-    exhausted = False        # the last extension failed or was cut short
-    max_price = ""           # the price that reservations are made at
-    first = "", "", Usage()  # the target that is asked first, and what goes into it
+    reserved_output = 0  # tokens whose cost is reserved
+    charged_output = 0  # tokens charged to a rate
+    max_output_tokens = 0  # of the answer
+    exhausted = False  # the last extension failed or was cut short
+    max_price = ""  # that reservations are made at
+    first = "", "", Usage()  # the target asked first, and what goes into it
 
     def __post_init__(self) -> None:
         self.failed_attempts: list[UsageRow] = []
         self.limits = limits_of(self.key, self.started_ms // DAY_MS)
-        self.held = collections.Counter[Limit]()            # what is reserved
-        self.states: dict[Limit, tuple[int, float]] = {}    # what acquire() said of each
+        self.held = collections.Counter[Limit]()  # what is reserved
+        self.states: dict[Limit, tuple[int, float]] = {}  # as acquire() said
 
     def price(self, provider: str, model: str, usage: Usage) -> str:
         """Of the tier that the answer names, else the dearer of the standard tier and the one asked for."""
@@ -9477,7 +9209,7 @@ class Reservation:
         return cost_nanos(price, multiplier, Usage(input_tokens, 0, input_tokens if writes else 0, output))
 
     async def _acquire(self, input_tokens: int, output: int, charged: int, first: int = 0) -> None:
-        """Reserves money for the input and for as much of the output as there is money for, and charges rates."""
+        """Money for the input and for as much of the output as there is money for, and rates."""
         least, rate = min(LEAST_OUTPUT, output) if first else 1, price_of(self.max_price)
         while True:
             # a request larger than a whole minute's tokens passes when the bucket is full
@@ -9502,7 +9234,7 @@ class Reservation:
         self.charged_output += charged
 
     def covers(self, written: int) -> bool:
-        """Whether the reservation is ahead of `written` characters of output."""
+        """Is the reservation ahead of `written` characters of output?"""
         return not self.limits or self._tokens_ahead(written) <= min(self.reserved_output, self.charged_output)
 
     def _tokens_ahead(self, written: int) -> int:
@@ -9525,13 +9257,13 @@ class Reservation:
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
-        """A row for an attempt that was given up, if its provider will bill it."""
+        """A row if the provider will bill it."""
         if usage.input or usage.output:
             self.failed_attempts.append(self.row(provider, model, usage, attempt=attempt, final=0, status="lost",
                                                  error_code=error_code))
 
     async def settle(self, final: UsageRow) -> None:
-        """Writes the rows of the request and releases what it had reserved."""
+        """Releases what was reserved, too."""
         rows = [*(row._replace(result=final.result) for row in self.failed_attempts), final]
         tokens = sum(row.input + row.output for row in rows)
         rates = [(min(tokens - charged, max(limit.maximum - charged, 0)) * (WINDOW_NS // limit.maximum), limit.owner)
@@ -9642,7 +9374,7 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
-    """The sums of some days by one column, the dearest first (days in order)."""
+    """The sums by one column, the dearest first (days in order)."""
     found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, "? IN (0, account_id)",
                              [account_id])
     rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
@@ -9650,7 +9382,7 @@ async def usage_report(db: Database, by: str, first_day: int, last_day: int, acc
 
 
 def month_bounds(text: str) -> tuple[int, int]:
-    """The first and last day (since 1970) of a month like 2026-11; ValueError where it is none."""
+    """Of 2026-11, as days since 1970; ValueError for another text."""
     first, after = period_bounds("month", day_of(text + "-01") * 86400)
     return first, after - 1
 
@@ -9671,13 +9403,13 @@ async def statement_rows(db: Database, account_id: int, first_day: int, last_day
 
 
 def round_preserving_sum(parts: Sequence[int], unit: int) -> list[int]:
-    """The parts in units, rounded so that they add up to the rounded sum."""
+    """In units, rounded so that they add up to the rounded sum."""
     totals = [(total + unit // 2) // unit for total in itertools.accumulate(parts, initial=0)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
 
 async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
-    """Every row, in the order in which requests were settled."""
+    """In the order in which requests were settled."""
     last_id = 0
     while rows := await db.read(f"SELECT id, {KEY_NAME_OF}, {ACCOUNT_NAME_OF}, {COLUMNS} FROM usage "
                                 "WHERE started_ms >= ? AND id > ? ORDER BY id LIMIT 5000", since_ms, last_id):
@@ -9727,7 +9459,7 @@ async def prune(ledger: Ledger, before_day: int) -> int:
 
 
 async def audit_rows(db: Database, before_id: int = MAX_NUMBER, limit: int = 500, since_ms: int = 0) -> list[JSON]:
-    """A page of the audit log, newest first."""
+    """A page, newest first."""
     names = ("id", "time_ms", "who", "action", "name", "before", "after")
     rows = await db.read(f"SELECT {', '.join(names)} FROM audit WHERE id < ? AND time_ms >= ? ORDER BY id DESC LIMIT ?",
                          before_id, since_ms, limit)
@@ -10351,38 +10083,32 @@ async def open_connection(address: str, port: int) -> UpstreamConnection:
 #
 # The targets of a model, their order, and the loop over them. Pure functions decide; the loop only waits.
 
-AFTER_STOP_S = 5.0              # wait for the usage, which chat servers send after finish_reason
+AFTER_STOP_S = 5.0  # wait for the usage, which chat servers send after finish_reason
 STOPPING, NO_ROOM = "The gateway is stopping; try again.", "Too many connections. Try again in a moment."
 UNREADABLE = "The gateway could not read the provider's answer."
-PACED_BYTES = 1 << 13           # a larger read is part of a burst, which costs the task no more than the pump
-MAX_ANSWER_JSON_BYTES = 64 << 20    # of an answer that is not streamed: it is held in memory
+PACED_BYTES = 1 << 13  # a larger read is part of a burst, which costs the task no more than the pump
+MAX_ANSWER_JSON_BYTES = 64 << 20  # of an answer that is not streamed: it is held in memory
 RELAYED_HEADERS = re.compile(r"x-codex-(?!turn-state$).*|session[-_]id|thread-id|originator|user-agent|openai-beta|"
                              r"x-client-request-id|x-openai-(?:subagent|internal-codex-responses-lite)|traceparent|"
                              r"anthropic-(?:beta|version)|x-app|x-claude-code-session-id")
 JSON_HEADERS = [("content-type", "application/json"), ("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 STREAM_HEADERS = [("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"),
-                  ("x-accel-buffering", "no")]          # an nginx in front must not buffer the stream
+                  ("x-accel-buffering", "no")]  # an nginx in front must not buffer the stream
 
 
 # --- 10.1 names ---
 
 class Candidate(NamedTuple):
     """A target with one of its provider's keys. Retries and circuits are per candidate."""
-    provider: ProviderConfig    # with this one key
+    provider: ProviderConfig  # with this one key
     model: str
-    id: str                     # stable: made only of the configuration
-    origin: str                 # its name in envelopes
-    window: int = 0             # tokens; 0: unknown
+    id: str  # stable: made only of the configuration
+    origin: str  # its name in envelopes
+    window: int = 0  # tokens; 0: unknown
 
 
-# wire -> models whose sealed blocks only the account that made them can read (TRANSLATION.md 6)
+# wire -> models whose sealed blocks only the account that made them can read
 ACCOUNT_BOUND: dict[str, str] = {"responses": r".*", "messages": r"claude-(sonnet|haiku)-5-5\b.*"}
-
-
-def with_api_keys(provider: ProviderConfig) -> list[tuple[ProviderConfig, str]]:
-    """The provider with each of its keys, and a mark that tells the keys apart."""
-    return [(dataclasses.replace(provider, api_key=key), f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}")
-            for key in provider.api_keys] or [(provider, "")]
 
 
 class ModelCatalog:
@@ -10390,33 +10116,37 @@ class ModelCatalog:
 
     def __init__(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
         self.config = config
-        listed = listed_names(config, found)
-        self.names = list(dict.fromkeys([*config.models, *listed]))
+        names = [*config.models]
         self.by_bare_name: dict[str, list[str]] = {}
-        for name in listed:
-            self.by_bare_name.setdefault(name.partition("/")[2], []).append(name)
-        self.keyed = {name: with_api_keys(provider) for name, provider in config.providers.items()}
+        self.keyed: dict[str, list[tuple[ProviderConfig, str]]] = {}  # with each key, and a mark that tells the keys apart
+        for name, provider in config.providers.items():
+            self.keyed[name] = [(dataclasses.replace(provider, api_key=key), f"#{sha256_hex(key)[:8]}")
+                                for key in provider.api_keys] or [(provider, "")]
+            for model in offered_models(provider, found.get(name, ())):
+                self.by_bare_name.setdefault(model, []).append(f"{name}/{model}")
+                names.append(f"{name}/{model}")
+        self.names = list(dict.fromkeys(names))
         self.tiers = functools.lru_cache(256)(self.resolve_candidates)
 
     def targets(self, model: str) -> list[tuple[ProviderConfig, str]]:
-        """The (provider, model) pairs of a model's targets, in the order of the configuration."""
+        """The (provider, model) pairs of a model's targets, as configured."""
         return [each[:2] for tier in self.tiers(model) for each in tier]
 
     def candidates(self, provider_name: str, model: str, known_as: str) -> list[Candidate]:
         window = known_models(provider_name).get(model, ModelFacts()).context_window
         found = []
         for provider, mark in self.keyed[provider_name]:
-            bound = mark if mark and re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
+            bound = mark if re.fullmatch(ACCOUNT_BOUND.get(provider.wire_api, ""), model) else ""
             found.append(Candidate(provider, model, f"{provider_name}{mark}:{known_as}", provider_name + bound, window))
         return found
 
     def full_name(self, model: str) -> str:
-        """provider/model-name for a bare name: the one provider that lists the model, enabled or not, so that no outage moves
-        a name to another vendor; else the vendor that is known for it."""
+        """provider/model-name for a bare name: of the one provider that lists the model, enabled or not, so that no outage
+        moves a name to another vendor; else of the vendor that is known for it."""
         if "/" in model or model in self.config.models:
             return model
-        found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in BUILTIN_PROVIDERS
-                                                 if model in known_models(vendor)]
+        vendors = (vendor for vendor in BUILTIN_PROVIDERS if model in known_models(vendor))
+        found = self.by_bare_name.get(model) or [f"{vendor}/{model}" for vendor in vendors]
         if len(found) == 1:
             return found[0]
         reason = "several providers have this one" if found else f'no provider lists "{sanitize(model)}"'
@@ -10425,7 +10155,7 @@ class ModelCatalog:
     def resolve_candidates(self, model: str) -> Sequence[Sequence[Candidate]]:
         """The targets of a model by tier. BadRequest: the name is unknown, or its provider not configured."""
         configured = self.config.models.get(model)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return [[each for target in tier for each in self.candidates(*target, target.model)]
                     for tier in configured.targets]
         provider_name, _, name = model.partition("/")
@@ -10437,21 +10167,22 @@ class ModelCatalog:
                              code="provider_not_configured")
         if provider is None or not name or not matches_any(name, served_models(provider)):
             raise self.unknown(model, f'Model "{sanitize(model)}" not found.')
-        return [self.candidates(provider_name, name, "*")]     # names chosen by callers share one circuit
+        return [self.candidates(provider_name, name, "*")]  # names chosen by callers share one circuit
 
     def facts(self, name: str) -> ModelFacts:
         """The limits of a model: from the configuration, else from the built-in table by its first target."""
         configured = self.config.models.get(name)
-        if configured is not None and configured.context_window:
+        if configured and configured.context_window:
             return ModelFacts(configured.context_window)
         provider, model = self.first_target(name)
         return known_models(provider).get(model, ModelFacts())
 
     def first_target(self, name: str) -> tuple[str, str]:
         configured = self.config.models.get(name)
-        if configured is not None and configured.targets:
+        if configured and configured.targets:
             return configured.targets[0][0]
-        return name.partition("/")[0], name.partition("/")[2]
+        provider, _, model = name.partition("/")
+        return provider, model
 
     def unknown(self, model: str, sentence: str, meant: Sequence[str] = ()) -> BadRequest:
         guesses = " or ".join(meant) or self.closest(model)
@@ -10470,44 +10201,39 @@ class ModelCatalog:
 
 
 def sanitize(text: str, limit: int = 100) -> str:
-    """One short line for an error or the log, without control characters and marks that turn the direction of writing."""
+    """One short line for an error or the log, without control and writing direction characters."""
     if len(text) <= limit and text.isprintable():
         return text
     return "".join(each if each.isprintable() else "?" for each in text[:limit])
 
 
 def header_value(text: str, limit: int = 1000) -> str:
-    """`text` in ASCII, fit for a header's value."""
     return sanitize(text, limit).encode("ascii", "replace").decode()
 
 
 def served_models(provider: ProviderConfig) -> Collection[str]:
-    """Patterns of the model names that it serves."""
+    """Patterns of names."""
     return DEMO_MODELS if provider.wire_api == "demo" else provider.models
 
 
-def listed_names(config: Config, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """As provider/model-name: in the configuration, from the provider itself, or in the built-in table."""
-    names: dict[str, None] = {}
-    for name, provider in config.providers.items():
-        patterns = served_models(provider)
-        plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
-        listed = [*plain, *found.get(name, ())]
-        if not plain:
-            listed += [known for known in known_models(name) if matches_any(known, patterns)]
-        names.update(dict.fromkeys(f"{name}/{model}" for model in listed))
-    return list(names)
+def offered_models(provider: ProviderConfig, found: Sequence[str]) -> Iterable[str]:
+    """The names in its configuration, those `found` at the provider, or those in the built-in table."""
+    patterns = served_models(provider)
+    plain = [pattern for pattern in patterns if not set(pattern) & set("*?[")]
+    known = [model for model in known_models(provider.name) if not plain and matches_any(model, patterns)]
+    return dict.fromkeys((*plain, *found, *known))
 
 
 @functools.cache
 def known_models(provider: str) -> dict[str, ModelFacts]:
     """The models of one provider in the built-in table."""
-    return {name.partition("/")[2]: ModelFacts(int(window), int(output)) for name, (window, output, *_) in sorted(model_rows())
-            if name.partition("/")[0] == provider}
+    mine = f"{provider}/"
+    return {name.removeprefix(mine): ModelFacts(int(window), int(output))
+            for name, (window, output, *_) in sorted(model_rows()) if name.startswith(mine)}
 
 
 class ModelFacts(NamedTuple):
-    context_window: int = 0     # 0: unknown
+    context_window: int = 0  # 0: unknown
     max_output: int = 0
 
 
@@ -10515,35 +10241,35 @@ class ModelFacts(NamedTuple):
 #
 # Pure: time and randomness are arguments. After output has reached the client, nothing is retried.
 
-MAX_ATTEMPTS = 6            # upstream calls of one request, including repairs and continuations
-BACKOFF_S = 0.2             # before the first retry, then doubled; with 50 % jitter
-MAX_RETRY_WAIT_S = 3.0            # with a longer Retry-After, another target is used, or the client has to wait
+MAX_ATTEMPTS = 6  # upstream calls of one request, including repairs and continuations
+BACKOFF_S = 0.2  # before the first retry, then doubled; with 50 % jitter
+MAX_RETRY_WAIT_S = 3.0  # with a longer Retry-After, another target is used, or the client has to wait
 
 
 class RetryPolicy(NamedTuple):
     """The reaction to one class of failure."""
-    retries: int            # if there is another target
-    retries_if_last: int    # if there is none
-    failover: str           # to "any" target, to one with a "larger" context window, "": to none
-    threshold: int          # consecutive failures that open the circuit; 0: not the target's fault
-    open_s: float           # the first time, then doubled each time
-    max_open_s: float
-    label: str              # for users
+    label: str  # for users
+    retries: int  # if there is another target
+    retries_if_last: int  # if there is none
+    threshold: int = 0  # consecutive failures that open the circuit; 0: not the target's fault
+    open_s: float = 0.0  # the first time, then doubled each time
+    max_open_s: float = 0.0
+    failover: str = "any"  # to "any" target, to one with a "larger" context window, "": to none
 
 
 RETRY_POLICIES: dict[str, RetryPolicy] = {
-    "rate_limit":      RetryPolicy(1, 1, "any",    2, 2.0,   60.0,   "rate limited"),
-    "quota":           RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "quota used up"),
-    "overload":        RetryPolicy(1, 2, "any",    3, 5.0,   60.0,   "overloaded"),
-    "unreachable":     RetryPolicy(1, 2, "any",    2, 5.0,   60.0,   "no connection"),          # nothing was sent
-    "network":         RetryPolicy(1, 1, "any",    3, 5.0,   60.0,   "connection broken"),
-    "timeout":         RetryPolicy(0, 0, "any",    2, 10.0,  120.0,  "no answer in time"),
-    "no_answer":       RetryPolicy(1, 1, "any",    3, 10.0,  120.0,  "no valid answer"),             # empty, HTML, garbage, cut
-    "auth":            RetryPolicy(0, 0, "any",    1, 600.0, 3600.0, "credentials refused"),
-    "model_not_found": RetryPolicy(0, 0, "any",    1, 300.0, 3600.0, "no such model"),
-    "tool_generation": RetryPolicy(1, 1, "any",    0, 0.0,   0.0,    "invalid tool call"),
-    "context_length":  RetryPolicy(0, 0, "larger", 0, 0.0,   0.0,    "context too long"),
-    "bad_request":     RetryPolicy(0, 0, "",       0, 0.0,   0.0,    "request refused"),
+    "rate_limit": RetryPolicy("rate limited", 1, 1, 2, 2, 60),
+    "quota": RetryPolicy("quota used up", 0, 0, 1, 600, 3600),
+    "overload": RetryPolicy("overloaded", 1, 2, 3, 5, 60),
+    "unreachable": RetryPolicy("no connection", 1, 2, 2, 5, 60),  # nothing was sent
+    "network": RetryPolicy("connection broken", 1, 1, 3, 5, 60),
+    "timeout": RetryPolicy("no answer in time", 0, 0, 2, 10, 120),
+    "no_answer": RetryPolicy("no valid answer", 1, 1, 3, 10, 120),  # empty, HTML, garbage, cut
+    "auth": RetryPolicy("credentials refused", 0, 0, 1, 600, 3600),
+    "model_not_found": RetryPolicy("no such model", 0, 0, 1, 300, 3600),
+    "tool_generation": RetryPolicy("invalid tool call", 1, 1),
+    "context_length": RetryPolicy("context too long", 0, 0, failover="larger"),
+    "bad_request": RetryPolicy("request refused", 0, 0, failover=""),
 }
 
 
@@ -10575,18 +10301,18 @@ def decide_retry(policy: RetryPolicy, shown: bool, tries: int, attempts: int, le
 @dataclass(slots=True)
 class Circuit:
     fault: str = ""
-    failures: int = 0       # in a row
-    times_open: int = 0     # in a row; 0: it is closed
-    until: float = 0.0      # open until then, afterwards one request may probe
-    probing: bool = False   # that request is in progress
-    recovering: bool = False    # that request has output: closed, unless it still fails
+    failures: int = 0  # in a row
+    times_open: int = 0  # in a row; 0: it is closed
+    until: float = 0.0  # open until then, afterwards one request may probe
+    probing: bool = False  # that request is in progress
+    recovering: bool = False  # that request has output: closed, unless it still fails
 
 
 class CircuitBreakers:
     """One circuit for each candidate, of this process alone. `now`: the monotonic clock."""
 
     def __init__(self) -> None:
-        self.circuits: dict[str, Circuit] = {}      # by Candidate.id, so bounded by the configuration
+        self.circuits: dict[str, Circuit] = {}  # by Candidate.id, so bounded by the configuration
 
     def state(self, id: str, now: float) -> Literal["closed", "half-open", "open"]:
         circuit = self.circuits.get(id)
@@ -10606,8 +10332,8 @@ class CircuitBreakers:
         return open_s
 
     def record_success(self, id: str, whole: bool = True) -> bool:
-        """Closes the circuit at the first output; resets the failures only at a `whole` answer, since a target may break every
-        stream that it begins. True if the circuit was open."""
+        """Closes the circuit at the first output; resets the failures only at a `whole` answer: a target may break every
+        stream. True if the circuit was open."""
         circuit = self.circuits.get(id)
         if circuit is None or not circuit.failures:
             return False
@@ -10645,11 +10371,11 @@ class CircuitBreakers:
 # --- 10.3 affinity ---
 #
 # A conversation stays with the target that has its prompt cached and can read its sealed reasoning: named by our turn state,
-# else by the newest envelope in the input. New conversations are spread by rendezvous hashing, the same in every process: if
-# a target is lost, only its conversations move.
+# else by the newest envelope in the input. Rendezvous hashing spreads new ones, the same in every process: if a target is
+# lost, only its conversations move.
 
 SESSION_HEADERS = ("session_id", "session-id", "thread-id", "x-session-id", "x-claude-code-session-id")
-ENVELOPES_READ = 8          # newest first, until one verifies
+ENVELOPES_READ = 8  # newest first, until one verifies
 
 
 def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
@@ -10658,7 +10384,7 @@ def conversation_of(request: ResponsesRequest, headers: Headers) -> str:
     if named:
         return named
     first = itertools.takewhile(lambda item: item["type"] == "message" and item.get("role") != "assistant", request.input)
-    return hashlib.sha256(dumps([request.model, request.instructions, *first]).encode()).hexdigest()
+    return sha256_hex(dumps([request.model, request.instructions, *first]))
 
 
 def rendezvous_score(conversation: str, target: Candidate) -> bytes:
@@ -10671,8 +10397,8 @@ def turn_state(envelope: Envelope, target: Candidate) -> str:
     return "pmt1." + base64.urlsafe_b64encode(envelope.mac(f"turn\0{target.id}".encode())).decode().rstrip("=")
 
 
-def sticky_candidate(candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON],
-                     ) -> Candidate | None:
+def sticky_candidate(
+        candidates: Sequence[Candidate], envelope: Envelope, state: str, items: Sequence[JSON]) -> Candidate | None:
     """The target that the conversation already has, if its request shows it."""
     for each in candidates if state.startswith("pmt1.") else ():
         if hmac.compare_digest(turn_state(envelope, each).encode(), state.encode("utf-8", "replace")):
@@ -10709,20 +10435,18 @@ def order_candidates(tiers: Sequence[Sequence[Candidate]], disabled: Collection[
 class FailedAttempt(NamedTuple):
     """One failed try of a target, for the client and the log."""
     provider: str
-    brief: str              # "529 overloaded", "connection refused"
-    where: str              # host:port, if it failed below HTTP
-    fault: str              # of RETRY_POLICIES
+    brief: str  # "529 overloaded", "connection refused"
+    where: str  # host:port, if it failed below HTTP
+    fault: str  # of RETRY_POLICIES
     error: GatewayError
-    at_ms: int              # since the request began
+    at_ms: int  # since the request began
 
 
 def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAttempt:
-    fault, where = fault_class(error), ""
-    label, status = RETRY_POLICIES[fault].label, getattr(error, "upstream_status", 0)
-    brief = f"{status} {label}" if status else label
-    if isinstance(error, TransportError):
-        brief, where = error.brief or label, error.where
-    return FailedAttempt(provider, brief, where, fault, error, at_ms)
+    fault = fault_class(error)
+    status = f"{error.upstream_status} " if error.upstream_status else ""
+    brief = error.brief or status + RETRY_POLICIES[fault].label
+    return FailedAttempt(provider, brief, error.where, fault, error, at_ms)
 
 
 def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
@@ -10747,20 +10471,20 @@ class ClientStream:
     def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation) -> None:
         self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
         self.streaming: bool = answer.request.stream
-        self.attempt = Attempt(answer)                  # the newest
+        self.attempt = Attempt(answer)  # the newest
         self.loop = asyncio.get_running_loop()
         self.active = self.loop.time()
         self.due = self.active + server.request_deadline_s
-        self.writing = asyncio.Lock()                   # held while the client is slow
+        self.writing = asyncio.Lock()  # held while the client is slow
         self.timer: asyncio.TimerHandle | None = None
         self.beat: asyncio.Task[None] | None = None
         if self.streaming:
             self.timer = self.loop.call_later(server.early_200_after_s, self._tick)
 
     def headers(self, early: bool = False) -> list[tuple[str, str]]:
-        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud (CODEX.md 0.9)."""
+        """Of a 200. No upstream header is relayed: OpenAI-Model alone makes Codex warn of fraud."""
         fields, client = STREAM_HEADERS if self.streaming else JSON_HEADERS, self.client
-        if not early:                                   # a target has answered
+        if not early:  # a target has answered
             own = [("x-pomex-provider", client.provider), ("x-pomex-attempts", str(client.attempts)),
                    ("openai-processing-ms", str(client.elapsed_ms())),
                    ("x-pomex-dropped", header_value(", ".join(dict.fromkeys(client.dropped)))),
@@ -10785,7 +10509,7 @@ class ClientStream:
             client, self.active = self.client, self.loop.time()
             if not client.status:
                 if not last:
-                    await self.reservation.ledger.recorded(self.answer.id)      # before the client sees a byte
+                    await self.reservation.ledger.recorded(self.answer.id)  # before the client sees a byte
                 answered = client.attempts > 0 if last else self.attempt.output_started
                 await client.start(200, self.headers(early=not answered))
             await (client.end if last else client.write)(block)
@@ -10795,14 +10519,14 @@ class ClientStream:
         silent_s = self.loop.time() - self.active
         limit_s = self.server.heartbeat_s if self.client.status else self.server.early_200_after_s
         if self.writing.locked() or silent_s >= limit_s - 0.001:
-            if not self.writing.locked():           # else the client is not reading
+            if not self.writing.locked():  # else the client is not reading
                 self.beat = self.loop.create_task(self._beat())
             silent_s, limit_s = 0.0, self.server.heartbeat_s
         self.timer = self.loop.call_later(limit_s - silent_s, self._tick)
 
     async def _beat(self) -> None:
-        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):    # the request itself meets them, too
-            if self.timer is not None and not self.writing.locked():    # neither ended nor being written meanwhile
+        with contextlib.suppress(OSError, GatewayError, asyncio.CancelledError):  # the request itself meets them, too
+            if self.timer is not None and not self.writing.locked():  # neither ended nor being written meanwhile
                 await self.send(self.answer.start() or self.answer.heartbeat())
 
     def stop(self) -> None:
@@ -10814,9 +10538,9 @@ class ClientStream:
 # --- 10.5 the loop ---
 
 Result = TypeVar("Result")
-COUNT_S = 10.0                  # how long a provider may take to count tokens
-LARGE_BODY_BYTES = 1 << 18      # parsing or encoding a larger body takes milliseconds, in which streams would wait
-SWITCH_S = 0.001                # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
+COUNT_S = 10.0  # how long a provider may take to count tokens
+LARGE_BODY_BYTES = 1 << 18  # parsing or encoding a larger body takes milliseconds, in which streams would wait
+SWITCH_S = 0.001  # how long a thread may keep the interpreter from the loop; Python's 5 ms add up
 
 
 async def off_loop(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -10846,19 +10570,19 @@ class DemoExchange(Exchange):
 class Router:
     """Tries the targets of a request until one gives output, or none is left."""
 
-    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[tuple[str, ...]]) -> None:
+    def __init__(self, upstream: ConnectionPool, counters: collections.Counter[Strings]) -> None:
         """`counters` are the ledger's, of METRICS by name and labels."""
         self.upstream, self.counters = upstream, counters
         self.health = CircuitBreakers()
 
-    def metrics(self, now: float) -> dict[tuple[str, ...], int]:
+    def metrics(self, now: float) -> dict[Strings, int]:
         """(metric, label values...) -> value."""
         return {("pomex_circuit_state", id): ("closed", "half-open", "open").index(state)
                 for id, state, _, _ in self.health.rows(now)}
 
     async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
         """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
-        tries: collections.Counter[str] = collections.Counter()         # by Candidate.id
+        tries = collections.Counter[str]()  # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
         try:
             while target is not None:
@@ -10871,7 +10595,7 @@ class Router:
             task = asyncio.current_task()
             if down.client.gone or task is None:
                 raise
-            task.uncancel()             # the gateway stops: the client is still there, and gets its terminal event
+            task.uncancel()  # the gateway stops: the client is still there, and gets its terminal event
             down.attempt.finish(overloaded(STOPPING, code="server_error"))
 
     async def next_target(self, target: Candidate, candidates: Sequence[Candidate], tries: Mapping[str, int],
@@ -10898,9 +10622,8 @@ class Router:
         other = self.health.choose(others, now)
         shown = down.streaming and down.attempt.output_started
         decision, wait_s = decide_retry(
-            policy, shown, tries[target.id], client.attempts, down.due - now,
-            getattr(error, "retry_after_s", None), other is not None, target.id in is_open,
-            random.random())            # noqa: S311 - jitter, no secret
+            policy, shown, tries[target.id], client.attempts, down.due - now, error.retry_after_s, other is not None,
+            target.id in is_open, random.random())  # noqa: S311 - jitter, no secret
         if decision == "give_up":
             return None
         await asyncio.sleep(wait_s)
@@ -10912,13 +10635,13 @@ class Router:
     def on_failure(self, target: Candidate, error: GatewayError, now: float) -> None:
         """Counts it in the target's circuit, unless the client chose a model that is unknown or not permitted."""
         fault = fault_class(error)
-        unknown = fault == "model_not_found" or getattr(error, "upstream_status", 0) == 403
+        unknown = fault == "model_not_found" or error.upstream_status == 403
         if target.provider.wire_api == "demo" or (unknown and target.id.endswith(":*")):
             return
         if not RETRY_POLICIES[fault].threshold:
-            if isinstance(error, ProviderError):        # so the target works
+            if isinstance(error, ProviderError):  # so the target works
                 self.on_success(target)
-        elif open_s := self.health.record_failure(target.id, fault, getattr(error, "retry_after_s", None), now):
+        elif open_s := self.health.record_failure(target.id, fault, error.retry_after_s, now):
             log.warning("circuit of %s is open for %.0f s: %s", target.id, open_s, RETRY_POLICIES[fault].label)
 
     def on_success(self, target: Candidate, whole: bool = True) -> None:
@@ -10943,9 +10666,9 @@ class Router:
         except TimeoutError:
             limit_s = down.server.request_deadline_s
             failure = UpstreamTimeout(f"The request took longer than request_deadline_s = {limit_s:g} s.")
-        except ConnectionError:         # the client's: those of providers are GatewayErrors
+        except ConnectionError:  # the client's: those of providers are GatewayErrors
             raise
-        except Exception as error:      # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
+        except Exception as error:  # noqa: BLE001 - our own bug, or a wire misread: the client gets its terminal event
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             failure = UpstreamError(UNREADABLE)
         finally:
@@ -10956,7 +10679,7 @@ class Router:
                 explanation = self.upstream.secrets.sub("[redacted]", stop.explanation)
                 down.attempt.stop = dataclasses.replace(stop, explanation=explanation)
             down.attempt.finish(failure and without_traceback(failure))
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("%s %s: %s", client.request_id, target.id, fault_location(error))
             down.attempt = failed_copy(down.attempt)
         if down.attempt.error is not None:
@@ -11100,9 +10823,8 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
 def failed_copy(attempt: Attempt) -> Attempt:
     """A failed attempt instead of one whose end raised an exception, with the same output and usage."""
     failed = Attempt(attempt.answer)
-    failed.out, failed.output_started = attempt.out, attempt.output_started
-    failed.usage, failed.output_chars = attempt.usage, attempt.output_chars
-    failed.estimated_input = attempt.estimated_input
+    for name in ("out", "output_started", "usage", "output_chars", "estimated_input"):
+        setattr(failed, name, getattr(attempt, name))
     failed.items = {index: item for index, item in attempt.items.items() if type(index) is int}
     failed.finish(UpstreamError(UNREADABLE))
     return failed
@@ -11114,8 +10836,8 @@ def failed_copy(attempt: Attempt) -> Attempt:
 
 BUCKETS_S: dict[str, Sequence[float]] = {
     "pomex_request_duration_seconds": (*(0.01 * 2**k for k in range(14)), 163.84, 327.68),
-    "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}    # reasoning models take their time
-METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> type, help, labels
+    "pomex_time_to_first_token_seconds": (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)}  # reasoning models take their time
+METRICS: dict[str, tuple[str, str, Strings]] = {  # name -> type, help, labels
     "pomex_build_info": ("gauge", "the version of pomex.py", ("version",)),
     "pomex_streams_open": ("gauge", "requests in flight", ()),
     "process_start_time_seconds": ("gauge", "when the process started", ("worker",)),
@@ -11126,21 +10848,21 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {            # name -> ty
     "pomex_refusals_total": ("counter", "requests refused before any provider was asked", ("code",)),
     "pomex_upstream_attempts_total": ("counter", "attempts at targets, by result", ("provider", "result")),
     "pomex_failovers_total": ("counter", "failovers to another target, by cause", ("provider", "fault")),
-    "pomex_circuit_state": ("gauge", "circuits of targets that ever failed: 0 closed, 1 half-open, 2 open",
-                            ("target", "worker")),
+    "pomex_circuit_state": (
+        "gauge", "circuits of targets that ever failed: 0 closed, 1 half-open, 2 open", ("target", "worker")),
     "pomex_terminal_fallbacks_total": ("counter", "streams ended by the gateway", ("provider", "status")),
     "pomex_request_duration_seconds": ("histogram", "from the request's head to its settlement", ("provider", "model")),
     "pomex_time_to_first_token_seconds": ("histogram", "from the request's head to the first output", ("provider", "model")),
 }
-OUTCOMES = frozenset((      # codes of ours; any other is a provider's choice, or says nothing of how it went
+OUTCOMES = frozenset((  # codes of ours; any other is a provider's choice, or says nothing of how it went
     *(fault.code for fault in ERROR_CLASSES.values()), "server_is_overloaded", "upstream_unavailable", "client_gone",
     "interrupted", "price_unknown"))
 TOKEN_KINDS = ("input", "cached", "cache_write", "output", "reasoning")
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
 
 
-def count_request(counters: collections.Counter[tuple[str, ...]], known_models: Collection[str],
-                  rows: Sequence[UsageRow]) -> None:
+def count_request(
+        counters: collections.Counter[Strings], known_models: Collection[str], rows: Sequence[UsageRow]) -> None:
     """Counts a settled request. Unknown models count as "other": a client cannot create series."""
     row = rows[-1]
     model = row.model if row.model in known_models else "other"
@@ -11159,7 +10881,7 @@ def count_request(counters: collections.Counter[tuple[str, ...]], known_models: 
             counters[name, row.provider, model, "sum"] += value_ms
 
 
-def metrics_text(samples: Mapping[tuple[str, ...], float], worker: Sequence[str]) -> str:
+def metrics_text(samples: Mapping[Strings, float], worker: Sequence[str]) -> str:
     """Samples as Prometheus text 0.0.4. `worker`: the label of this process among several."""
     lines, ordered = [], sorted(samples.items())
     for name, (kind, meaning, labels) in METRICS.items():
@@ -11267,12 +10989,11 @@ NO_COMPACTION = ("Pomex does not compact conversations. Codex does it by itself 
                  "name = \"Pomex API\" in [model_providers.pomex].")
 # Paths that clients ask for by mistake: (pattern, code, problem and remedy). The first match counts.
 NOT_SERVED: tuple[tuple[str, str, str], ...] = (
-    (r"/v1/completions", "wrong_wire_api",
-     "Pomex does not serve the old Completions API: POST {base}/chat/completions or {base}/responses."),
-    (r"/v1/messages/batches.*", "not_found", "Pomex serves POST {base}/messages and its count_tokens, but no batches."),
-    (r"/v1beta/.*", "wrong_wire_api",
-     "Pomex does not serve the Gemini API, only the Responses API: POST {base}/responses. Use a client that speaks it."),
-    (r"(/.*)?/(responses|models|chat/completions|messages)|/v1/v1/.*", "wrong_base_url",
+    (r"/v1/completions|/(v1beta|api)/.*", "wrong_wire_api",
+     "This API is not served: {path}. Set the client to an OpenAI-compatible provider at {base}, or Claude Code to {root}."),
+    (r"(/.*)?/messages(/count_tokens)?", "wrong_base_url",
+     "ANTHROPIC_BASE_URL must be {root}, without /v1 (in opencode with it); this request came to {path}."),
+    (r"(/.*)?/(responses|models|chat/completions)|/v1/v1/.*", "wrong_base_url",
      "base_url must end with /v1: {base}. The client adds the rest; this request came to {path}."),
     (r"/v1/responses/input_tokens", "not_found",
      "Pomex does not count tokens beforehand: usage in the answer has the true counts."),
@@ -11283,19 +11004,19 @@ NOT_SERVED: tuple[tuple[str, str, str], ...] = (
     (r"/v1/alpha/search", "not_found",
      "Pomex has no search service of its own. Leave supports_standalone_web_search out of [model_providers.pomex]: "
      "web_search is then a tool of the model."),
-    (r"/v1/(embeddings|images|audio|moderations|files|uploads|batches|fine_tuning|vector_stores|realtime|assistants|threads)"
-     r"(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
+    (r"/v1/(embeddings|images|audio|moderations|files|uploads|(messages/)?batches|fine_tuning|vector_stores|realtime|assistants"
+     r"|threads)(/.*)?", "not_found", "Pomex serves answers of models only, not {path}. Send this to the provider itself."))
 
 
 def not_found(head: RequestHead, tls: bool) -> BadRequest:
     """404, with the remedy for common mistakes (FIRST-RUN.md 3)."""
     scheme = "https" if tls or head.headers.get("x-forwarded-proto") == "https" else "http"
-    base, path = f"{scheme}://{sanitize(head.headers.get('host'))}/v1", sanitize(head.path)
+    root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(base=base, path=path), status=404, code=code)
-    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses and GET /v1/models; its dashboard is at "
-                      "/admin.", status=404, code="not_found")
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+    return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
+                      "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
 
 # --- 11.1 POST /v1/responses ---
@@ -11611,6 +11332,7 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
 
 NEW_CODEX = 169                         # reads every effort, and the error object of a 400; 0.128 does neither
 DEFAULT_CONTEXT_WINDOW = 128_000        # of a model that nothing is known of: most have at least this
+CODEX_EFFORTS = "low medium high xhigh max ultra".split()
 CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a higher price"},
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
@@ -11657,12 +11379,13 @@ def codex_fields(model: str, table: str) -> JSON:
     """The catalogue fields that Codex itself knows for a model: of the first name in the table that starts the model's."""
     bare = model.rpartition("/")[2]
     for line in table.splitlines():
-        name, visibility, effort, verbosity, efforts, window, max_window, *more = line.split()
+        name, visibility, effort, verbosity, highest, window, max_window, *more = line.split()
         if bare.startswith(name):
             agents, subagent_effort, *tools = [None if word == "-" else word for word in more]
             return {
                 "visibility": visibility, "support_verbosity": True, "default_verbosity": verbosity,
-                "default_reasoning_level": effort, "supported_reasoning_levels": efforts.split(","),
+                "default_reasoning_level": effort,
+                "supported_reasoning_levels": CODEX_EFFORTS[:CODEX_EFFORTS.index(highest) + 1],
                 "context_window": int(window), "max_context_window": int(max_window), "service_tiers": CODEX_TIERS,
                 "experimental_supported_tools": tools, "web_search_tool_type": "text_and_image",
                 "supports_image_detail_original": True,
@@ -11959,12 +11682,7 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     """The requests in flight in all processes, oldest first."""
     rows = await db.read(f"SELECT {', '.join(OPEN_COLUMNS)}, {KEY_NAME_OF} FROM open_requests "
                          f"WHERE {key_condition(key_id)} ORDER BY response_id")
-    return [client_view(dict(zip((*OPEN_COLUMNS, "key"), row))) for row in rows]
-
-
-def client_view(row: JSON) -> JSON:
-    """With what the page asks of the client."""
-    return {**row, "user_agent": row["client"], "codex": client_profile("", row["client"]) is CODEX}
+    return [dict(zip((*OPEN_COLUMNS, "key"), row)) for row in rows]
 
 
 def row_detail(row: JSON) -> JSON:
@@ -11974,7 +11692,7 @@ def row_detail(row: JSON) -> JSON:
 def row_view(row: JSON) -> JSON:
     """A request for the page: with the cost of all its attempts, and the providers that failed."""
     tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
-    return client_view({**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]})
+    return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
 CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
@@ -11997,15 +11715,63 @@ def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     return "PROVIDER/NAME"
 
 
-def codex_block(url: str, model: str) -> list[str]:
-    """The lines for ~/.codex/config.toml. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of
-    models from it, so it is left out for a model of which they know more than we do."""
-    lines = ['model_provider = "pomex"', f"model = {json.dumps(model)}", "", "[model_providers.pomex]",
-             'name = "Pomex API"',      # any name but "OpenAI", which would switch on what only OpenAI serves
-             f'base_url = "{url}/v1"', f'env_key = "POMEX_API_KEY"    # another key later: {NEW_KEY}',
-             'wire_api = "responses"']
-    known = model.count("/") < 2 and codex_fields(model, CODEX_TABLE)       # Codex takes one prefix off, not two
-    return lines if known else [*lines, f'model_catalog_url = "{url}/v1/models"']
+class Agent(NamedTuple):
+    """A coding agent and its settings, for a gateway at {URL} and a {MODEL}: in a file, else lines for a shell."""
+    name: str
+    settings: str
+    variable: str = ""          # moves `home`
+    home: str = ""
+    file: str = ""
+
+
+CODEX_AGENT = Agent("codex", """\
+model_provider = "pomex"
+model = "{MODEL}"
+
+[model_providers.pomex]
+name = "Pomex API"
+base_url = "{URL}/v1"
+env_key = "POMEX_API_KEY"    # another key later: codex app-server daemon restart
+wire_api = "responses"
+model_catalog_url = "{URL}/v1/models\"""", "CODEX_HOME", "~/.codex", "config.toml")      # "OpenAI" would be a special name
+AGENTS = {each.name: each for each in (
+    CODEX_AGENT,
+    Agent("claude-code", """\
+{"apiKeyHelper":"printenv POMEX_API_KEY","env":{"ANTHROPIC_BASE_URL":"{URL}","ANTHROPIC_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_OPUS_MODEL":"{MODEL}","ANTHROPIC_DEFAULT_SONNET_MODEL":"{MODEL}",
+"ANTHROPIC_DEFAULT_HAIKU_MODEL":"{MODEL}"}}""", "CLAUDE_CONFIG_DIR", "~/.claude", "settings.json"),
+    Agent("opencode", """\
+{"model":"pomex/{MODEL}","small_model":"pomex/{MODEL}","provider":{"pomex":{"npm":"@ai-sdk/openai-compatible",
+"options":{"baseURL":"{URL}/v1","apiKey":"{env:POMEX_API_KEY}"},"models":{"{MODEL}":{}}}}}""",
+          "XDG_CONFIG_HOME", "~/.config", "opencode/opencode.json"),
+    Agent("qwen-code", """\
+{"security":{"auth":{"selectedType":"openai","baseUrl":"{URL}/v1","apiKey":"$POMEX_API_KEY"}},
+"model":{"name":"{MODEL}"}}""", "QWEN_HOME", "~/.qwen", "settings.json"),
+    Agent("aider", """\
+export AIDER_OPENAI_API_BASE="{URL}/v1"
+export AIDER_OPENAI_API_KEY="$POMEX_API_KEY"
+export AIDER_MODEL=openai/{MODEL}"""),
+    Agent("cline", 'cline auth openai-compatible -b "{URL}/v1" -k "$POMEX_API_KEY" -m {MODEL}'),
+    Agent("continue", """\
+{"name":"Pomex","version":"1.0.0","schema":"v1","models":[{"name":"Pomex","provider":"openai","model":"{MODEL}",
+"apiBase":"{URL}/v1","apiKey":"${{ secrets.POMEX_API_KEY }}","roles":["chat","edit","apply"]}]}""",
+          "CONTINUE_GLOBAL_DIR", "~/.continue", "config.yaml"))}       # YAML includes JSON
+
+
+def agent_settings(agent: Agent, url: str, model: str) -> str:
+    """Ready to paste. Codex 0.128 passes over model_catalog_url. Newer ones take all they know of models from it, so it is
+    left out for a model of which they know more than we do."""
+    text = agent.settings
+    if text.startswith("{"):
+        text = dump_json(json.loads(text))
+    elif agent is CODEX_AGENT and model.count("/") < 2 and codex_fields(model, CODEX_TABLE):    # it takes one prefix off
+        text = text.rpartition("\n")[0]
+    fit = dumps(model)[1:-1] if agent.file else shlex.quote(model)
+    return text.replace("{URL}", url).replace("{MODEL}", fit)
+
+
+def dump_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 # --- 11.7 access to the dashboard and the admin API ---
@@ -12610,21 +12376,17 @@ async def show_setup(gateway: Gateway, request: AdminRequest) -> JSON:
     db, providers = gateway.ledger.db, gateway.config.providers
     mine = key_condition(request.key_id)
     running = await open_requests(db, request.key_id)
+    model = best_model(gateway.catalogue, request.key)
     refused = await db.read(f"SELECT data FROM refusals WHERE {mine} ORDER BY id DESC LIMIT {REFUSALS_SHOWN}")
     return {
-        "block": codex_block("{ORIGIN}", best_model(gateway.catalogue, request.key)),
+        "agents": [(each.name, each.file and f"{each.home}/{each.file}", agent_settings(each, "{ORIGIN}", model))
+                   for each in AGENTS.values()],
         "keys": 1 if request.key else count_active_keys(gateway.ledger),
         "providers": [name for name in providers if name != "demo"],
         "demo": "demo" in providers,
-        "codex": await newest_request(db, f"{mine} AND client LIKE 'codex%'"),
-        "latest": await newest_request(db, mine),
+        "latest": [row_view(row) for row in await usage_rows(db, f"{mine} AND client NOT LIKE 'Mozilla%'", [], 1)],
         "running": running[-1] if running else None,
         "refused": [json.loads(data) for data, in refused]}
-
-
-async def newest_request(db: Database, where: str) -> JSON | None:
-    rows = await usage_rows(db, where, [], 1)
-    return row_view(rows[0]) if rows else None
 
 
 async def playground(gateway: Gateway, request: AdminRequest) -> None:
@@ -12711,22 +12473,22 @@ ROUTES: dict[str, Handler] = {
 # Of one connection requests are answered in order, one at a time, with a timeout for every wait. When a client leaves, its
 # handler is cancelled at once. Half-closing counts as leaving: no HTTP client in use does it.
 
-BACKLOG = 4096              # a burst of clients after a restart
-PIPELINE_BYTES = 2**17      # asyncio stops reading at twice this, while a handler runs
-REST_BYTES = 2**16          # an unread body up to this size is dropped, to keep the connection
-LINGER_BYTES = 2**20        # dropped after an early answer: closing with unread bytes would reset the
-LINGER_S = 2.0              # connection before the client has read its answer (RFC 9112 9.6)
-ACCEPT_STEP = 8             # connections accepted in one turn of the loop
-REFUSED_CONNECTIONS = 64    # beyond max_connections: only /health is answered, all else with 503; the oldest is closed first
-REFUSED_WAIT_S = 1.0        # for their request
-IDLE_SAFE_S = 5.0           # a connection idle for less is not closed for a new one: its request may be on the way
-SHARES = {                  # resource -> its limit for the process, and for one address or key
+BACKLOG = 4096  # a burst of clients after a restart
+PIPELINE_BYTES = 2**17  # asyncio stops reading at twice this, while a handler runs
+REST_BYTES = 2**16  # an unread body up to this size is dropped, to keep the connection
+LINGER_BYTES = 2**20  # dropped after an early answer, for LINGER_S: closing with unread bytes resets the connection
+LINGER_S = 2.0  # before the client has read it (RFC 9112 9.6)
+ACCEPT_STEP = 8  # connections in one turn of the loop
+REFUSED_CONNECTIONS = 64  # beyond max_connections: all but /health is answered with 503; the oldest is closed first
+REFUSED_WAIT_S = 1.0  # for their request
+IDLE_SAFE_S = 5.0  # a connection idle for less is not closed for a new one: its request may be on the way
+SHARES = {  # resource -> limit of the process, of one address or key
     "connections": ("max_connections", "max_connections_per_address"), "bytes": ("max_bodies_bytes", "max_bodies_bytes_each")}
-OWN_FILES = 128             # open files kept free for /health, the ledger and the log
-IDLE_GRACE_S = 0.25         # while draining, a connection stays open after its last answer
-FIRST_GRACE_S = 2.0         # and one that has had no request yet
-GRACE_S = 5.0               # for cancelled handlers to settle and write their terminal event
-CLIENT_LEFT = 499           # nginx's status, for the log
+OWN_FILES = 128  # kept free for /health, the ledger and the log
+IDLE_GRACE_S = 0.25  # while draining, a connection stays open after its last answer
+FIRST_GRACE_S = 2.0  # and one that has had no request yet
+GRACE_S = 5.0  # for cancelled handlers to settle and write their terminal event
+CLIENT_LEFT = 499  # nginx's status, for the log
 
 
 class ClientGone(ConnectionError):
@@ -12734,34 +12496,34 @@ class ClientGone(ConnectionError):
 
 
 class Client:
-    """One request: its record, to which every layer adds and of which the usage row and the access line are made, and the way
-    to answer it: body() first, then answer(), or start(), write()s and end()."""
-    status = 0                          # of the answer; 0 before it is known
-    note = ""                           # of its handler, for the access line
+    """One request: its record, to which every layer adds, and the way to answer it: body() first, then answer(), or start(),
+    write()s and end()."""
+    status = 0  # 0 before it is known
+    note = ""  # of its handler, for the access line
     # the record of its targets
-    provider, model = "", ""            # of the newest attempt
-    tries = 0                           # of targets: one may need several upstream calls
-    attempts = 0                        # upstream calls
-    turn_state = ""                     # names the target, for Codex
-    upstream_id = ""                    # its provider's request id
-    asked_ms, answering_ms = 0, 0       # when the newest call began, and when the head of its answer came
-    first_ms = 0                        # when the first output left
+    provider, model = "", ""  # of the newest attempt
+    tries = 0  # of targets: one may need several upstream calls
+    attempts = 0  # upstream calls
+    turn_state = ""  # names the target, for Codex
+    upstream_id = ""  # its provider's request id
+    asked_ms, answering_ms = 0, 0  # when the newest call began, and when its answer's head came
+    first_ms = 0  # when the first output left
     # the answer
     sent_bytes = 0
-    ended = False                       # the whole answer was handed over
-    pending = b""                       # the answer's head, which goes out with the first bytes of its body
+    ended = False  # the whole answer was handed over
+    pending = b""  # the head, which goes out with the body's first bytes
     chunked = False
-    data: bytes | None = None           # the request's body
-    held = 0                            # bytes of it that are counted
-    holders: Sequence[str] = ()         # for whom
+    data: bytes | None = None  # the request's body
+    held = 0  # bytes of it that count
+    holders: Sequence[str] = ()  # for whom
 
     def __init__(self, connection: Connection, head: RequestHead) -> None:
         self.connection, self.head, self.peer = connection, head, connection.peer
         self.request_id = request_id_for(head.headers.get("x-request-id"))
         self.started_s, self.started = time.time(), time.monotonic()
-        self.keep = head.keep_alive                     # may the connection carry another request?
-        self.failures: list[FailedAttempt] = []         # the tries that failed
-        self.dropped: list[str] = []                    # fields that the target cannot carry
+        self.keep = head.keep_alive  # the connection, for another request
+        self.failures: list[FailedAttempt] = []
+        self.dropped: list[str] = []  # what the target cannot carry
 
     @property
     def gone(self) -> bool:
@@ -12771,14 +12533,14 @@ class Client:
         return max(1, int((time.monotonic() - self.started) * 1000))
 
     def count_attempt(self) -> bool:
-        """Counts an upstream call; False if the request has used all of them."""
+        """False if the request has used all of its upstream calls."""
         if self.attempts >= MAX_ATTEMPTS:
             return False
         self.attempts += 1
         return True
 
     async def body(self, most_bytes: int = sys.maxsize, key: str = "") -> bytes:
-        """The whole body, decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
+        """Decoded; ProtocolError if it is too long, too slow, or malformed. `key`: its bytes count for it."""
         if self.data is None:
             server, coding = self.connection.server, self.head.headers.get("content-encoding")
             most_bytes = min(most_bytes, server.config.max_body_bytes)
@@ -12804,12 +12566,12 @@ class Client:
         self.held = size
 
     async def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        """The whole answer in one write."""
+        """In one write."""
         await self.start(status, headers, len(body))
         await self.end(body)
 
     async def start(self, status: int, headers: list[tuple[str, str]], size: int | None = None) -> None:
-        """Begins an answer of `size` bytes, or of unknown length. Its head goes out with the first write()."""
+        """Of `size` bytes, or of unknown length. The head goes out with the first write()."""
         connection, http11 = self.connection, self.head.http11
         self.status, self.chunked = status, size is None and http11
         if api_of(self.head.path) == "messages":
@@ -12848,12 +12610,12 @@ class Client:
             await self.connection.drain()
 
     async def end(self, data: bytes = b"") -> None:
-        """Ends a started answer, with a last piece of it in the same write."""
+        """With a last piece of the answer in the same write."""
         self.ended = True
         await self.write(data)
 
     async def fail(self, error: GatewayError) -> None:
-        """Answers with the error; if a part of another answer was sent, closes the connection."""
+        """If a part of another answer was sent, closes the connection."""
         self.keep = self.keep and not isinstance(error, ProtocolError) and not self.sent_bytes
         if self.sent_bytes:
             return
@@ -12869,7 +12631,7 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 def request_id_for(wanted: str) -> str:
-    """The client's own id if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
+    """The client's own if it is valid, or a new one (not secret: `secrets` costs ten times as much)."""
     return wanted if SANE_ID.fullmatch(wanted) else f"req_{random.getrandbits(128):032x}"
 
 
@@ -12879,11 +12641,11 @@ class Connection(StreamConnection):
     """One client connection and the task that answers its requests."""
     http: RequestReader
 
-    body_done = True                        # the current request was read to its end
-    client: Client | None = None            # whose handler runs
-    gone = False                            # nothing more will come, and nobody reads what is sent
-    holders: Sequence[str] = ()             # for whom it counts; none: it may only ask for /health
-    served = False                          # it has sent a request
+    body_done = True  # the current request was read to its end
+    client: Client | None = None  # whose handler runs
+    gone = False  # nothing more will come, and nobody reads what is sent
+    holders: Sequence[str] = ()  # for whom it counts; none: it may only ask for /health
+    served = False  # it has sent a request
     waiting: asyncio.Timeout | None = None  # for the next request
 
     def __init__(self, server: Server, protocol: StreamProtocol, writer: asyncio.StreamWriter, peer: str) -> None:
@@ -12909,18 +12671,18 @@ class Connection(StreamConnection):
                 if not await self.serve(Client(self, head)):
                     break
                 if not self.http.idle:
-                    await asyncio.sleep(0)      # answering pipelined requests may never wait
+                    await asyncio.sleep(0)  # answering pipelined requests may never wait
             if not (self.holders or self.served or self.gone):
                 raise overloaded(NO_ROOM)
-        except GatewayError as error:       # before there was a request
-            if self.holders:                # there may be thousands of refused ones
+        except GatewayError as error:  # before there was a request
+            if self.holders:  # there may be thousands of refused ones
                 log.info("connection of %s: %s", self.peer, error)
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await Client(self, NO_REQUEST).fail(error)
                 await self.linger()
-        except (OSError, asyncio.CancelledError):       # ClientGone, TimeoutError: nobody waits for this task
+        except (OSError, asyncio.CancelledError):  # ClientGone, TimeoutError: nobody waits for this task
             pass
-        except Exception as error:       # noqa: BLE001 - our own bug
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("connection of %s: %s", self.peer, fault_location(error))
         finally:
             self.close()
@@ -12933,7 +12695,7 @@ class Connection(StreamConnection):
             if isinstance(error, OSError):
                 log.info("connection of %s: %s", self.peer, describe_error(error))
             self.abort()
-            self.server.release(self)       # asyncio does not call connection_lost
+            self.server.release(self)  # asyncio does not call connection_lost
             raise
 
     async def next_head(self) -> RequestHead | None:
@@ -12948,7 +12710,7 @@ class Connection(StreamConnection):
                 async with asyncio.timeout(self.idle_s()) as self.waiting:
                     came = await self.receive()
             except TimeoutError:
-                came = self.protocol.unread > 0 and await self.receive()        # received in the same turn of the loop
+                came = self.protocol.unread > 0 and await self.receive()  # received in the same turn of the loop
             finally:
                 self.waiting = None
             if not came:
@@ -12975,7 +12737,7 @@ class Connection(StreamConnection):
             raise ProtocolError(f"The {what} took longer than {limit_s:g} s.", 408) from None
 
     async def serve(self, client: Client) -> bool:
-        """Has one request answered; True if the connection may carry another."""
+        """True if the connection may carry another request."""
         server, self.client = self.server, client
         server.open_requests += 1
         try:
@@ -12993,8 +12755,8 @@ class Connection(StreamConnection):
         except asyncio.CancelledError:
             if self.gone or client.status or not server.closing:
                 raise
-            await client.fail(overloaded(STOPPING, code="server_error"))        # its request was still coming in
-        except Exception as error:       # noqa: BLE001 - our own bug
+            await client.fail(overloaded(STOPPING, code="server_error"))  # its request was still coming in
+        except Exception as error:  # noqa: BLE001 - our own bug
             log.error("request %s: %s", client.request_id, fault_location(error))
             await client.fail(GatewayError("The gateway failed on this request; its log says more under "
                                            f"{client.request_id}."))
@@ -13013,7 +12775,7 @@ class Connection(StreamConnection):
             part = self.http.next()
             if part is END:
                 self.body_done = True
-                return b"".join(pieces)     # of one piece: itself
+                return b"".join(pieces)  # of one piece: itself
             if isinstance(part, bytes):
                 pieces.append(part)
                 if length is None:
@@ -13057,7 +12819,7 @@ class Connection(StreamConnection):
                 left -= len(data)
 
     def may_keep(self, head: RequestHead) -> bool:
-        """May the connection stay open after an answer that begins now? The unread rest must be small."""
+        """After an answer that begins now? The unread rest must be small."""
         try:
             coming = head.length is not None and head.length <= REST_BYTES and not head.expect_continue
             return (self.skip_body() or coming) and bool(self.holders) and not self.server.draining and not self.gone
@@ -13072,7 +12834,7 @@ class Connection(StreamConnection):
             async with asyncio.timeout(self.server.config.write_timeout_s):
                 await self.writer.drain()
         except TimeoutError:
-            self.gone = asyncio.current_task() is self.task     # a heartbeat's: connection_lost cancels the handler
+            self.gone = asyncio.current_task() is self.task  # a heartbeat's: connection_lost cancels the handler
             self.abort()
             raise ClientGone("the client takes nothing") from None
         except ConnectionError:
@@ -13106,7 +12868,7 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key or None)
-    except OSError as error:        # ssl.SSLError is one too
+    except OSError as error:  # ssl.SSLError is one too
         raise ConfigError(f"server.tls_cert and server.tls_key cannot be used: {describe_error(error)}.") from error
     return context
 
@@ -13129,7 +12891,7 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
             port = sockets[0].getsockname()[1]
         except OSError as error:
             failure = error
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):    # like ::1 without IPv6
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # like ::1 without IPv6
                 for made in sockets:
                     made.close()
                 raise
@@ -13141,25 +12903,25 @@ async def listen(config: ServerConfig) -> list[socket.socket]:
 class Server:
     """Has each request answered by `handler`, then calls `access(client, status)`."""
     address = ("", 0)
-    sockets: Sequence[socket.socket] = ()   # that listen
+    sockets: Sequence[socket.socket] = ()  # that listen
     open_requests = 0
-    draining = False                        # takes no new connections, and closes idle ones
-    closing = False                         # draining, and handlers are no longer waited for
+    draining = False  # takes no new connections, and closes idle ones
+    closing = False  # draining, and handlers are no longer waited for
 
     def __init__(self, handler: Callable[[Client], Awaitable[None]], config: ServerConfig,
                  access: Callable[[Client, int], None]) -> None:
         self.handler, self.access = handler, access
         self.use(config)
-        self.listeners: list[asyncio.Server] = []       # one for each of them
-        self.connections: set[Connection] = set()       # all with an open socket, also during TLS setup
-        self.used: collections.Counter[tuple[str, str]] = collections.Counter()     # by resource and holder; "": the process
-        self.idle: dict[Connection, float] = {}         # without a request: since when, the longest first
-        self.refused: dict[Connection, float] = {}      # beyond the limits: since when, the oldest first
-        self.empty = asyncio.Event()                    # draining, and the last connection is gone
+        self.listeners: list[asyncio.Server] = []
+        self.connections: set[Connection] = set()  # with an open socket, also during TLS setup
+        self.used: collections.Counter[tuple[str, str]] = collections.Counter()  # by resource and holder; "": the process
+        self.idle: dict[Connection, float] = {}  # without a request: since when, the longest first
+        self.refused: dict[Connection, float] = {}  # beyond the limits: since when, the oldest first
+        self.empty = asyncio.Event()  # draining, and no connection is left
         self.context = tls_context(config)
 
     def use(self, config: ServerConfig) -> None:
-        """Applies settings to the next connections and requests. Host, port and tls_cert stay."""
+        """For the next connections and requests. Host, port and tls_cert stay."""
         fit = connections_allowed_by_files()
         self.config = dataclasses.replace(config, max_connections=min(config.max_connections, fit))
         self.max_refused = min(REFUSED_CONNECTIONS, fit)
@@ -13176,7 +12938,7 @@ class Server:
         self.address = self.sockets[0].getsockname()[:2]
         for listening in self.sockets:
             self.listeners.append(await loop.create_server(self.new_protocol, sock=listening, backlog=at_once))
-            listening.listen(BACKLOG)       # `backlog` is also how many asyncio accepts at a time
+            listening.listen(BACKLOG)  # `backlog` is also how many asyncio accepts at a time
 
     def new_protocol(self) -> StreamProtocol:
         return StreamProtocol(PIPELINE_BYTES, self.connected)
@@ -13185,7 +12947,7 @@ class Server:
         """Admits a new connection; beyond the limits only for /health."""
         address, transport = writer.get_extra_info("peername"), writer.transport
         assert isinstance(transport, asyncio.Transport)
-        if not address:             # it has gone again
+        if not address:  # it has gone again
             transport.abort()
             return
         connection = Connection(self, protocol, writer, str(address[0]))
@@ -13200,7 +12962,7 @@ class Server:
         self.connections.add(connection)
         protocol.on_end, protocol.on_closed = connection.on_client_gone, functools.partial(self.release, connection)
         if self.context is not None:
-            transport.pause_reading()       # until the handshake reads
+            transport.pause_reading()  # until the handshake reads
 
     def holders(self, peer: str) -> list[str]:
         """Of its connections and bodies: the process, and its address, unless that is a proxy's or local."""
@@ -13219,7 +12981,7 @@ class Server:
         return ""
 
     def evict(self, waiting: Mapping[Connection, float], least_s: float) -> None:
-        """Closes the connection that has waited longest, if at least for least_s."""
+        """The one that has waited longest, if at least for least_s."""
         connection = next(iter(waiting), None)
         if connection is not None and connection.loop.time() - waiting[connection] >= least_s:
             self.release(connection)
@@ -13238,7 +13000,7 @@ class Server:
         return any(ipaddress.ip_address(peer) in network for network in self.proxies)
 
     def client_address(self, peer: str, headers: Headers) -> str:
-        """The client's address: behind trusted proxies, the last in X-Forwarded-For that is not one of them."""
+        """Behind trusted proxies the last in X-Forwarded-For that is not one of them."""
         entries = list_values(headers, "x-forwarded-for") if self.proxies else []
         while entries and self.trusts(peer):
             try:
@@ -13251,9 +13013,9 @@ class Server:
         """Refuses host names that are not ours: another site could point its name here (DNS rebinding). The dashboard's are
         checked also where any name is allowed."""
         name = head.headers.get("host").lower()
-        if ":" in name and name[-1] != "]":         # a port, not the end of an IPv6 address
+        if ":" in name and name[-1] != "]":  # a port, not the end of an IPv6 address
             name = name.rpartition(":")[0]
-        if name in self.hosts or not (dashboard or name):       # without a name: an HTTP/1.0 client, so not a browser
+        if name in self.hosts or not (dashboard or name):  # without a name: an HTTP/1.0 client, so not a browser
             return
         with contextlib.suppress(ValueError):
             if self.any_host and (not dashboard or ipaddress.ip_address(name.strip("[]"))):
@@ -13279,17 +13041,17 @@ class Server:
             await self.wait_closed(GRACE_S)
         for connection in list(self.connections):
             connection.abort()
-        await asyncio.sleep(0)      # lets the sockets go before the loop may end
+        await asyncio.sleep(0)  # lets the sockets go before the loop may end
 
     async def stop_listening(self) -> None:
         """Closes the listening sockets. Connections in their queues are accepted first: the system would reset them."""
         loop, made = asyncio.get_running_loop(), []
         sockets, self.sockets = self.sockets, ()
-        with contextlib.suppress(NotImplementedError):          # Windows
+        with contextlib.suppress(NotImplementedError):  # Windows
             for listening in sockets:
                 loop.remove_reader(listening.fileno())
         for _ in range(3):
-            await asyncio.sleep(0)      # asyncio reports those it has accepted
+            await asyncio.sleep(0)  # asyncio reports those it has accepted
         for listening, listener in zip(sockets, self.listeners):
             with contextlib.suppress(OSError):
                 while True:
@@ -13314,7 +13076,7 @@ FIRST_HANDED_FD = 3
 
 
 def systemd_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets of systemd. Removes the variables, so that no child sees them."""
+    """Removes the variables, so that no child sees them."""
     names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     pid, count, _ = (environ.pop(name, "") for name in names)
     if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", count):
@@ -13365,7 +13127,7 @@ async def feed_watchdog() -> None:
 
 # --- 12.4 a running gateway ---
 
-# Settings that only a restart changes: a running server keeps its port, and its ledger.
+# Only a restart changes these: a running server keeps its port, and its ledger.
 RESTART_ONLY = ("host", "port", "tls_cert", "tls_key", "workers", "log_format")
 
 
@@ -13374,7 +13136,7 @@ def merge_reloadable(old: Config, new: Config) -> Config:
     return dataclasses.replace(new, database=old.database, server=dataclasses.replace(new.server, **fixed))
 
 
-ACCESS_LOG_S = 0.05         # a log record for each request costs as much as parsing it
+ACCESS_LOG_S = 0.05  # a log record for each request costs as much as parsing it
 
 
 class GatewayServer(Server):
@@ -13383,7 +13145,7 @@ class GatewayServer(Server):
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(gateway.handle, gateway.config.server, self.log_request)
         self.gateway = gateway
-        self.lines: list[tuple[float, str]] = []        # of the access log: time and text, logged in blocks
+        self.lines: list[tuple[float, str]] = []  # of the access log: time and text
 
     async def drain(self, timeout_s: float | None) -> None:
         await super().drain(timeout_s)
@@ -13392,7 +13154,7 @@ class GatewayServer(Server):
     def log_request(self, client: Client, status: int) -> None:
         head = client.head
         if head.path.startswith("/admin") and status < 400 and not client.note:
-            return                  # an open dashboard asks every few seconds
+            return  # an open dashboard asks every few seconds
         if not self.lines:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush_access_log)
         self.lines.append((time.time(), f"{status} {client.note or f'-  {sanitize(head.method)} {sanitize(head.path)}'}"))
@@ -13403,13 +13165,13 @@ class GatewayServer(Server):
             log.info("\n".join(text for _, text in lines), extra={"lines": lines})
 
     def reload(self, config: Config, models: Mapping[str, Sequence[str]] | None = None) -> None:
-        """For new requests: those in progress keep their Gateway, and so the old settings. ConfigError: nothing was changed."""
+        """For new requests: those in progress keep the old settings. ConfigError: nothing was changed."""
         old = self.gateway
-        if self.context is not None:        # a renewed certificate is used, a broken one refused
+        if self.context is not None:  # a renewed certificate is used, a broken one refused
             tls_context(old.config.server)
             self.context.load_cert_chain(old.config.server.tls_cert, old.config.server.tls_key or None)
         fresh = Gateway(merge_reloadable(old.config, config), old.ledger, old.upstream, models or {}, old)
-        old.upstream.contexts.clear()       # ca_file may be new, too
+        old.upstream.contexts.clear()  # ca_file may be new, too
         self.use(fresh.config.server)
         self.gateway, self.handler = fresh, fresh.handle
 
@@ -13613,7 +13375,7 @@ def say(*lines: str) -> None:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(dump_json(value))
 
 
 def plural(number: int, noun: str) -> str:
@@ -13769,8 +13531,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
-            *(f"  {line}".rstrip() for line in codex_block(url, best_model(ModelCatalog(config, found)))),
-            "", 'Then, in another terminal: codex "What is 2 + 2?"')
+            re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
+            "", 'Then, in another terminal: codex "What is 2 + 2?"', f"Other agents: {command('connect AGENT')}")
     warnings = config_warnings(config) if config.path else []
     if not is_loopback(config.server.host):
         warnings.append("Anybody on this network can reach Pomex. Keys are required on every call"
@@ -14200,7 +13962,7 @@ def run_init(args: Args) -> None:
     say(f"Wrote {args.file} (mode 600, {plural(len(providers), 'provider')} found). Check it: {command('check')}")
 
 
-# codex
+# connect
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -14214,19 +13976,36 @@ BLOCK_END = "# <<< pomex"
 REPLACED = "# pomex replaced: "
 
 
-def codex_home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex"))
+def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
+    return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    """key path -> value, of everything that is not a table."""
+def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
+    """key path -> value, of everything that is not a table, in JSON also of empty ones."""
+    is_toml = agent is CODEX_AGENT
+
     def walk(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (path and not value and not is_toml):
             yield path, value
             return
         for key, inner in value.items():
             yield from walk((*path, key), inner)
-    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff"))))
+    return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
+
+
+def toml_leaves(text: str) -> dict[KeyPath, Any]:
+    return settings_leaves(CODEX_AGENT, text)
+
+
+def json_text(values: Mapping[KeyPath, Any]) -> str:
+    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+    tables: JSON = {}
+    for (*folders, last), value in values.items():
+        table = tables
+        for name in folders:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return dump_json(tables) + "\n"
 
 
 def is_codex_key(path: KeyPath) -> bool:
@@ -14253,7 +14032,7 @@ def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ConfigError if its form does not allow that."""
+    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
     line_end = "\r\n" if "\r\n" in text else "\n"
     top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
     for path, value in values.items():
@@ -14267,8 +14046,7 @@ def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if toml_leaves(changed) == {**other_leaves(text), **values}:
             return changed
-    raise ConfigError("Codex's configuration has a form that cannot be changed safely here; nothing was changed. Edit it by "
-                      f"hand. It needs the lines that this prints: {command('codex')}")
+    raise ValueError
 
 
 def without_block(text: str) -> str:
@@ -14286,18 +14064,33 @@ def without_block(text: str) -> str:
                       f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
 
 
-def codex_text(path: pathlib.Path) -> str | None:
-    """A TOML file as it is; None if there is none. ConfigError if it cannot be read."""
+def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
+    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
+    if agent is CODEX_AGENT:
+        return BLOCK_BEGIN in text
+    return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
+
+
+def connect_words(agent: Agent) -> str:
+    return "connect " * (agent is not CODEX_AGENT) + agent.name
+
+
+def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
+                       f"prints: {command(connect_words(agent))}")
+
+
+def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
+    """(text, leaves) of a file; nothing if there is none. ConfigError if it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{home_short(path)} is not a regular file. Nothing was changed.")
         text = path.read_bytes().decode()
-        toml_leaves(text)
+        return text, settings_leaves(agent, text)
     except FileNotFoundError:
-        return None
+        return "", {}
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{home_short(path)} is not TOML: {error}. Nothing was changed.") from None
-    return text
+        raise unsafe_file(agent, path, f"is not {'TOML' if agent is CODEX_AGENT else 'JSON'}: {error}") from None
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
@@ -14324,7 +14117,7 @@ def keep_copy(path: pathlib.Path, text: str) -> str:
     raise AssertionError
 
 
-def change_codex(path: pathlib.Path, now: str, after: str) -> None:
+def change_file(path: pathlib.Path, now: str, after: str) -> None:
     """Shows what changes and does it."""
     say(*difflib.unified_diff(now.splitlines(), after.splitlines(), home_short(path), "after", "", "", 2, ""), "")
     if after.strip("\ufeff\r\n"):
@@ -14333,41 +14126,58 @@ def change_codex(path: pathlib.Path, now: str, after: str) -> None:
         path.unlink()
 
 
-def write_codex(path: pathlib.Path, block: Sequence[str]) -> int:
+def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = codex_text(path) or ""
-    more = {name: value for name, value in toml_leaves(now).items()      # that somebody else put into our table
+    now, found = read_settings(agent, path)
+    ours = settings_leaves(agent, settings)
+    more = {name: value for name, value in found.items()      # that somebody else put into our table
             if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    after = with_block(without_block(now), {**more, **toml_leaves("\n".join(block))})
-    if toml_leaves(after) == toml_leaves(now):
+    try:
+        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
+    except (AttributeError, TypeError, ValueError):
+        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
-        return 0
+        return
     kept = ""
-    if now and BLOCK_BEGIN not in now:          # as its user had it
+    if now and not has_settings(agent, now, found):         # as its user had it
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
-    change_codex(path, now, after)
+    change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
-    say(f"Wrote {home_short(path)}.{kept} To undo: {command('codex --undo' + profile)}")
+    say(f"Wrote {home_short(path)}.{kept} To undo: {command(f'{connect_words(agent)} --undo{profile}')}")
     if not os.environ.get("POMEX_API_KEY"):
-        say(f"Now export POMEX_API_KEY in the shell that starts codex. A new key: {command('keys create NAME')}")
-    return 0
+        say(f"Now export POMEX_API_KEY in the shell that starts {agent.name}. A new key: {command('keys create NAME')}")
 
 
-def undo_codex(path: pathlib.Path) -> int:
-    now = codex_text(path) or ""
-    if BLOCK_BEGIN not in now:
-        say(f"Nothing to undo: {home_short(path)} has no block that codex --write made.")
+def undo_settings(agent: Agent, path: pathlib.Path) -> int:
+    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    now, found = read_settings(agent, path)
+    if not has_settings(agent, now, found):
+        say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    change_codex(path, now, without_block(now))
+    if agent is CODEX_AGENT:
+        change_file(path, now, without_block(now))
+    else:
+        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
+        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
+        before, old = read_settings(agent, copy)
+        ours = settings_leaves(agent, agent.settings)
+        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
+        after |= {name: value for name, value in old.items() if name in ours}
+        change_file(path, now, before if after == old else json_text(after))
+        copy.unlink(missing_ok=True)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
 
-def run_codex(args: Args) -> int:
-    path = codex_home() / ("pomex.config.toml" if args.profile else "config.toml")
+def run_connect(args: Args) -> int:
+    agent = AGENTS[args.agent]
+    path = agent_home(agent) / ("pomex.config.toml" if args.profile else agent.file)
     path = pathlib.Path(os.path.realpath(path))         # dotfiles are often links into a repository
+    if not agent.file and (args.write or args.undo):
+        raise BadRequest(f"{agent.name} takes its settings from a shell, not from a file: {command(connect_words(agent))}")
     if args.undo:
-        return undo_codex(path)
+        return undo_settings(agent, path)
     config, found = asyncio.run(with_detected(read_config(args)))
     catalogue = ModelCatalog(config, found)
     model = args.model or best_model(catalogue)
@@ -14377,24 +14187,27 @@ def run_codex(args: Args) -> int:
         say(f"{error} A model that can be used: {best_model(catalogue)}")
         if config.path or error.code != "provider_not_configured":      # the gateway may have a key that this shell has not
             return 1
-    block = codex_block(own_url(config.server), model)
+    settings = agent_settings(agent, own_url(config.server), model)
     if not (args.write or args.profile or args.run):
-        print(*block, sep="\n")
+        place = f"For {home_short(path)}; to put it there: {command(connect_words(agent))} --write"
+        say(place if agent.file else "For a shell:")
+        print(settings)
         return 0
-    code = 0 if args.run else write_codex(path, block)
-    if code == 0 and not asyncio.run(running_version(config.server)):
+    if not args.run:
+        write_settings(agent, path, settings)
+    if not asyncio.run(running_version(config.server)):
         say(not_running(config))
     if args.run:
-        return start_codex(config, block, args.prompt)
-    if args.profile and code == 0:
+        return start_codex(config, settings, args.prompt)
+    if args.profile:
         say(f"Start it with: codex --profile pomex. Codex 0.128.0 reads no such file; there: {command('codex --run')}")
-    return code
+    return 0
 
 
-def start_codex(config: Config, block: Sequence[str], arguments: Sequence[str]) -> int:
+def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    values = toml_leaves("\n".join(block))
-    overrides = [word for name, value in values.items() for word in ("-c", f"{toml_name(name)}={json.dumps(value)}")]
+    overrides = [word for path, value in toml_leaves(settings).items()
+                 for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
             name = f"codex-run-{secrets.token_hex(3)}"
@@ -14433,7 +14246,7 @@ async def diagnose(config: Config) -> list[Check]:
     checks = [expect("gateway", f"{shown} answers, Pomex {version}", "" if url else f"nothing of Pomex answers at {shown}",
                      "serve", "missing"), check_program(), file]
     checks += check_provider(provider, url) if provider else []
-    if (codex_home() / "app-server-control" / "app-server-control.sock").exists():
+    if (agent_home() / "app-server-control" / "app-server-control.sock").exists():
         checks.append(Check("  server", "note", "Codex's background server runs, with the key of its first start", NEW_KEY))
     check, key = await check_key(provider, url, tls_cert)
     if not (url and key):
@@ -14474,7 +14287,7 @@ def check_program() -> Check:
 
 def check_codex_file() -> tuple[Check, JSON, JSON]:
     """(what it is like, what it says, its table of the provider)."""
-    path = codex_home() / "config.toml"
+    path = agent_home() / "config.toml"
     shown = home_short(path)
     if not path.is_file():
         other = ", and config.json is not read" if path.with_suffix(".json").is_file() else ""
@@ -14925,6 +14738,8 @@ LISTED = AS_JSON, AS_CSV, AS_JSONL
 SINCE = Argument("since", Field(read=parse_day, wanted="like 7d or 2026-11-01", meaning="whole days (UTC), with today"),
                  "7d|DATE", more={"default": "7d"})
 MODEL = Argument("model", Field(meaning="a name that `models` lists"))
+CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is kept"),
+           flag("undo", "take them out again; all other changes stay"))
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
@@ -14948,10 +14763,10 @@ COMMANDS = {
     "Clients": {
         "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "codex": Command(run_codex, "print the configuration for Codex, or put it in place", "codex --run -- exec 'Hello'", [
-            MODEL,
-            flag("write", "merge it into Codex's config.toml; a copy of the file is kept"),
-            flag("undo", "take it out again; all other changes stay"), flag("run", "start codex with it, changing no file"),
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+            Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
+        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+            *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
         "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
@@ -15049,7 +14864,7 @@ def command_parser() -> CommandParser:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
         example = f"example: {command(each.example)}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
-        added.set_defaults(command=each, parser=added)
+        added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)
     return parser
 
@@ -15098,120 +14913,142 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # === 14. data ===
 
-# A provider, then its models: names, input and output tokens at most; USD per million tokens of input, output, cache read,
-# cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); then factors of these, the last for all that follow:
-# overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak= DeepSeek's hours,
-# any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2, genai-prices 0.2.3.
+# A provider, input and output tokens at most, factors; then models that share these: names; USD per million tokens of input,
+# output, cache read, cache write, cache write kept long (1 h at Anthropic, 12 h at OpenAI); factors of these, the last for all
+# that follow: overN= where input exceeds N tokens (xAI's tier includes 200,000), fromDATE= from that day (UTC) on, peak=
+# DeepSeek's hours, any other a tier or region; search= USD per thousand; ends= when it is retired. From litellm 1.110.2,
+# genai-prices 0.2.3.
 PRICES_DATE = "2026-11-30"
 MODEL_TABLE = """\
-anthropic/
-claude-fable-5,claude-mythos-5 1000000 128000 10 50 1 12.5 20
-claude-fable-5-1,claude-mythos-5-1 1000000 128000 10 50 0.25 12.5 20
-claude-fable-5-2,claude-mythos-5-2 1000000 128000 8 40 0.2 10 16
-claude-haiku-4-5 200000 64000 1 5 0.1 1.25 2
-claude-haiku-5-5 1000000 128000 0.1 0.5 0.01 0.125 0.2 over100000=5
-claude-opus-4-5 200000 64000 5 25 0.5 6.25 10
-claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 1000000 128000 5 25 0.5 6.25 10
-claude-opus-5-5 1000000 128000 4 20 0.2 5 8
-claude-sonnet-4-5 200000 64000 3 15 0.3 3.75 6 ends=2026-11-30
-claude-sonnet-4-6 1000000 128000 3 15 0.3 3.75 6
-claude-sonnet-5 1000000 128000 2 10 0.2 2.5 4
-claude-sonnet-5-5 1000000 128000 2 10 0.1 2.5 4
-deepseek/
-deepseek-flash,deepseek-v4-flash 1000000 393216 0.15 0.6 0.003 peak=2
-deepseek-v3.2 163840 163840 0.28 0.4 0.028
-deepseek-v4-pro 1000000 393216 0.66 1.98 0.022 peak=2
-google/
-gemini-2.5-flash 1048576 65536 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-2.5-flash-lite 1048576 65536 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
-gemini-2.5-pro 1048576 65536 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
-gemini-3-flash-preview 1048576 65536 0.5 3 0.05 flex=0.5/0.5/1
-gemini-3.1-flash-lite 1048576 65536 0.25 1.5 0.025 ends=2027-05-07
-gemini-3.1-pro-preview,gemini-pro-latest 1048576 65536 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
-gemini-3.5-flash 1048576 65536 1.5 9 0.15 flex=0.5/0.5/0.533334
-gemini-3.5-flash-lite,gemini-flash-lite-latest 1048576 65536 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
-gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 1048576 65536 0.75 3.75 0.075 from2027-01-01=2
-gemini-4-argon 1048576 1048576 2 10 0.1 from2026-12-01=2
-gemini-4-hydrogen 1048576 1048576 1.5 7.5 0.075
-groq/
-openai/gpt-oss-120b 131072 65536 0.15 0.6 0.075
-openai/gpt-oss-20b 131072 65536 0.075 0.3 0.0375
-qwen/qwen3.8-27b 131072 16384 0.8 4
-meta/
-muse-spark-1.3 1048576 131072 1.25 4.25 0.15
-muse-wonder-1.0 1048576 131072 4 20 0.2
-minimax/
-MiniMax-M3 1000000 128000 0.3 1.2 0.06 over512000=2
-MiniMax-M3.1-Flash 1000000 128000 0.15 0.6 0.015
-mistral/
-codestral-2508,codestral-latest 128000 128000 0.3 0.9 0.03
-devstral-latest,devstral-medium-latest 256000 256000 0.4 2 0.04
-devstral-small-latest 256000 256000 0.1 0.3 0.01
-magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 262144 262144 1.5 7.5 0.15
-magistral-small-latest,mistral-small-2603,mistral-small-latest 262144 262144 0.15 0.6 0.015
-ministral-14b-2512,ministral-14b-latest 262144 262144 0.2 0.2 0.02
-ministral-3b-2512,ministral-3b-latest 131072 131072 0.1 0.1 0.01
-ministral-8b-2512,ministral-8b-latest 262144 262144 0.15 0.15 0.015
-mistral-large-2512 262144 262144 0.5 1.5 0.05 ends=2027-04-30
-mistral-large-3,mistral-large-latest 262144 262144 0.5 1.5 0.05
-mistral-large-4 1048576 1048576 0.7 2.1 0.07
-mistral-small 32000 8191 0.1 0.3 0.01
-pixtral-large-latest 128000 128000 2 6 0.2
-moonshot/
-kimi-k2.6 262144 262144 0.95 4 0.16
-kimi-k2.7-code 262144 262144 0.95 4 0.19
-kimi-k3 1048576 1048576 3 15 0.3 3 6
-kimi-k3.1-pro 1048576 1048576 2 10 0.2 2 4
-kimi-k3.1-pro-highspeed 1048576 1048576 4 20 0.2 4 8
-openai/
-chat-latest 400000 128000 5 30 0.5
-daybreak-blue 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2
-daybreak-red,gpt-5.6-cyber 272000 128000 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
-gpt-4.1 1047576 32768 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
-gpt-4.1-mini 1047576 32768 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
-gpt-4o 128000 16384 2.5 10 1.25 priority=1.7 ends=2027-01-14
-gpt-4o-mini 128000 16384 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
-gpt-5 272000 128000 1.25 10 0.125 ends=2026-12-11
-gpt-5-mini 272000 128000 0.25 2 0.025 priority=1.8 ends=2026-12-11
-gpt-5-nano 272000 128000 0.05 0.4 0.005 ends=2026-12-11
-gpt-5-pro 400000 272000 15 120 ends=2026-12-11
-gpt-5.1 272000 128000 1.25 10 0.125 ends=2027-04-01
-gpt-5.2 272000 128000 1.75 14 0.175
-gpt-5.2-pro 272000 128000 21 168
-gpt-5.3-codex 272000 128000 1.75 14 0.175 ends=2027-04-01
-gpt-5.4 1050000 128000 2.5 15 0.25 over272000=2/1.5/2 geo=1.1
-gpt-5.4-mini 272000 128000 0.75 4.5 0.075 geo=1.1
-gpt-5.4-nano 272000 128000 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
-gpt-5.4-pro,gpt-5.5-pro 1050000 128000 30 180 over272000=2/1.5 geo=1.1
-gpt-5.5 1050000 128000 5 30 0.5 over272000=2/1.5/2 priority=2.5 geo=1.1
-gpt-5.5-cyber 272000 128000 12.5 75 1.25
-gpt-5.6,gpt-5.6-sol 922000 128000 4 20 0.4 5 10 over272000=2/1.5/2 geo=1.1
-gpt-5.6-luna 922000 128000 0.2 1.2 0.02 0.25 0.5 over272000=2/1.5/2 geo=1.1
-gpt-5.6-terra 922000 128000 2 12 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6-astra 922000 128000 10 50 1 12.5 25 over272000=2/1.5/2 geo=1.1
-gpt-6-astra-law 922000 128000 10 50 1
-gpt-6-cyber 922000 128000 20 100 2 25 50
-gpt-6-luna 922000 128000 0.1 0.5 0.01 0.125 0.25 over272000=2/1.5/2 geo=1.1
-gpt-6-rosalind 922000 128000 15 75 1.5 18.75 37.5 over272000=2/1.5/2
-gpt-6-sol 922000 128000 2 10 0.2 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-sol 922000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-6.1-terra 922000 128000 1 5 0.05 1.25 2.5 over272000=2/1.5/2 geo=1.1
-gpt-6.2-astra 1050000 128000 8 40 0.4 10 20 over272000=2/1.5/2 geo=1.1
-gpt-6.2-sol 1050000 128000 2 10 0.1 2.5 5 over272000=2/1.5/2 geo=1.1
-gpt-rosalind-discovery,gpt-rosalind-research 272000 128000 5 25 0.5
-o3 200000 100000 2 8 0.5 priority=1.75 ends=2026-12-11
-o3-pro 200000 100000 20 80 ends=2026-12-11
-xai/
-grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1000000 1000000 1.25 2.5 0.2
-grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1000000 1000000 1.25 2.5 0.2
-grok-4.5,grok-4.5-latest,grok-build-latest 500000 500000 2 6 0.3
-grok-4.6,grok-4.7 500000 500000 2 6 0.5
-grok-build-0.1,grok-code-fast 256000 256000 1 2 0.2
-grok-code-fast-1 256000 256000 1 2 0.2 ends=2026-05-15
-zai/
-glm-5.3 1000000 128000 1.4 4.4 0.26
-glm-5.3-flash 1048576 128000 0.15 0.5 0.03
-glm-5.3-flashx 1048576 128000 0.37 1.25 0.075
+anthropic/ 1000000 128000
+claude-fable-5,claude-mythos-5 10 50 1 12.5 20
+claude-fable-5-1,claude-mythos-5-1 10 50 0.25 12.5 20
+claude-fable-5-2,claude-mythos-5-2 8 40 0.2 10 16
+claude-haiku-5-5 0.1 0.5 0.01 0.125 0.2 over100000=5
+claude-opus-4-6,claude-opus-4-7,claude-opus-4-8,claude-opus-5 5 25 0.5 6.25 10
+claude-opus-5-5 4 20 0.2 5 8
+claude-sonnet-4-6 3 15 0.3 3.75 6
+claude-sonnet-5 2 10 0.2 2.5 4
+claude-sonnet-5-5 2 10 0.1 2.5 4
+anthropic/ 200000 64000
+claude-haiku-4-5 1 5 0.1 1.25 2
+claude-opus-4-5 5 25 0.5 6.25 10
+claude-sonnet-4-5 3 15 0.3 3.75 6 ends=2026-11-30
+deepseek/ 1000000 393216
+deepseek-flash,deepseek-v4-flash 0.15 0.6 0.003 peak=2
+deepseek-v4-pro 0.66 1.98 0.022 peak=2
+deepseek/ 163840 163840
+deepseek-v3.2 0.28 0.4 0.028
+google/ 1048576 65536
+gemini-2.5-flash 0.3 2.5 0.03 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-2.5-flash-lite 0.1 0.4 0.01 flex=0.5/0.5/1 search=35
+gemini-2.5-pro 1.25 10 0.125 over200000=2/1.5/2 flex=0.5/0.5/1 search=35 ends=2026-12-01
+gemini-3-flash-preview 0.5 3 0.05 flex=0.5/0.5/1
+gemini-3.1-flash-lite 0.25 1.5 0.025 ends=2027-05-07
+gemini-3.1-pro-preview,gemini-pro-latest 2 12 0.2 over200000=2/1.5/2 flex=0.5/0.5/1
+gemini-3.5-flash 1.5 9 0.15 flex=0.5/0.5/0.533334
+gemini-3.5-flash-lite,gemini-flash-lite-latest 0.3 2.5 0.03 priority=1.8/1.8/1.666667 flex=0.5/0.5/0.666667
+gemini-3.6-flash,gemini-3.7-flash,gemini-3.8-flash,gemini-flash-latest 0.75 3.75 0.075 from2027-01-01=2
+google/ 1048576 1048576
+gemini-4-argon 2 10 0.1 from2026-12-01=2
+gemini-4-hydrogen 1.5 7.5 0.075
+groq/ 131072 65536
+openai/gpt-oss-120b 0.15 0.6 0.075
+openai/gpt-oss-20b 0.075 0.3 0.0375
+groq/ 131072 16384
+qwen/qwen3.8-27b 0.8 4
+meta/ 1048576 131072
+muse-spark-1.3 1.25 4.25 0.15
+muse-wonder-1.0 4 20 0.2
+minimax/ 1000000 128000
+MiniMax-M3 0.3 1.2 0.06 over512000=2
+MiniMax-M3.1-Flash 0.15 0.6 0.015
+mistral/ 128000 128000
+codestral-2508,codestral-latest 0.3 0.9 0.03
+pixtral-large-latest 2 6 0.2
+mistral/ 256000 256000
+devstral-latest,devstral-medium-latest 0.4 2 0.04
+devstral-small-latest 0.1 0.3 0.01
+mistral/ 262144 262144
+magistral-medium-latest,mistral-medium,mistral-medium-2604,mistral-medium-3.5,mistral-medium-latest 1.5 7.5 0.15
+magistral-small-latest,mistral-small-2603,mistral-small-latest 0.15 0.6 0.015
+ministral-14b-2512,ministral-14b-latest 0.2 0.2 0.02
+ministral-8b-2512,ministral-8b-latest 0.15 0.15 0.015
+mistral-large-2512 0.5 1.5 0.05 ends=2027-04-30
+mistral-large-3,mistral-large-latest 0.5 1.5 0.05
+mistral/ 131072 131072
+ministral-3b-2512,ministral-3b-latest 0.1 0.1 0.01
+mistral/ 1048576 1048576
+mistral-large-4 0.7 2.1 0.07
+mistral/ 32000 8191
+mistral-small 0.1 0.3 0.01
+moonshot/ 262144 262144
+kimi-k2.6 0.95 4 0.16
+kimi-k2.7-code 0.95 4 0.19
+moonshot/ 1048576 1048576
+kimi-k3 3 15 0.3 3 6
+kimi-k3.1-pro 2 10 0.2 2 4
+kimi-k3.1-pro-highspeed 4 20 0.2 4 8
+openai/ 400000 128000
+chat-latest 5 30 0.5
+openai/ 922000 128000
+daybreak-blue 4 20 0.4 5 10 over272000=2/1.5/2
+gpt-6-astra-law 10 50 1
+gpt-6-cyber 20 100 2 25 50
+gpt-6-rosalind 15 75 1.5 18.75 37.5 over272000=2/1.5/2
+openai/ 272000 128000
+daybreak-red,gpt-5.6-cyber 12.5 75 1.25 15.625 31.25 over272000=2/1.5/2
+gpt-5 1.25 10 0.125 ends=2026-12-11
+gpt-5-mini 0.25 2 0.025 priority=1.8 ends=2026-12-11
+gpt-5-nano 0.05 0.4 0.005 ends=2026-12-11
+gpt-5.1 1.25 10 0.125 ends=2027-04-01
+gpt-5.2 1.75 14 0.175
+gpt-5.2-pro 21 168
+gpt-5.3-codex 1.75 14 0.175 ends=2027-04-01
+gpt-5.4-mini 0.75 4.5 0.075 geo=1.1
+gpt-5.4-nano 0.2 1.25 0.02 geo=1.1 ends=2027-04-01
+gpt-5.5-cyber 12.5 75 1.25
+gpt-rosalind-discovery,gpt-rosalind-research 5 25 0.5
+openai/ 1047576 32768
+gpt-4.1 2 8 0.5 priority=1.75 search=25 ends=2027-01-14
+gpt-4.1-mini 0.4 1.6 0.1 priority=1.75 search=25 ends=2027-01-14
+openai/ 128000 16384
+gpt-4o 2.5 10 1.25 priority=1.7 ends=2027-01-14
+gpt-4o-mini 0.15 0.6 0.075 priority=1.666667 search=25 ends=2027-01-14
+openai/ 400000 272000
+gpt-5-pro 15 120 ends=2026-12-11
+openai/ 1050000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.4 2.5 15 0.25
+gpt-5.4-pro,gpt-5.5-pro 30 180 over272000=2/1.5
+gpt-5.5 5 30 0.5 priority=2.5
+gpt-6.2-astra 8 40 0.4 10 20
+gpt-6.2-sol 2 10 0.1 2.5 5
+openai/ 922000 128000 over272000=2/1.5/2 geo=1.1
+gpt-5.6,gpt-5.6-sol 4 20 0.4 5 10
+gpt-5.6-luna 0.2 1.2 0.02 0.25 0.5
+gpt-5.6-terra 2 12 0.2 2.5 5
+gpt-6-astra 10 50 1 12.5 25
+gpt-6-luna 0.1 0.5 0.01 0.125 0.25
+gpt-6-sol 2 10 0.2 2.5 5
+gpt-6.1-sol 2 10 0.1 2.5 5
+gpt-6.1-terra 1 5 0.05 1.25 2.5
+openai/ 200000 100000
+o3 2 8 0.5 priority=1.75 ends=2026-12-11
+o3-pro 20 80 ends=2026-12-11
+xai/ 1000000 1000000
+grok-4.20,grok-4.20-0309-non-reasoning,grok-4.20-0309-reasoning,grok-4.20-multi-agent 1.25 2.5 0.2
+grok-4.20-multi-agent-0309,grok-4.20-non-reasoning,grok-4.20-reasoning,grok-4.3,grok-4.3-latest 1.25 2.5 0.2
+xai/ 500000 500000
+grok-4.5,grok-4.5-latest,grok-build-latest 2 6 0.3
+grok-4.6,grok-4.7 2 6 0.5
+xai/ 256000 256000
+grok-build-0.1,grok-code-fast 1 2 0.2
+grok-code-fast-1 1 2 0.2 ends=2026-05-15
+zai/ 1000000 128000
+glm-5.3 1.4 4.4 0.26
+zai/ 1048576 128000
+glm-5.3-flash 0.15 0.5 0.03
+glm-5.3-flashx 0.37 1.25 0.075
 """
 
 # What layers 6 and 7 know of servers, models and providers, in the form of `overrides`: names or prefixes, then fields. A row
@@ -15319,32 +15156,32 @@ llama.cpp  chat      http://127.0.0.1:8080/v1
 """)
 
 # What Codex 0.171 knows of models itself (`codex debug models`) and takes from a catalogue instead where it is given one:
-# name; shown in its picker? default effort and verbosity; efforts; context window, and how large a user may make it; version
-# of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its prompts
-# (20 KB each) cannot be given back: see codex_block.
+# name; shown in its picker? default effort and verbosity; highest effort; context window, and how large a user may make it;
+# version of the multi-agent tools (- without code mode); effort of subagents, where it can change; experimental tools. Its
+# prompts (20 KB each) cannot be given back: see agent_settings.
 CODEX_TABLE = """\
-gpt-6.2-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-sol   list low    low ultra 500000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.2-astra list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh request_user_input_async \
+gpt-6.2-astra list low    low ultra 272000 872000 v2 xhigh request_user_input_async \
 send_message_to_user_async clock literature_search_query multi_agent_v2_in_code_mode
-gpt-6.1-sol   list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6.1-terra list low    low low,medium,high,xhigh,max,ultra 500000 872000 v2 xhigh send_user_message_async clock
-gpt-6-astra   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 xhigh send_user_message_async clock
-gpt-6-sol     list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -     send_user_message_async clock
-gpt-6-luna    list medium low low,medium,high,xhigh,max       272000 872000 v2 -     send_user_message_async clock
-gpt-5.6-sol   list low    low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-terra list medium low low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-5.6-luna  list medium low low,medium,high,xhigh,max       272000 872000 v1 -
-gpt-5.5       list medium low low,medium,high,xhigh           272000 272000 -  -
-gpt-daybreak-blue-latest hide low    low  low,medium,high,xhigh,max,ultra 272000 872000 v2 -
-gpt-daybreak-red-latest  hide medium high low,medium,high,xhigh,max,ultra 372000 372000 v2 -
-codex-auto-review        hide medium low  low,medium,high,xhigh,max       272000 872000 v1 -
+gpt-6.1-sol   list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6.1-terra list low    low ultra 500000 872000 v2 xhigh send_user_message_async clock
+gpt-6-astra   list low    low ultra 272000 872000 v2 xhigh send_user_message_async clock
+gpt-6-sol     list medium low ultra 272000 872000 v2 -     send_user_message_async clock
+gpt-6-luna    list medium low max   272000 872000 v2 -     send_user_message_async clock
+gpt-5.6-sol   list low    low ultra 272000 872000 v2 -
+gpt-5.6-terra list medium low ultra 272000 872000 v2 -
+gpt-5.6-luna  list medium low max   272000 872000 v1 -
+gpt-5.5       list medium low xhigh 272000 272000 -  -
+gpt-daybreak-blue-latest hide low    low  ultra 272000 872000 v2 -
+gpt-daybreak-red-latest  hide medium high ultra 372000 372000 v2 -
+codex-auto-review        hide medium low  max   272000 872000 v1 -
 """
 CODEX_OLD_TABLE = """\
-gpt-5.4-mini  list medium medium low,medium,high,xhigh 272000 272000  - -
-gpt-5.4       list xhigh  low    low,medium,high,xhigh 272000 1000000 - -
-gpt-5.3-codex list medium low    low,medium,high,xhigh 272000 272000  - -
-gpt-5.2       list medium low    low,medium,high,xhigh 272000 272000  - -
+gpt-5.4-mini  list medium medium xhigh 272000 272000  - -
+gpt-5.4       list xhigh  low    xhigh 272000 1000000 - -
+gpt-5.3-codex list medium low    xhigh 272000 272000  - -
+gpt-5.2       list medium low    xhigh 272000 272000  - -
 """             # these only 0.128 knows
 
 # The base prompt of catalogue entries: Codex sends none of its own for a model that a catalogue describes.
@@ -15448,7 +15285,7 @@ main:focus{outline:0}
 .seg{display:inline-flex;background:var(--sunken);border-radius:8px;padding:2px}
 .seg button{border:0;background:none;color:var(--ink2);height:30px;padding:0 12px;border-radius:6px;
   font:inherit;font-size:13px;cursor:pointer}
-.seg button[aria-pressed=true],.seg button[aria-selected=true]{background:var(--surface);color:var(--ink);
+.seg button[aria-pressed=true]{background:var(--surface);color:var(--ink);
   font-weight:600;box-shadow:0 0 0 1px var(--line)}
 .btn{display:inline-flex;align-items:center;justify-content:center;height:34px;padding:0 14px;
   border-radius:8px;border:1px solid var(--line2);background:var(--surface);color:var(--ink);font:inherit;
@@ -16288,36 +16125,21 @@ for event in client.responses.create(**${pythonText(body)}):
     print(event)`,
 };
 
-function setupTabs(block, token = "sk-rh-…") {
-  const texts = {
-    Codex: "# ~/.codex/config.toml\n" + block.join("\n").replaceAll("{ORIGIN}", location.origin),
-    Shell: `# ~/.zshrc or ~/.bashrc\nexport POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`,
-    curl: curlCommand({model: "demo/echo", input: "hello", stream: true}),
-  };
-  const shown = scrollBox("pre", "code", "Set-up snippet");
-  const names = Object.keys(texts);
-  let current = "";
-  const tabs = names.map(name =>
-    el("button", {role: "tab", type: "button", onclick: () => select(name), onkeydown: move}, name));
-  function move(event) {
-    const step = ARROWS[event.key];
-    if (!step) return;
-    const next = tabs[(names.indexOf(current) + step + tabs.length) % tabs.length];
-    next.focus();
-    next.click();
+// How to set up one agent at a time; `agents` are [name, file, settings].
+function setupBox(agents, token = "sk-rh-…") {
+  const all = [...agents,
+    ["Shell", "~/.zshrc or ~/.bashrc", `export POMEX_API_KEY="${token}"\n\n# then\ncodex "What is 2 + 2?"`],
+    ["curl", "", curlCommand({model: "demo/echo", input: "hello", stream: true})]];
+  const shown = scrollBox("pre", "code", "Set-up snippet"), where = para("d");
+  function show(wanted) {
+    const [, file, text] = all.find(([name]) => name === wanted);
+    where.textContent = file ? "For " + file : "For a shell";
+    shown.textContent = text.replaceAll("{ORIGIN}", location.origin);
   }
-  function select(name) {
-    current = name;
-    shown.textContent = texts[name];
-    for (const tab of tabs) {
-      const isSelected = tab.textContent === name;
-      tab.ariaSelected = String(isSelected);
-      tab.tabIndex = isSelected ? 0 : -1;
-    }
-  }
-  select(names[0]);
-  return div("", div("tb", el("div", {class: "seg", role: "tablist", "aria-label": "Set-up snippets"}, tabs),
-    copyButton("Copy", "s", () => texts[current].trim())), shown);
+  show("codex");
+  return div("", div("tb", choice("Client", "agent", all.map(([name]) => [name, name]),
+    {onchange: event => show(event.target.value)}),
+    copyButton("Copy", "s", () => shown.textContent)), where, shown);
 }
 
 const STEP_MARKS = {done: "✓", bad: "!"};
@@ -16356,8 +16178,8 @@ function drawOverview(data, redraw) {
   const {totals, by, latest} = data;
   const isEmpty = !totals.requests && !latest.length;
   const empty = isEmpty && card("empty", h2("No request yet"),
-    para("", "Set up Codex, or try the demo in the playground."),
-    link("btn p", "#setup", "Set up Codex"), " ", link("btn", "#playground", "Open the playground"));
+    para("", "Set up a client, or try the demo in the playground."),
+    link("btn p", "#setup", "Set up a client"), " ", link("btn", "#playground", "Open the playground"));
   const total = totals.requests;
   const byEndpoint = by.endpoint.map(({name, requests}) => share(span("mono", clip(name)), requests, total, "ok"));
   const byResult = by.result.map(({name, requests}) => share(span("", name), requests, total, RESULTS[name] || "k5"));
@@ -16518,15 +16340,15 @@ function showKeys(main) {
   return page;
 }
 
-const requestText = row => [bdi(row.model), ", ", bdi(row.user_agent), " at ", time(row.started_ms)];
-const WAITING = "Waiting for the first request from Codex…";
+const requestText = row => [bdi(row.model), ", ", bdi(row.client), " at ", time(row.started_ms)];
+const WAITING = "Waiting for the first request…";
 
 function newKeySteps() {
   const {seen} = newKey;
   return [
-    step("", "Paste the block into ~/.codex/config.toml", "Then export POMEX_API_KEY in the same shell"),
+    step("", "Put the settings in place", "Then export POMEX_API_KEY in the same shell"),
     seen ? step("done", "First request received: " + seen.status, requestText(seen))
-      : step("now", WAITING, 'Run: codex "What is 2 + 2?"'),
+      : step("now", WAITING, 'Like: codex "What is 2 + 2?"'),
   ];
 }
 
@@ -16544,7 +16366,7 @@ function newKeyPanel() {
     div("two", div("", div("lab", "API key"),
       div("keyv", el("code", {id: "kv"}, token),
         copyButton("Copy", "p", () => token, {id: "copykey", "aria-label": "Copy the key"})),
-      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupTabs(setup.block, token)));
+      el("ol", {class: "steps", id: "new-key-steps"}, newKeySteps())), setupBox(setup.agents, token)));
 }
 
 function askToLeave(path) {
@@ -16775,7 +16597,7 @@ function describeTotals(sums) {
 
 function noRequests(query) {
   if (!query.size) {
-    const hint = [link(null, "#setup", "Set up Codex"), " to see requests here."];
+    const hint = [link(null, "#setup", "Set up a client"), " to see requests here."];
     return div("empty", h2("No request yet"), para("", hint));
   }
   return div("empty", h2("Nothing matches"), para("", "No request matches these filters."),
@@ -17119,12 +16941,13 @@ async function* readEvents(response) {
 // --- set-up ---
 const CAUSES = {
   invalid_api_key: "The key was refused", wrong_base_url: "base_url is wrong", use_http_sse: "A WebSocket was tried",
+  wrong_wire_api: "Another API was asked",
 };
 
 function showSetup(main) {
   const steps = el("ol", {class: "steps"}), snippets = div();
-  function draw({block, refused, ...state}) {
-    if (!snippets.firstChild) snippets.append(setupTabs(block));
+  function draw({agents, refused, ...state}) {
+    if (!snippets.firstChild) snippets.append(setupBox(agents));
     swap(steps, setupSteps(state));
     const found = refused.length ? table("stack", "Refused requests", REFUSED_COLUMNS, refused)
       : para("empty", "None. A wrong key, model or address appears here within a second, with its fix.");
@@ -17134,33 +16957,30 @@ function showSetup(main) {
   const page = livePage(main, parts, () => api("setup"), draw);
   function live(kind, event) {
     if (kind === "refused") announce(`${CAUSES[event.code] || "Refused"}: ${event.message}`);
-    if (kind === "usage" && event.codex) announce("A request from Codex ended with response." + event.status);
+    if (kind === "usage") announce("A request ended: " + event.status);
     page.live();
   }
   return {...page, live};
 }
 
-function setupSteps({providers, demo, keys, running, codex, latest}) {
+function setupSteps({providers, demo, keys, running, latest}) {
   let provider = step("bad", "No provider is ready", "Set a provider's key.");
   if (demo) provider = step("done", "The demo is ready", "For real models set a provider's key.");
   if (providers.length) provider = step("done", "Providers are configured", providers.join(", "));
   const key = keys ? step("done", keys === 1 ? "A key exists" : keys + " keys exist")
     : step("bad", "No key yet", link(null, "#keys", "Create a key"));
   return [step("done", "The gateway answers on " + location.host), provider, key,
-    ...codexSteps(running, codex, running || latest)];
+    ...requestSteps(running, latest[0])];
 }
 
-function codexSteps(running, codex, newest) {
-  const end = step("", "The stream ends with response.completed");
-  if (running?.codex) return [step("now", "A request from Codex is in flight", requestText(running)), end];
-  if (!codex) {
-    const other = newest && [" Another client at ", time(newest.started_ms)];
-    return [step("now", WAITING, 'Paste the block, export POMEX_API_KEY, then run: codex "What is 2 + 2?"', other), end];
-  }
-  const {status, error} = codex;
-  const ending = status === "cancelled" ? "The client left" : "Its stream ended with response." + status;
-  return [step("done", "A request from Codex was received", requestText(codex)),
-    step(status === "completed" ? "done" : "bad", ending, clip(error, 300))];
+function requestSteps(running, latest) {
+  const end = step("", "Its stream ends as it should");
+  if (running) return [step("now", "A request is in flight", requestText(running)), end];
+  if (!latest) return [step("now", WAITING, 'Paste the settings, export POMEX_API_KEY, then run: codex "What is 2 + 2?"'), end];
+  const {status, error, endpoint} = latest;
+  const ended = (endpoint === "/v1/responses" ? "Its stream ended with response." : "Its stream ended: ") + status;
+  return [step("done", "A request was received", requestText(latest)),
+    step(status === "completed" ? "done" : "bad", status === "cancelled" ? "The client left" : ended, clip(error, 300))];
 }
 
 const REFUSED_COLUMNS = [

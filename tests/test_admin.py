@@ -241,7 +241,8 @@ async def test_the_export_of_a_holder_holds_his_rows_only(gateway):
     ("the TUI's background server", {"originator": "codex-tui"}, "/v1/responses", "invalid_api_key",
      "mistyped or cut (sk-rh-…): its checksum does not fit. Copy the whole key again. Newer Codex keeps the key of its first start"),
     ("missing /v1", {}, "/responses", "wrong_base_url", "base_url must end with /v1"),
-    ("completions", {}, "/v1/completions", "wrong_wire_api", "does not serve the old Completions API"),
+    ("an API of Ollama", {}, "/api/chat", "wrong_wire_api", "OpenAI-compatible provider"),
+    ("Claude Code's address with /v1", {}, "/v1/v1/messages", "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
 ])
 async def test_a_mistake_stands_on_the_set_up_page_in_the_log_and_in_the_answer(gateway, _, headers, path, code, message):
     records = []
@@ -328,7 +329,7 @@ async def test_the_live_feed_tells_that_a_request_began_and_the_set_up_page_that
         pass
     assert line == b"event: started\n"
     told = json.loads((await reader.readline())[6:])
-    assert (told["model"], told["key"], told["codex"], told["user_agent"]) == ("demo/slow", "ana", True, "codex_exec/9")
+    assert (told["model"], told["key"], told["client"]) == ("demo/slow", "ana", "codex_exec/9")
     assert (await gateway.get("setup"))[1]["running"] == told
     asking.cancel()
     writer.close()
@@ -759,9 +760,8 @@ async def test_a_row_says_whose_conversation_it_was_with_which_client_and_what_w
         await gateway.answer(gateway.key, model, headers)
     insert(gateway.ledger, [entry(gateway.ledger, 9, time.time(), tier="priority")])
     rows = (await gateway.get("usage"))[1]["rows"]
-    assert [(row["session"], row["client"], row["tier"], row["codex"]) for row in rows] == [
-        ("", "", "priority", False), ("", "MyXScript/1", "", False), ("talk-2", "My_Script/1", "", False),
-        ("talk-1", "codex_exec/0.171 (Linux)", "", True)]
+    assert [(row["session"], row["client"], row["tier"]) for row in rows] == [
+        ("", "", "priority"), ("", "MyXScript/1", ""), ("talk-2", "My_Script/1", ""), ("talk-1", "codex_exec/0.171 (Linux)", "")]
     assert [bool(row["error"]) for row in rows] == [False, False, True, False]
     assert "fails on purpose" in rows[2]["error"]
     for query, expected in {

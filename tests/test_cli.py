@@ -538,6 +538,7 @@ Codex: put this into ~/.codex/config.toml, or run: python3 pomex.py codex --writ
   model_catalog_url = "http://127.0.0.1:7663/v1/models"
 
 Then, in another terminal: codex "What is 2 + 2?"
+Other agents: python3 pomex.py connect AGENT
 
 Dashboard     http://127.0.0.1:7663/admin#login=LINK (one use, 10 minutes)
 Listening on  http://127.0.0.1:7663   Ctrl-C stops it

@@ -1,17 +1,19 @@
-"""The first five minutes: admin-url, init, codex --write and --undo, doctor."""
+"""The first five minutes: admin-url, init, codex and connect with --write and --undo, doctor."""
 import asyncio
 import contextlib
+import json
 import os
 import pathlib
 import re
+import subprocess
 import time
 
 import pytest
 
 import pomex
 
-BLOCK = pomex.codex_block("http://127.0.0.1:7663", "demo/echo")
-WANTED = pomex.toml_leaves("\n".join(BLOCK))
+BLOCK = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "demo/echo")
+WANTED = pomex.toml_leaves(BLOCK)
 
 MERGES = {
     "nothing": "",
@@ -182,16 +184,16 @@ def test_a_second_write_keeps_what_was_added_to_our_table_and_a_model_codex_know
     with open("pomex.toml", "w") as file:
         file.write('[providers.openai]\napi_key = "x"\n')
     assert codex("--write", "--model", "openai/gpt-6-sol") == 0
-    known = pomex.codex_block("http://127.0.0.1:7663", "openai/gpt-6-sol")
+    known = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "openai/gpt-6-sol")
     assert "model_catalog_url" not in home.read_text()
-    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves("\n".join(known)),
+    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves(known),
                                                    ("model_providers", "pomex", "request_max_retries"): 4}
 
 
 def test_the_block_that_serve_prints_and_somebody_pasted_is_up_to_date(home, capsys):
-    put(home, "\n".join(BLOCK) + "\n")
+    put(home, BLOCK + "\n")
     assert codex("--write", "--model", "demo/echo") == 0 and "already up to date" in capsys.readouterr().err
-    assert home.read_text() == "\n".join(BLOCK) + "\n" and not beside(home)
+    assert home.read_text() == BLOCK + "\n" and not beside(home)
 
 
 def test_what_is_added_between_two_writes_outlives_the_undo(home):
@@ -293,6 +295,190 @@ def test_a_disk_that_is_full_changes_nothing(home, monkeypatch):
     assert home.read_text() == 'model = "gpt-5"\n' and not beside(home)
 
 
+# --- connect: the other agents ----------------------------------------------------------------------
+
+URL = "http://127.0.0.1:7663"
+FILES = {       # the file, what it says of the gateway, the model and the key
+    "claude-code": (".claude/settings.json", {"ANTHROPIC_BASE_URL": URL, "ANTHROPIC_MODEL": "demo/echo",
+                                              "apiKeyHelper": "printenv POMEX_API_KEY"}),
+    "opencode": (".config/opencode/opencode.json", {"baseURL": URL + "/v1", "model": "pomex/demo/echo", "demo/echo": {},
+                                                    "apiKey": "{env:POMEX_API_KEY}"}),
+    "qwen-code": (".qwen/settings.json", {"baseUrl": URL + "/v1", "name": "demo/echo", "apiKey": "$POMEX_API_KEY"}),
+    "continue": (".continue/config.yaml", {"apiBase": URL + "/v1", "model": "demo/echo",
+                                           "apiKey": "${{ secrets.POMEX_API_KEY }}"}),
+}
+SHELLS = {      # what a shell makes of the lines; `cline` is a function that shows its arguments
+    "aider": {f"AIDER_OPENAI_API_BASE={URL}/v1", "AIDER_OPENAI_API_KEY=sk-rh-secret", "AIDER_MODEL=openai/demo/echo"},
+    "cline": {f"<auth><openai-compatible><-b><{URL}/v1><-k><sk-rh-secret><-m><demo/echo>"},
+}
+# a user's own file: other keys, and others' values in the places of ours
+OWN = {
+    "claude-code": {"permissions": {"allow": ["Bash(ls:*)"]}, "env": {"ANTHROPIC_MODEL": "opus", "FOO": "é"}, "hooks": {}},
+    "opencode": {"$schema": "x", "model": "anthropic/claude-opus-5", "provider": {"mine": {"models": {"a": {}}}}, "mcp": {"pomex": {"a": 1}}},
+    "qwen-code": {"model": {"name": "qwen3", "maxSessionTurns": 3}, "security": {"auth": {"selectedType": "qwen-oauth"}}},
+    "continue": {"name": "Mine", "models": [{"name": "gpt", "provider": "openai"}], "rules": ["short"]},
+}
+WRONG_FORMS = {
+    "claude-code": '{"env": ["A=1"]}', "opencode": '{"provider": "anthropic"}', "qwen-code": '{"security": {"auth": 5}}', "continue": "[]",
+}
+
+
+@pytest.fixture
+def place(home, tmp_path, monkeypatch):
+    """name -> an agent's file in an empty home."""
+    for agent in pomex.AGENTS.values():
+        monkeypatch.delenv(agent.variable, raising=False) if agent.variable else None
+    monkeypatch.setenv("POMEX_API_KEY", "sk-rh-secret")
+
+    def made(name, text=None):
+        file = tmp_path / FILES[name][0]
+        if text is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return file
+    return made
+
+
+def connect(*words):
+    return pomex.main(["connect", *words])
+
+
+def members(value):
+    """Every (key, value) at any depth."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield key, inner
+        yield from members(inner)
+
+
+def says(text, wanted):
+    found = list(members(json.loads(text)))
+    return all(pair in found for pair in wanted.items())
+
+
+def test_every_agent_is_tested():
+    assert {"codex", *FILES, *SHELLS} == set(pomex.AGENTS) and set(OWN) == set(WRONG_FORMS) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_connect_prints_what_write_puts_there_and_a_second_write_changes_nothing(place, capsys, name):
+    file, wanted = place(name), FILES[name][1]
+    assert connect(name, "--model", "demo/echo") == 0
+    printed, hint = capsys.readouterr()
+    assert says(printed, wanted) and "sk-rh-" not in printed
+    assert hint == f"For ~/{FILES[name][0]}; to put it there: python3 pomex.py connect {name} --write\n"
+    assert connect(name, "--model", "demo/echo", "--write") == 0
+    assert json.loads(file.read_text()) == json.loads(printed) and file.stat().st_mode & 0o777 == 0o600
+    said = capsys.readouterr().err
+    assert f"To undo: python3 pomex.py connect {name} --undo\n" in said and "+" in said and "kept beside" not in said
+    before = file.read_bytes()
+    assert connect(name, "--model", "demo/echo", "--write") == 0 and "already up to date" in capsys.readouterr().err
+    assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
+    assert connect(name, "--undo") == 0 and not file.exists()
+    assert connect(name, "--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["as written", "changed since"])
+@pytest.mark.parametrize("name", FILES)
+def test_what_else_the_file_says_stays_and_undo_brings_back_what_was_replaced(place, capsys, name, edited):
+    own = json.dumps(OWN[name], indent=4, ensure_ascii=False)
+    file = place(name, own)
+    assert connect(name, "--write") == 0
+    assert f"kept beside it as {file.name}.pomex-bak." in capsys.readouterr().err
+    assert (file.parent / f"{file.name}.pomex-bak").read_text() == own
+    assert connect(name, "--write", "--model", "demo/tools") == 0 and "kept beside" not in capsys.readouterr().err
+    agent = pomex.AGENTS[name]
+    before, ours, found = (pomex.settings_leaves(agent, each) for each in (own, agent.settings, file.read_text()))
+    kept = [path for path in before if path not in ours]
+    assert all(found[path] == before[path] for path in kept) and len(kept) >= 1
+    if edited:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "$version": 4}))
+    assert connect(name, "--undo") == 0
+    assert json.loads(file.read_text()) == {**OWN[name], **({"$version": 4} if edited else {})}
+    assert (file.read_text() == own) == (not edited) and os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_later_undo_brings_back_the_file_of_the_later_write(place, name):
+    texts = [json.dumps({"name": word, "model": {"name": word}, "env": {"ANTHROPIC_MODEL": word}})
+             if name != "opencode" else json.dumps({"model": word}) for word in ("one", "two", "one")]
+    for text in texts:
+        file = place(name, text)
+        assert connect(name, "--write") == 0 and connect(name, "--undo") == 0
+        assert file.read_text() == text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_names_the_key_elsewhere_is_the_users(place, name, capsys):
+    own = json.dumps({"elsewhere": "POMEX_API_KEY"})
+    file = place(name, own)
+    assert connect(name, "--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
+    assert connect(name, "--write") == 0 and "kept beside it" in capsys.readouterr().err
+    assert connect(name, "--undo") == 0 and file.read_text() == own
+
+
+@pytest.mark.parametrize("text, said", [
+    ("// a comment\n{}", "is not JSON: Expecting value"), ("name: Mine\n", "is not JSON"), ("{", "is not JSON"), ("\ufeff{}", "is not JSON"),
+    ("[" * 100_000, "is not JSON"), (None, "has a form that cannot be changed safely here")],
+    ids=["comments", "YAML", "cut", "a byte order mark", "too deep", "another form"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_changed_safely_is_left_alone_and_named(place, capsys, name, text, said):
+    text = WRONG_FORMS[name] if text is None else text
+    file = place(name, text)
+    assert connect(name, "--write") == pomex.BAD_CONFIG
+    shown = capsys.readouterr().err
+    assert said in shown and "othing was changed" in shown and f"prints: python3 pomex.py connect {name}\n" in shown
+    assert file.read_text() == text and os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_lines_for_a_shell_do_what_they_say_and_need_no_file(place, capsys, name):
+    assert connect(name, "--model", "demo/echo") == 0
+    printed, hint = capsys.readouterr()
+    done = subprocess.run(["sh", "-ec", "cline() { printf '<%s>' \"$@\"; echo; }\n" + printed + "\nenv"],
+                          capture_output=True, text=True, check=True)
+    assert set(done.stdout.splitlines()) >= SHELLS[name] and hint == "For a shell:\n" and "sk-rh-" not in printed
+    for flag in ("--write", "--undo"):
+        assert connect(name, flag) == 1
+        assert f"{name} takes its settings from a shell, not from a file: python3 pomex.py connect {name}\n" in capsys.readouterr().err
+
+
+HOSTILE_NAME = "x'$(touch /tmp/no)`\"\\é"
+
+
+@pytest.mark.parametrize("name", pomex.AGENTS)
+def test_no_name_of_a_model_breaks_out_of_the_settings(name):
+    agent = pomex.AGENTS[name]
+    text = pomex.agent_settings(agent, URL, HOSTILE_NAME)
+    if agent.file:
+        values = pomex.settings_leaves(agent, text)
+        assert any(HOSTILE_NAME in str([*path, inner]) or HOSTILE_NAME in (inner, *path)
+                   for path, value in values.items() for inner in (value, *[each for _, each in members(value)]))
+    else:
+        done = subprocess.run(["sh", "-ec", "cline() { printf '%s' \"$8\"; }\n" + text + "\nprintf '%s' \"$AIDER_MODEL\""],
+                              capture_output=True, text=True, check=True)
+        assert done.stdout.removeprefix("openai/") == HOSTILE_NAME
+
+
+@pytest.mark.parametrize("name", [*FILES, "codex"])
+def test_the_variable_that_moves_an_agents_folder_moves_its_file(place, tmp_path, monkeypatch, name):
+    agent = pomex.AGENTS[name]
+    monkeypatch.setenv(agent.variable, str(tmp_path / "elsewhere"))
+    assert connect(name, "--write") == 0
+    assert (tmp_path / "elsewhere" / agent.file).is_file() and not (tmp_path / agent.home.removeprefix("~/") / agent.file).exists()
+
+
+def test_connect_codex_is_the_codex_command(place, home, capsys):
+    shown = [(run("--model", "demo/echo"), capsys.readouterr().out) for run in (lambda *words: connect("codex", *words), codex)]
+    assert shown[0] == shown[1] == (0, BLOCK + "\n")
+    assert connect("codex", "--write") == 0 and codex("--undo") == 0 and not home.exists()
+
+
+def test_an_unknown_agent_is_refused_with_those_that_are_known(place, capsys):
+    assert connect("clippy") == 2
+    assert "invalid choice: 'clippy' (choose from 'codex', 'claude-code', " in capsys.readouterr().err
+
+
 def test_admin_url_prints_a_link_that_works_once(home, capsys):
     assert pomex.main(["admin-url"]) == 0
     found = re.fullmatch(r"http://127\.0\.0\.1:7663/admin#login=([\w-]{20,})\n", capsys.readouterr().out)
@@ -314,7 +500,7 @@ def test_init_writes_a_file_that_check_takes(home, environ, monkeypatch, capsys)
     assert pomex.main(["init"]) == 1 and "already exists; nothing was written" in capsys.readouterr().err
 
 
-GOOD = "\n".join(BLOCK)
+GOOD = BLOCK
 ERROR_CLASSES = {      # planted: what is changed -> the row that must say so
     "nothing": (lambda text: text, None),
     "missing /v1": (lambda text: text.replace('/v1"\nenv', '"\nenv'), "base_url"),

@@ -170,12 +170,14 @@ MISTAKES = {
     "Bearer twice": (("POST", "/v1/responses", GOOD, "Bearer sk-rh-a"), 401, "invalid_api_key", 'The key was sent with "Bearer "'),
     **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"The client adds the rest; this request came to {path}.")
        for path in ("/responses", "/models", "/chat/completions", "/v1/responses/responses", "/v1/responses/models", "/v1//responses",
-                    "/v1/v1/responses", "/v1/v1/models", "/v1/chat/completions/responses", "/openai/v1/responses",
-                    "/v1/v1/messages/count_tokens")},
+                    "/v1/v1/responses", "/v1/v1/models", "/v1/chat/completions/responses", "/openai/v1/responses")},
+    **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"without /v1 (in opencode with it); this request came to {path}.")
+       for path in ("/v1/v1/messages", "/v1/v1/messages/count_tokens", "/messages", "/anthropic/v1/messages")},
     "no /v1": (("GET", "/models", None, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
     **{path: (("POST", path, GOOD, None), 404, code, words) for path, code, words in (
-        ("/v1/completions", "wrong_wire_api", "does not serve the old Completions API: POST http://127.0.0.1:"),
-        ("/v1beta/models/m:generateContent", "wrong_wire_api", "does not serve the Gemini API"),
+        ("/v1/completions", "wrong_wire_api", "Set the client to an OpenAI-compatible provider at http://127.0.0.1:"),
+        ("/api/chat", "wrong_wire_api", "This API is not served: /api/chat. Set the client to an OpenAI-compatible provider"),
+        ("/v1beta/models/m:generateContent", "wrong_wire_api", "This API is not served"),
         ("/v1/embeddings", "not_found", "not /v1/embeddings. Send this to the provider itself."),
         ("/v1/images/generations", "not_found", "not /v1/images/generations."),
         ("/v1/audio/speech", "not_found", "not /v1/audio/speech."), ("/v1/files/file_1/content", "not_found", "provider itself"),
@@ -328,7 +330,7 @@ targets = ["talk:other"]
     ("openai/gpt-6.2-astra", True), ("openai/gpt-5.5-2026-01-01", True), ("gpt-6-sol", True), ("openai/gpt-5.3-codex", False),
     ("openrouter/openai/gpt-6-sol", False), ("anthropic/claude-opus-5-5", False)])
 def test_the_printed_block_leaves_codex_its_own_idea_of_a_model(model, known):
-    block = "\n".join(pomex.codex_block("http://127.0.0.1:7663", model))
+    block = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", model)
     assert ("model_catalog_url" in block) is not known
 
 

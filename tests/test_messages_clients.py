@@ -808,6 +808,7 @@ def test_errors_are_in_anthropics_form(tmp_path):
         assert status == 200 and check(raw)["error"]["type"] == "api_error"
         status, _, raw = await post(world, good, "/v1/messages/batches")
         assert status == 404 and json.loads(raw)["error"]["type"] == "not_found_error"
+        assert "not /v1/messages/batches. Send this to the provider itself." in json.loads(raw)["error"]["message"]
     limit = http_answer(429, {"error": {"message": "Slow down", "type": "rate_limit_error"}}, "application/json", "retry-after: 70")
     run(tmp_path, scenario, {"r": ("responses", "bytes", [limit, sse(*native()[:5])])})
 

@@ -54,7 +54,7 @@ def outcome(pieces, wire="chat", **fields):
     """What the client gets, the usage, and how many events were parsed."""
     attempt, parsed, error = translated(wire, **fields), [], None
     feed = attempt.decoder.feed
-    attempt.decoder.feed = lambda data: (parsed.append(data), feed(data))
+    attempt.decoder.feed = lambda data, name="": (parsed.append(data), feed(data, name))
     try:
         for piece in pieces:
             attempt.feed(piece)

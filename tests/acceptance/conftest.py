@@ -7,11 +7,13 @@ fault in a script, from a fault in Pomex.
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import CODEX_VERSIONS, DIRECT, NEWEST_CODEX, SHARED, Codex, Pomex, free_port, running_pomex
+from harness import (CODEX_VERSIONS, DIRECT, HERE, NEWEST_CODEX, SHARED, Codex, Pomex, free_port, llama_python,
+                     running_pomex)
 from scripted import Script, Upstream
 
 MODELS = ("gpt-5.3-codex", "gpt-5.5", "gpt-5.6-luna", "gpt-5.6-sol", "gpt-6-sol", "gpt-6.2-sol", "plain-model",
@@ -46,11 +48,15 @@ def pomex(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield direct(upstream)
         return
     config = f'[server]\nport = {free_port()}\nadmin_token = "{ADMIN_TOKEN}"\n[database]\nurl = "sqlite:pomex.db"\n'
-    for name, lines in WIRES.items():
-        config += (f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
-                   f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n')
+    config += providers(upstream)
     with running_pomex(tmp_path_factory.mktemp("pomex"), config, {"SCRIPTED_KEY": "upstream-secret"}) as gateway:
         yield gateway
+
+
+def providers(upstream: Upstream) -> str:
+    """The scripted provider in the configuration, once for each wire."""
+    return "".join(f'\n[providers.{name}]\n{lines}\nbase_url = "{upstream.base_url(name)}"\n'
+                   f'env_key = "SCRIPTED_KEY"\nmodels = {json.dumps(MODELS)}\n' for name, lines in WIRES.items())
 
 
 def direct(upstream: Upstream) -> Pomex:
@@ -65,9 +71,26 @@ def direct(upstream: Upstream) -> Pomex:
         'wire_api = "responses"\n', f'model_catalog_url = "{upstream.base_url("direct")}/models"\n', "\n"])
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The origin of a running llama.cpp."""
+    log = (tmp_path_factory.mktemp("llama") / "log").open("w")
+    process = subprocess.Popen([str(llama_python()), str(HERE / "llama_server.py")], text=True, stderr=log,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    origin = process.stdout.readline().strip()
+    assert origin.startswith("http://127.0.0.1:"), Path(log.name).read_text()
+    yield origin
+    process.stdin.close()
+    process.wait(20)
+    process.stdout.close()
+    log.close()
+
+
 @pytest.fixture
 def script(upstream: Upstream) -> Iterator[Script]:
     """The provider's script, empty at the start of each test. No request may have been refused at its end."""
+    upstream.script.whole_answers = False
     upstream.script.play()
     upstream.script.refused.clear()
     yield upstream.script

@@ -23,7 +23,7 @@ async function mouse(page) {
   must(key === await page.textContent("#kv"), "the key that was copied is not the one that is shown");
   await page.click("text=I have stored it"); await page.waitForSelector("#kv", { state: "detached" });
 
-  await page.click("#nav >> text=Setup"); await page.waitForSelector("text=Waiting for the first request from Codex");
+  await page.click("#nav >> text=Setup"); await page.waitForSelector("text=Waiting for the first request…");
   await page.evaluate(() => window.sameDocument = true);
   tell({ block, key });                                 // now Codex is run
   const greenMs = await shownAfter(page, "ol.steps li:nth-child(4):has(.done)");
@@ -74,8 +74,9 @@ async function keyboard(page) {
   await reach("name"); await page.keyboard.type("laptop"); await press("Enter");
   await page.waitForFunction(() => document.activeElement.id === "copykey"); await press("Space");
   const key = await page.textContent("#kv"); must(await clipboard(page) === key, "Space does not copy the key");
-  await reach("Codex"); await press("ArrowRight"); must((await page.textContent("pre.code")).includes(key), "no tabs by arrows");
-  must((await focused()).name === "Shell", "the focus does not go with the tab"); await press("ArrowLeft");
+  await reach("f-agent"); for (let i = 0; i < 7; i++) await press("ArrowDown");
+  must((await page.textContent("pre.code")).includes(key), "no choice by arrows");
+  must((await focused()).id === "f-agent", "the choice loses the focus"); await press("Home");
   await reach("Copy"); await press("Enter");
   await page.waitForFunction(() => navigator.clipboard.readText().then(t => t.includes("model_provider")));
   must(await clipboard(page) === (await page.textContent("pre.code")).trim(), "Enter does not copy the block");
@@ -106,7 +107,7 @@ async function keyboard(page) {
 async function empty(page) {
   for (const [route, sentence] of [["overview", "No request yet"], ["keys", "No keys. Create the first one"], ["usage", "No request yet"],
     ["usage?model=none", "Nothing matches"], ["usage/resp_none", "There is no such request here"], ["models", "Providers without a key"],
-    ["providers", "no requests"], ["playground", "Nothing sent yet"], ["setup", "Waiting for the first request from Codex"], ["setup", "No key yet"]]) {
+    ["providers", "no requests"], ["playground", "Nothing sent yet"], ["setup", "Waiting for the first request…"], ["setup", "No key yet"]]) {
     await page.goto(base + "/admin#" + route); await page.waitForSelector("text=" + sentence, { timeout: 3000 });
     if (route === "keys") await page.waitForFunction(() => document.activeElement.name === "name", null, { timeout: 1000 });
   }

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -323,17 +323,16 @@ class Codex:
         return Turn(process.returncode, stdout, stderr)
 
 
-# --- the openai package ----------------------------------------------------------------------------
+# --- packages of clients ---------------------------------------------------------------------------
 
-class Sdk:
-    """A process with one line of the package, told what to do: `sdk("create", model=..., input=...)`."""
+class Driver:
+    """A process with a client's package, told what to do: `driver("create", model=..., input=...)`."""
 
-    def __init__(self, line: int, base_url: str, key: str) -> None:
-        self.line, self.base_url, self.key = line, base_url, key
-        self.process = subprocess.Popen([str(sdk_python(line)), str(HERE / "sdk_driver.py")], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, command: list[str], base_url: str, key: str, environment: dict[str, str] | None = None) -> None:
+        self.base_url, self.key = base_url, key
+        self.process = subprocess.Popen(command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __enter__(self) -> Sdk:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -360,3 +359,11 @@ class Sdk:
         assert "raised" in answer, answer
         raised: JSON = answer["raised"]
         return raised
+
+
+class Sdk(Driver):
+    """One line of the `openai` package."""
+
+    def __init__(self, line: int, base_url: str, key: str) -> None:
+        self.line = line
+        super().__init__([str(sdk_python(line)), str(HERE / "sdk_driver.py")], base_url, key)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from strict import THINKING_BLOCKS, Memory, gemini_complaint, messages_complaint, signatures_in
+from strict import THINKING_BLOCKS, Memory, gemini_complaint, in_blocks, messages_complaint, signatures_in
 from vendors import (gemini_answers, gemini_items, gemini_model, gemini_parts, messages_blocks, messages_events,
-                     messages_items)
+                     messages_items, messages_whole)
 from vocabulary import JSON, ResponsesAnswer, Call, Custom, Item, Reasoning, Text, pieces
 
 
@@ -67,7 +67,7 @@ class Seen:
     def items(self) -> list[JSON]:
         """The history: `input` of a Responses request, `messages` of a chat request, the others' as Responses items."""
         if self.path.endswith("/messages"):
-            return messages_items(self.body)
+            return messages_items(in_blocks(self.body))
         if "contents" in self.body:
             return gemini_items(self.body)
         found: list[JSON] = self.body.get("input", self.body.get("messages", []))
@@ -93,7 +93,8 @@ class Seen:
     @property
     def signatures(self) -> list[str]:
         """What a thought or a part was signed with, in order."""
-        return signatures_in(self.body) if self.path.endswith("/messages") or "contents" in self.body else []
+        body = in_blocks(self.body) if self.path.endswith("/messages") else self.body
+        return signatures_in(body) if self.path.endswith("/messages") or "contents" in body else []
 
     def of_type(self, kind: str) -> list[JSON]:
         return [item for item in self.items if item.get("type") == kind]
@@ -383,13 +384,15 @@ class Script:
     refused: list[str] = field(default_factory=list)
     signed: list[str] = field(default_factory=list)                     # every signature that was given out
     memory: Memory = field(default_factory=Memory)
+    whole_answers: bool = False             # clients of the Messages API ask, who need not stream
 
     def play(self, *answers: ResponsesAnswer | Raw | Refusal) -> None:
         """Begins anew; complaints that nobody took stay."""
         self.answers[:] = answers
         for kept in (self.seen, self.sent, self.faults, self.signed):
             kept.clear()
-        self.memory = Memory(recorded=b"".join(answer.payload for answer in answers if isinstance(answer, Raw)))
+        self.memory = Memory(recorded=b"".join(answer.payload for answer in answers if isinstance(answer, Raw)),
+                             whole_answers=self.whole_answers)
 
     def memory_of(self, seen: Seen) -> Memory:
         """What the provider that is asked has given out; all share one memory unless a script says otherwise."""
@@ -407,10 +410,13 @@ class Script:
     def render(self, seen: Seen, answer: ResponsesAnswer) -> bytes:
         body, memory = seen.body, self.memory_of(seen)
         if seen.path.endswith("/messages"):
+            body = in_blocks(body)
             blocks = messages_blocks(body, answer, plainly(body))
             thoughts = [block for block in blocks if block["type"] in THINKING_BLOCKS]
             memory.thought_of.update({block["id"]: thoughts for block in blocks if block["type"] == "tool_use"})
             self.signed += [block.get("signature") or block["data"] for block in thoughts]
+            if not seen.streams:
+                return json.dumps(messages_whole(body, answer, blocks)).encode()
             return b"".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode()
                             for e in messages_events(body, answer, blocks))
         if "contents" in body:
@@ -455,7 +461,11 @@ class Upstream:
 
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["content-length"] or 0))
-                seen = Seen(self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(raw))
+                path = self.path.removesuffix("?beta=true")         # Claude Code's own ending
+                seen = Seen(path, {k.lower(): v for k, v in self.headers.items()}, json.loads(raw))
+                if path.endswith("/messages/count_tokens"):
+                    self.refuse(Refusal(200, {"input_tokens": len(raw) // 4}))
+                    return
                 script.seen.append(seen)
                 complaint = script.complaint(seen)
                 script.refused += [complaint] if complaint else []
@@ -476,6 +486,11 @@ class Upstream:
                         script.faults.append(str(error))
                         answer = refusal(str(error))
                 self.refuse(seen.worded(answer))
+
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
 
             def do_GET(self) -> None:
                 self.refuse(Refusal(200, answer_models()) if "/models" in self.path else Refusal(404, {}))

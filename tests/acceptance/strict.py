@@ -17,6 +17,7 @@ from typing import Any
 
 JSON = dict[str, Any]
 THINKING_BLOCKS = ("thinking", "redacted_thinking")
+DIRECT = os.environ.get("POMEX_ACCEPTANCE_DIRECT") == "1"      # a client itself asks, with a key of its own
 
 
 class Refused(Exception):
@@ -81,8 +82,10 @@ ANTHROPIC_MODELS = {
 }
 MESSAGES_FIELDS = {"model", "max_tokens", "messages", "system", "tools", "tool_choice", "thinking", "output_config",
                    "metadata", "temperature", "top_p", "top_k", "stop_sequences", "stream", "service_tier"}
+NEWER_VERSION = "2026-10-21"            # the SDKs', which send their key as a Bearer; 2023-06-01 stays valid
+BETA_FIELDS = {"context_management": "context-management-", "speed": "fast-mode-", "mcp_servers": "mcp-client-"}
 BLOCK_FIELDS = {
-    "text": {"text", "citations"}, "image": {"source"}, "document": {"source", "title", "context", "citations"},
+    "text": {"text", "citations"}, "tool_reference": {"tool_name"}, "image": {"source"}, "document": {"source", "title", "context", "citations"},
     "thinking": {"thinking", "signature"}, "redacted_thinking": {"data"}, "tool_use": {"id", "name", "input", "caller"},
     "tool_result": {"tool_use_id", "content", "is_error"}, "server_tool_use": {"id", "name", "input", "caller"},
     "web_search_tool_result": {"tool_use_id", "content", "caller"}}
@@ -90,7 +93,7 @@ BINDING = "thinking-binding-controls-2026-08-01"
 SERVER_BLOCKS = ("server_tool_use", "web_search_tool_result")
 ROLE_BLOCKS = {"user": {"text", "image", "document", "tool_result"}, "system": {"text"},
                "assistant": {"text", "tool_use", *THINKING_BLOCKS, *SERVER_BLOCKS}}
-RESULT_BLOCKS = {"text", "image", "document"}
+RESULT_BLOCKS = {"text", "image", "document", "tool_reference"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
 
@@ -100,15 +103,25 @@ class Memory:
     thought_of: dict[str, list[JSON]] = field(default_factory=dict)     # Anthropic: by call id, its answer's thoughts
     signed_calls: dict[str, str] = field(default_factory=dict)          # Gemini: by the call's JSON, its signature
     recorded: bytes = b""                                               # streams that real ones gave
+    whole_answers: bool = False                                         # a client may ask for an answer that is not streamed
 
     def recorded_here(self, signature: str) -> bool:
         return json.dumps(signature).encode() in self.recorded
 
 
+def in_blocks(body: JSON) -> JSON:
+    """A Messages request with every text that stands as a string as the one block that it means."""
+    def blocks(content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    messages = [{**message, "content": blocks(message["content"])} for message in body.get("messages", [])]
+    return {**body, "messages": messages, **({"system": blocks(body["system"])} if "system" in body else {})}
+
+
 def messages_complaint(body: JSON, headers: dict[str, str], memory: Memory) -> str:
     try:
-        row = ANTHROPIC_MODELS.get(body.get("model", ""), AnthropicModel())
-        check_messages(body, row, headers)
+        body = in_blocks(body)
+        row = ANTHROPIC_MODELS.get(body.get("model", "").removeprefix("direct/"), AnthropicModel())
+        check_messages(body, row, headers, memory.whole_answers)
         check_loops(body, memory.thought_of)
         for where, block, before in thoughts_of(body):
             check_signature(where, block, before, body, row, memory)
@@ -117,16 +130,21 @@ def messages_complaint(body: JSON, headers: dict[str, str], memory: Memory) -> s
     return ""
 
 
-def check_messages(body: JSON, row: AnthropicModel, headers: dict[str, str]) -> None:
-    need(headers.get("x-api-key") == "upstream-secret", "invalid x-api-key")
-    need(headers.get("anthropic-version") == "2023-06-01", "anthropic-version: header is required")
-    extra = sorted(set(body) - MESSAGES_FIELDS)
+def check_messages(body: JSON, row: AnthropicModel, headers: dict[str, str], whole_answers: bool = False) -> None:
+    key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+    need(DIRECT or key == "upstream-secret", "invalid x-api-key")
+    version = headers.get("anthropic-version")
+    need(version in ("2023-06-01", NEWER_VERSION), "anthropic-version: header is required")
+    need(version != NEWER_VERSION or not {"temperature", "top_p", "top_k"} & set(body), "temperature: not supported")
+    betas = headers.get("anthropic-beta", "")
+    extra = sorted(set(body) - MESSAGES_FIELDS - {name for name, beta in BETA_FIELDS.items() if beta in betas})
     need(not extra, f"{extra[:1]}: Extra inputs are not permitted")
     need(isinstance(body.get("max_tokens"), int) and body["max_tokens"] >= 1, "max_tokens: Field required")
     need(body["max_tokens"] <= row.cap, f"max_tokens: {body['max_tokens']} > {row.cap}, which is the maximum allowed")
-    need(body.get("stream") is True, "Streaming is strongly recommended for operations that may take longer than 10 minutes")
+    need(body.get("stream") is True or whole_answers,
+         "Streaming is strongly recommended for operations that may take longer than 10 minutes")
     check_blocks("system", body.get("system", []), {"text"})
-    check_claude_tools(body, row)
+    check_claude_tools(body, row, betas)
     check_thinking(body, row, headers)
     check_output_config(body.get("output_config", {}), row)
     check_marks(body)
@@ -164,8 +182,10 @@ def check_source(at: str, kind: str, source: JSON) -> None:
         need_base64(source["data"], f"{at}.source.base64.data")
 
 
-def check_claude_tools(body: JSON, row: AnthropicModel) -> None:
+def check_claude_tools(body: JSON, row: AnthropicModel, betas: str) -> None:
     tools = body.get("tools", [])
+    fields = {"name", "description", "input_schema", "cache_control", "type", "strict", "eager_input_streaming"}
+    fields |= {"defer_loading", "allowed_callers", "input_examples"} if "advanced-tool-use-" in betas else set()
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), "tools: Tool names must be unique.")
     for n, tool in enumerate(tools):
@@ -176,7 +196,7 @@ def check_claude_tools(body: JSON, row: AnthropicModel) -> None:
         need(tool["input_schema"].get("type") == "object", f"tools.{n}.custom.input_schema.type: Field required")
         need(not {"anyOf", "oneOf", "allOf"} & set(tool["input_schema"]),
              f"tools.{n}.custom.input_schema: input_schema does not support oneOf, allOf, or anyOf at the top level")
-        need(set(tool) <= {"name", "description", "input_schema", "cache_control"}, f"tools.{n}: Extra inputs")
+        need(set(tool) <= fields and tool.get("type") in (None, "custom"), f"tools.{n}: Extra inputs {sorted(tool)}")
     choice = body.get("tool_choice")
     if choice is None:
         return

@@ -131,7 +131,7 @@ def test_a_key_and_a_block_from_the_page_bring_codex_in_and_a_revoked_key_keeps_
         codex = Codex(version, tmp_path / "codex", copied["block"], copied["key"])
         assert "What is 2 + 2?" in codex.exec("What is 2 + 2?").answer
         seen = walk.hear()
-        assert f"A request from Codex was receivedDone. demo/echo, codex_exec/{version.replace('latest', '')}" in seen["steps"][3]
+        assert f"A request was receivedDone. demo/echo, codex_exec/{version.replace('latest', '')}" in seen["steps"][3]
         assert "Its stream ended with response.completed" in seen["steps"][4]
         assert seen["greenMs"] < 3000                   # since the request began, Codex and all
         assert "/v1/responses" in seen["detail"] and "response.completed" in seen["detail"] and "codex_exec" in seen["detail"]

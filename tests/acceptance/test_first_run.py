@@ -380,8 +380,8 @@ def test_codex_the_log_and_the_setup_page_say_the_same_sentence(setup: Setup, ve
     assert mistake.status != 400 or re.fullmatch(shown, turn.errors[-1]), turn      # the sentence, and no JSON around it
     told = setup.told(seen, "usage" if mistake.planned else "refused")
     if mistake.planned:
-        assert told["error_code"] == mistake.code and setup.page()["codex"]["error"], told
-        sentence = setup.page()["codex"]["error"]
+        assert told["error_code"] == mistake.code and setup.page()["latest"][0]["error"], told
+        sentence = setup.page()["latest"][0]["error"]
     else:
         assert (told["status"], told["code"]) == (mistake.refused or mistake.status, mistake.code), told
         assert told["user_agent"].startswith("codex"), told
@@ -406,7 +406,8 @@ def test_codex_that_tries_a_websocket_is_told_so_and_goes_on_over_http(setup: Se
 
 
 RAW = {     # what real Codex cannot be made to send any more
-    "chat": ("/v1/chat/completions", 404, "wrong_wire_api", "Pomex does not serve Chat Completions, only the Responses API"),
+    "Gemini": ("/v1beta/models/m:generateContent", 404, "wrong_wire_api", "This API is not served"),
+    "Claude Code's address with /v1": ("/v1/v1/messages", 404, "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
     "no JSON": ("/v1/responses", 400, "invalid_json", "The body is not valid JSON"),
 }
 

@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from harness import HERE, JSON, Pomex, Reply, llama_python, running_pomex, stream_events, terminal
+from harness import JSON, Pomex, Reply, running_pomex, stream_events, terminal
 
 WEATHER = {"type": "function", "name": "get_weather", "description": "The weather of a city.", "strict": False,
            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
@@ -27,22 +25,6 @@ def weather_history() -> list[JSON]:
                     {"type": "function_call_output", "call_id": f"call_{n}", "output": "sunny"},
                     {"role": "assistant", "content": f"It is sunny in {city}."}]
     return [*history, {"role": "user", "content": "What is the weather in Oslo?"}]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The origin of a running llama.cpp."""
-    log = (tmp_path_factory.mktemp("llama") / "log").open("w")
-    process = subprocess.Popen([str(llama_python()), str(HERE / "llama_server.py")], text=True, stderr=log,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None and process.stdout is not None
-    origin = process.stdout.readline().strip()
-    assert origin.startswith("http://127.0.0.1:"), Path(log.name).read_text()
-    yield origin
-    process.stdin.close()
-    process.wait(20)
-    process.stdout.close()
-    log.close()
 
 
 @pytest.fixture(scope="module")

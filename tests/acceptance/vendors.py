@@ -39,20 +39,36 @@ def thought(body: JSON, item: Reasoning) -> JSON:
     return {**block, "signature": seal(signed_by_claude(block, conversation(body), body, row))}
 
 
-def messages_events(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> list[JSON]:
+def messages_head(body: JSON, answer: ResponsesAnswer) -> JSON:
+    """A message as its stream begins it."""
     usage = {"input_tokens": answer.input_tokens - answer.cached_tokens, "cache_creation_input_tokens": 0,
              "cache_read_input_tokens": answer.cached_tokens, "output_tokens": 1}
-    message = {"id": f"msg_{next(_ids):06d}", "type": "message", "role": "assistant", "model": body["model"], "content": [],
-               "stop_reason": None, "stop_sequence": None, "usage": usage}
+    return {"id": f"msg_{next(_ids):06d}", "type": "message", "role": "assistant", "model": body["model"], "content": [],
+            "stop_reason": None, "stop_sequence": None, "usage": usage}
+
+
+def stop_reason(answer: ResponsesAnswer, blocks: list[JSON]) -> str:
+    called = any(block["type"] == "tool_use" for block in blocks)
+    return "max_tokens" if answer.end == "length" else "tool_use" if called else "end_turn"
+
+
+def messages_whole(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> JSON:
+    """An answer that is not streamed."""
+    head = messages_head(body, answer)
+    return {**head, "content": blocks, "stop_reason": stop_reason(answer, blocks),
+            "usage": {**head["usage"], "output_tokens": answer.output_tokens}}
+
+
+def messages_events(body: JSON, answer: ResponsesAnswer, blocks: list[JSON]) -> list[JSON]:
+    message = messages_head(body, answer)
+    usage = message["usage"]
     events: list[JSON] = [{"type": "message_start", "message": message}]
     for index, block in enumerate(blocks):
         cut = answer.end == "length" and index == len(blocks) - 1
         events += [{**event, "index": index} for event in block_events(block, cut)]
         if index == 0:
             events.insert(-1, {"type": "ping"})
-    called = any(block["type"] == "tool_use" for block in blocks)
-    reason = "max_tokens" if answer.end == "length" else "tool_use" if called else "end_turn"
-    events.append({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None},
+    events.append({"type": "message_delta", "delta": {"stop_reason": stop_reason(answer, blocks), "stop_sequence": None},
                    "usage": {**usage, "output_tokens": answer.output_tokens}})
     if answer.end == "cut":
         del events[1 + len(events) // 2:]

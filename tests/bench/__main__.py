@@ -64,9 +64,11 @@ CLIENTS = [
     ("Chat turn passed", "chat", "mockchat", 1.0),
     ("Messages turn passed", "messages", "mockmessages", 1.0),
     ("Responses turn from chat", "responses", "mockchat", None),
-    ("Chat turn from messages", "chat", "mockmessages", 1.0),
-    ("Chat turn from gemini", "chat", "mockgemini", 1.0),
     ("Messages turn from chat", "messages", "mockchat", 1.0),
+    ("Responses turn from messages", "responses", "mockmessages", None),
+    ("Chat turn from messages", "chat", "mockmessages", 1.0),
+    ("Responses turn from gemini", "responses", "mockgemini", None),
+    ("Chat turn from gemini", "chat", "mockgemini", 1.0),
     ("Messages turn from gemini", "messages", "mockgemini", 1.0),
 ]
 # API: its path, the end of a stream
@@ -354,6 +356,8 @@ def dumped(value):
 def play(port, api, key, bodies):
     """Sends bodies over one connection, one after the other, and reads the answers to their ends."""
     path, terminal = APIS[api]
+    # a conversation of its own over each connection; Claude Code names its session so
+    key += f"\r\nx-claude-code-session-id: {random.getrandbits(64):x}" if api == "messages" else ""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), 60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -3969,7 +3969,7 @@ class MessagesAnswer(ClientAnswer):
             return messages_frame("error", error=messages_error(attempt.error, "")["error"])
         assert attempt.usage is not None
         delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
-        ending = messages_frame("message_delta", delta=stop, usage=messages_counts(attempt.usage))
+        ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
         return self.start(attempt) + ending + MESSAGE_STOP
 
     def body(self, attempt: Attempt, now_s: int) -> str:
@@ -4061,7 +4061,7 @@ class MessagesPassthrough(Passthrough):
             stop = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
             message |= {**dict.fromkeys(stop), "content": []}
             frames = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
-            end = messages_frame("message_delta", delta=delta, usage=message.get("usage"))
+            end = messages_frame("message_delta", delta=stop, usage=message.get("usage"))
             frames.insert(0, messages_frame("message_start", message=message))
             self.feed(b"".join(frames) + end + MESSAGE_STOP)
         else:
@@ -11014,7 +11014,8 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
     root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+            status = 400 if "ANTHROPIC" in sentence else 404       # Claude Code hides the text of a 404
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=status, code=code)
     return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
                       "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
@@ -11405,9 +11406,10 @@ async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> N
 async def models(gateway: Gateway, client: Client) -> None:
     """OpenAI's list, Anthropic's and Codex's in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release, ends = codex_release(client.head.query), names or [None]
+    release = codex_release(client.head.query)
+    first, last = (names[0], names[-1]) if names else (None, None)
     body = {"object": "list", "data": [model_object(gateway, name) for name in names],
-            "has_more": False, "first_id": ends[0], "last_id": ends[-1],
+            "has_more": False, "first_id": first, "last_id": last,
             "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 

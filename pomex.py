@@ -3594,7 +3594,7 @@ TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "func
 
 def messages_fields(given: JSON) -> JSON:
     """The fields of a Messages body under the names of Responses, or else their own."""
-    fields = {name: value for name, value in given.items() if value not in (None, "standard")}
+    fields = {name: value for name, value in given.items() if value is not None}
     for name, spec in MESSAGES_FIELDS.items():
         if name in fields or name in ("model", "messages"):
             check(given.get(name), spec, name)
@@ -3604,6 +3604,8 @@ def messages_fields(given: JSON) -> JSON:
             made |= {f"{name}.{key}": each for key, each in value.items() if key not in READ_APART}
         elif name not in TRANSLATED:
             made[RESPONSES_NAMES.get(name, f"messages:{name[:64]}")] = value
+    if made.get("speed") == "standard":
+        del made["speed"]
     thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
     kind, effort = thinking.get("type"), config.get("effort")
     if kind == "enabled":
@@ -3632,9 +3634,7 @@ def translate_messages(request: ResponsesRequest) -> JSON:
     for index, message in enumerate(given["messages"]):
         known = request.memo.get(id(message))
         if known is None or known[0] is not message:
-            names: list[str] = []
-            known = message, message_items(message, f"messages[{index}]", names), names
-            request.memo[id(message)] = known
+            known = request.memo[id(message)] = message, *message_items(message, f"messages[{index}]")
         items += known[1]
         dropped += known[2]
     if not items:
@@ -3655,11 +3655,11 @@ def translate_messages(request: ResponsesRequest) -> JSON:
     return {**dict.fromkeys(dropped, True), **body}
 
 
-def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
-    """The items of a message: neighbouring texts, images and files are one."""
+def message_items(message: Any, path: str) -> tuple[list[JSON], list[str]]:
+    """The items of a message, and what is lost: neighbouring texts, images and files are one."""
     check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
     role = message["role"].replace("system", "developer")
-    items: list[JSON] = []
+    items, dropped = list[JSON](), list[str]()
     for made in block_parts(message["content"], f"{path}.content", dropped):
         if not made["type"].startswith("input_"):
             items.append(made)
@@ -3667,7 +3667,7 @@ def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
             items[-1]["content"].append(made)
         else:
             items.append({"type": "message", "role": role, "content": [made]})
-    return items
+    return items, dropped
 
 
 def input_text(text: str) -> JSON:
@@ -3748,10 +3748,11 @@ def messages_client_tool(tool: Any, path: str) -> JSON:
     more = {name: value for name, value in tool.items() if name not in WITHOUT_EFFECT}
     if kind == "custom":
         check_members(tool, MESSAGES_TOOL, path)
-        return {"type": "function", "parameters": more.pop("input_schema"), **more}
+        schema = more.pop("input_schema")
+        return {**more, "type": "function", "parameters": schema}
     if not kind.startswith("web_search"):
         return {"type": kind}
-    del more["name"]
+    more.pop("name", None)
     filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
     return {**more, "type": "web_search", "filters": filters}
 
@@ -3934,16 +3935,20 @@ class MessagesAnswer(ClientAnswer):
         return self.deltas(item, [text])
 
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        cited = item is self.live and self.is_open
-        return self.block_delta(type="citations_delta", citation=citation(annotation)) if cited else b""
+        is_live = item is self.live
+        return self.block_delta(type="citations_delta", citation=citation(annotation)) if is_live else b""
 
     def end_part(self, item: Item, *given: Any) -> bytes:
         return self.end_block() if item is self.live and item.kind == "message" else b""
 
     def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
         """Ends the item's block, or makes those of an item that did not stream."""
-        begun = self.begin_item(item) if item.tool and not self.live else b""     # only now, if it is cut
-        frames = [begun, self.delta(item, arguments if begun else rest) if begun or rest else b""]
+        frames = []
+        if item.tool and not self.live:         # it waited, and is cut
+            frames.append(self.begin_item(item))
+            rest = arguments
+        if rest:
+            frames.append(self.delta(item, rest))
         if item is self.live:
             if self.is_open and item.kind == "reasoning":
                 signature = item.fields.get("encrypted_content") or UNSIGNED
@@ -4046,7 +4051,7 @@ class MessagesPassthrough(Passthrough):
             text = "".join(block.pieces).strip()
             if text and not self.incomplete_reason and parse_object(text) is None:
                 if at_end:
-                    self.fail(UpstreamError("The provider's call has input that is not one whole JSON object."))
+                    self.fail(UpstreamError("The provider's call is not one whole JSON object."))
                 return
         self.open_block = None
         self.forward(self.block_end)
@@ -4070,10 +4075,12 @@ class MessagesPassthrough(Passthrough):
             self.whole_text = dumps({**message, "model": self.answer.request.given["model"]})
 
     def close_open_items(self) -> None:
-        if self.error is None and not (self.whole_text or self.answer.request.stream):
-            self.error = UpstreamError("The provider streamed its answer, which was not asked for.")
-        if self.error is None:
+        if self.error is not None:
+            return
+        if self.whole_text or self.answer.request.stream:
             self.close_block()      # the key's limit left it open
+        else:
+            self.error = UpstreamError("The provider streamed its answer, which was not asked for.")
 
     def terminal(self, now_s: int) -> bytes:
         """The upstream's own end, if it sent one, completed."""
@@ -7178,14 +7185,14 @@ def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     if ENVELOPE_PREFIX.encode() in request.raw:
         changes["messages"] = opened_messages(given["messages"], ctx)
     limit = request.get("max_output_tokens")
-    if limit and limit != given.get("max_tokens"):
+    if limit != given.get("max_tokens"):
         changes["max_tokens"] = limit
         thinking = object_in(given, "thinking")
-        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+        if count(thinking, "budget_tokens") >= limit:
             changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
-        elif count(thinking, "budget_tokens") >= limit:
-            changes["thinking"] = {"type": "disabled"}
-            ctx.dropped.append("thinking")
+            if limit <= LEAST_BUDGET:
+                changes["thinking"] = {"type": "disabled"}
+                ctx.dropped.append("thinking")
     body, exact = splice_model(request, ctx.model, {})
     if changes or not exact:
         body = dumps({**given, **changes, "model": ctx.model}).encode()
@@ -7205,15 +7212,17 @@ def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
         if isinstance(content, list):
             blocks: list[Any] = []
             for block in content:
-                sealed = str(as_dict(block).get("signature") or as_dict(block).get("data"))
-                foreign = objects_in(block, "citations")
-                own = [each for each in foreign if each.get("encrypted_index") != UNSIGNED]
-                if len(own) < len(foreign):
-                    block = {**block, "citations": own or None}
+                fields = as_dict(block)
+                sealed = str(fields.get("signature") or fields.get("data"))
+                cited = objects_in(fields, "citations")
+                kept_sources = [each for each in cited if each.get("encrypted_index") != UNSIGNED]
+                if len(kept_sources) < len(cited):
+                    block = {**block, "citations": kept_sources or None}
                 blocks += opened.get(sealed, []) if sealed.startswith(ENVELOPE_PREFIX) else [block]
+            if content and not blocks:
+                continue
             message = {**message, "content": blocks}
-        if message.get("content") or not content:
-            made.append(message)
+        made.append(message)
     return made
 
 
@@ -11317,7 +11326,7 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
                     target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
                 told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
                 await exchange.close()
-            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+            counted = count(provider_json(told), "input_tokens")
     except LimitExceeded as no:
         raise limit_error(key, no, client.started_s, to_codex=False) from None
     except (UpstreamError, TimeoutError):       # an estimate will do

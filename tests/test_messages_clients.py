@@ -225,6 +225,7 @@ BAD = {
     "a choice": ({"tools": [TOOL], "tool_choice": {"type": "x"}}, "tool_choice.type", "tool_choice.type must be one of auto, any, none, tool."),
     "a choice's name": ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name", "Missing required parameter: tool_choice.name."),
     "an unknown tool": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice", "tool_choice names 'x', which is not among the tools."),
+    "an empty thinking": ({"thinking": {}}, "thinking.type", "Missing required parameter: thinking.type."),
     "thinking": ({"thinking": {"type": "x"}}, "thinking.type", "thinking.type must be one of enabled, adaptive, disabled, between_tools."),
     "no kind of thinking": ({"thinking": {"budget_tokens": 5}}, "thinking.type", "Missing required parameter: thinking.type."),
     "no budget": ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "Missing required parameter: thinking.budget_tokens."),
@@ -469,6 +470,28 @@ def test_the_heartbeat_is_a_ping_and_the_early_start_has_the_estimate():
     assert ctx.answer.heartbeat() == b'event: ping\ndata: {"type":"ping"}\n\n'
     opened = json.loads(ctx.answer.start().split(b"data: ")[1])["message"]
     assert opened["usage"]["input_tokens"] == ctx.request.estimated_input > 0 and ctx.answer.start() == b""
+
+
+def test_an_empty_text_is_no_block():
+    """Anthropic refuses one when it comes back."""
+    empty = {**MESSAGE, "content": [{"type": "output_text", "text": "", "annotations": []}]}
+    for stream in (True, False):
+        given, _ = answer("responses", responses(item_event("done", empty), done_of(empty)), stream=stream)
+        message = check(given) if stream else json.loads(given)
+        assert message["content"] == [] and message["stop_reason"] == "end_turn"
+
+
+@pytest.mark.parametrize("wire", ["responses", "chat", "gemini"])
+def test_a_tools_image_and_reference_and_later_instructions_reach_every_wire(wire):
+    call = {"type": "tool_use", "id": "toolu_0123456789", "name": "get", "input": {"a": "1"}}
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [
+        source("base64", media_type="image/png", data=PNG), {"type": "tool_reference", "tool_name": "WebFetch"}]}
+    messages = [*HI, {"role": "system", "content": "FIRST"}, {"role": "assistant", "content": [call]}, *user(result, text("loaded")),
+                {"role": "system", "content": "LAST"}]
+    sent, dropped = encoded(body(messages, tools=[TOOL]), wire)
+    known = json.dumps(sent["input"] if wire == "responses" else sent.get("messages") or sent["contents"])
+    places = [known.index(word) for word in ("Hi", "FIRST", call["id"], "loaded", "LAST")]
+    assert places == sorted(places) and PNG in known and "The tool WebFetch is available." in known and dropped == []
 
 
 def test_many_items_at_once_take_linear_time():

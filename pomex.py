@@ -2855,14 +2855,16 @@ class Passthrough(Attempt):
 
     def read(self, data: str, frame: bytes) -> None:
         try:
-            event = json.loads(data)
-            handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
-            if handler:
-                handler(event, frame)
-            else:  # the type was a nested one
-                self.forward(frame)
+            self.handle(json.loads(data), frame)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UpstreamError("The provider sent an event that cannot be read.") from None
+
+    def handle(self, event: JSON, frame: bytes) -> None:
+        handler = getattr(self, f"on_{event.get('type') or 'error'}".replace(".", "_"), None)
+        if handler:
+            handler(event, frame)
+        else:                                   # the type was a nested one
+            self.forward(frame)
 
     def pass_unread(self, block: bytes, most: int = 1) -> None:
         """Forwards at `most` that many events, and keeps them if they may be needed later."""
@@ -2896,6 +2898,7 @@ class Passthrough(Attempt):
 
     def send(self, block: bytes, most: int) -> None:
         """Adds the events to the output, changed where the client's API promises something of ours."""
+        self.out.append(block)
 
     def end(self) -> None:
         """The body ended cleanly. If every item is done, that counts as an end."""
@@ -3490,37 +3493,34 @@ class ChatPassthrough(Passthrough):
 # their signature. An Anthropic upstream gets the client's own body, and its events pass.
 
 UNSIGNED = ENVELOPE_PREFIX      # the signature of thinking that no provider needs back
-TOOL_ERROR = "[error] "         # begins the output of a failed tool: only Anthropic has a field for it
+TOOL_ERROR = "[error] "         # only Anthropic has a field for it
 BILLING_HEADER = "x-anthropic-billing-header:"      # a text of Claude Code that would spoil every cache
 UNCALLED_TOOL = "DeferredToolPlaceholder"   # of Claude Code
-THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget; every model knows these
+THINKING_EFFORTS = {16384: "high", 10000: "medium", 0: "low"}   # by the least budget
 MAX_USER_ID = 64                # of a safety_identifier at OpenAI
 
+MESSAGES_PARTS = {      # their members that are read; the others are fields of their own
+    "thinking": {"type": Field(choices="enabled adaptive disabled between_tools".split())},
+    "output_config": {"effort": MAYBE_TEXT},
+    "metadata": {"user_id": MAYBE_TEXT},
+}
+READ_APART = frozenset("type budget_tokens display effort format user_id".split())
 MESSAGES_FIELDS: Fields = {
-    **{name: REQUEST_FIELDS[name] for name in ("model", "stream", "temperature", "top_p", "service_tier")},
-    **dict.fromkeys("metadata output_config output_format thinking tool_choice".split(), OBJECT),
-    "max_tokens": Field((int,), 1),
+    **{name: REQUEST_FIELDS[name] for name in "model stream temperature top_p service_tier".split()},
+    **{name: object_with(members) for name, members in MESSAGES_PARTS.items()},
+    "max_tokens": REQUEST_FIELDS["max_output_tokens"],
     "messages": Field((list,)),
     "stop_sequences": Field((list,), items=TEXT),
     "system": Field((str, list)),
+    "tool_choice": OBJECT,
     "tools": Field((list,)),
     "top_k": Field((int,), 0),
 }
-MESSAGES_PARTS = {      # their known members; the others are fields of their own
-    "thinking": "type budget_tokens display",
-    "output_config": "effort format",
-    "metadata": "user_id",
-}
-# of Anthropic alone; unknown ones get a prefix, because Responses may have a field of that name
-ANTHROPIC_FIELDS = frozenset("""billing_policy compaction container context_management diagnostics fallbacks
-fallback_credit_token inference_geo mcp_servers speed thread user_profile_id workspace_id""".split())
-MESSAGES_FORMAT = {"type": Field(choices=("json_schema",)), "schema": OBJECT}
 TRANSLATED = "messages system tools tool_choice output_format service_tier cache_control".split()
-MESSAGES_RENAMED = {
-    **{name: name for name in {*ANTHROPIC_FIELDS, "model", "stream", "temperature", "top_p", "top_k"}},
-    "max_tokens": "max_output_tokens",
-    "stop_sequences": "stop",
-}
+# unknown ones get a prefix, because Responses may have a field of that name
+SAME_NAME = frozenset("""model stream temperature top_p top_k billing_policy compaction container
+context_management diagnostics fallbacks fallback_credit_token inference_geo mcp_servers speed thread
+user_profile_id workspace_id""".split())
 MESSAGES_NAMES = {
     "max_output_tokens": "max_tokens",
     "stop": "stop_sequences",
@@ -3528,6 +3528,8 @@ MESSAGES_NAMES = {
     "text.format": "output_config.format",
     "safety_identifier": "metadata.user_id",
 }
+RESPONSES_NAMES = {own: name for name, own in MESSAGES_NAMES.items()} | {name: name for name in SAME_NAME}
+MESSAGES_FORMAT = object_with({"type": Field(choices=("json_schema",)), "schema": OBJECT})
 CLIENT_MESSAGE = {
     "role": Field(choices=("user", "assistant", "system")),
     "content": Field((str, list)),
@@ -3549,7 +3551,7 @@ MESSAGE_BLOCKS: dict[str, Fields] = {
     "tool_reference": {"tool_name": NAME},
     "compaction": {"content": MAYBE_TEXT},
 }
-MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
+MESSAGE_SOURCES: dict[str, Fields] = {      # of images and documents
     "base64": {"media_type": NAME, "data": NAME},
     "content": {"content": CLIENT_MESSAGE["content"]},
     "text": {"data": NAME},
@@ -3557,55 +3559,41 @@ MESSAGE_SOURCES: dict[Any, Fields] = {      # of images and documents
 }
 MESSAGES_TOOL = {"name": NAME, "description": MAYBE_TEXT, "input_schema": OBJECT}
 WITHOUT_EFFECT = ("type", "cache_control", "eager_input_streaming", "defer_loading")    # keys of tools
-TOOL_CHOICES: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
+TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "function"}
 
 
 def messages_fields(given: JSON) -> JSON:
     """The fields of a Messages body under the names of Responses, or else their own."""
     fields = {name: value for name, value in given.items() if value is not None}
     for name, spec in MESSAGES_FIELDS.items():
-        if name in fields or name in ("model", "max_tokens", "messages"):
+        if name in fields or name in ("model", "messages"):
             check(given.get(name), spec, name)
-    if not given["model"].isprintable():
-        raise invalid_param("model", " holds characters that no name has.")
-    if not given["messages"]:
-        raise invalid_param("messages", " is empty: send at least one message.")
     made: JSON = {"include": ["reasoning.encrypted_content"]}
-    for name in fields.keys() - TRANSLATED:
-        known = MESSAGES_PARTS.get(name, "").split()
-        inner = {f"{name}.{key}": value for key, value in as_dict(fields[name]).items() if key not in known}
-        made |= inner if known else {MESSAGES_RENAMED.get(name, f"messages:{name[:64]}"): fields[name]}
+    for name, value in fields.items():
+        if name in MESSAGES_PARTS:
+            made |= {f"{name}.{key}": each for key, each in value.items() if key not in READ_APART}
+        elif name not in TRANSLATED:
+            made[RESPONSES_NAMES.get(name, f"messages:{name[:64]}")] = value
     if made.get("speed") == "standard":
         del made["speed"]
     thinking, config, metadata = (fields.get(name, {}) for name in MESSAGES_PARTS)
-    made["reasoning"] = read_thinking(thinking, config)
-    formats = {"output_format": fields.get("output_format"), "output_config.format": config.get("format")}
-    for path, shape in formats.items():
-        if shape is not None:
-            check_members(check(shape, OBJECT, path), MESSAGES_FORMAT, path)
-            made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": shape["schema"]}}
-    if metadata.get("user_id") is not None:
-        user = check(metadata["user_id"], TEXT, "metadata.user_id")
-        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
-    if "service_tier" in fields:
-        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
-    return made
-
-
-def read_thinking(thinking: JSON, config: JSON) -> JSON:
-    """`reasoning`: the effort that was asked for, and whether its summary is shown."""
-    kinds = Field(choices=("enabled", "adaptive", "disabled", "between_tools"))
-    kind = check(thinking["type"], kinds, "thinking.type") if "type" in thinking else ""
-    if thinking and not kind:
-        raise type_error(None, TEXT, "thinking.type")
-    effort = check(config.get("effort"), MAYBE_TEXT, "output_config.effort")
-    if kind in ("disabled", "between_tools"):
-        return {"effort": "none"}
+    kind, effort = thinking.get("type"), config.get("effort")
     if kind == "enabled":
         budget = check(thinking.get("budget_tokens"), Field((int,), 1), "thinking.budget_tokens")
         effort = effort or next(name for least, name in THINKING_EFFORTS.items() if budget >= least)
     shown = kind and thinking.get("display") != "omitted"
-    return {"effort": effort, "summary": "auto" if shown else None}
+    made["reasoning"] = {"effort": effort, "summary": "auto" if shown else None}
+    if kind in ("disabled", "between_tools"):
+        made["reasoning"] = {"effort": "none"}
+    shape = fields.get("output_format") or config.get("format")
+    if shape is not None:
+        schema = check(shape, MESSAGES_FORMAT, "output_config.format")["schema"]
+        made["text"] = {"format": {"type": "json_schema", "name": "answer", "schema": schema}}
+    if user := metadata.get("user_id"):
+        made["safety_identifier"] = user if len(user) <= MAX_USER_ID else sha256_hex(user)
+    if "service_tier" in fields:
+        made["service_tier"] = fields["service_tier"].replace("standard_only", "default")
+    return made
 
 
 def translate_messages(request: ResponsesRequest) -> JSON:
@@ -3616,33 +3604,32 @@ def translate_messages(request: ResponsesRequest) -> JSON:
     for index, message in enumerate(given["messages"]):
         known = request.memo.get(id(message))
         if known is None or known[0] is not message:
-            names: list[str] = []
-            known = message, message_items(message, f"messages[{index}]", names), names
-            request.memo[id(message)] = known
+            known = request.memo[id(message)] = message, *message_items(message, f"messages[{index}]")
         items += known[1]
         dropped += known[2]
     if not items:
         raise invalid_param("messages", " have no content.")
-    texts = [part.get("text", "") for part in block_parts(given.get("system") or [], "system", dropped)]
-    kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
-    if len(kept) < len(texts):
-        dropped.append("system:x-anthropic-billing-header")
+    system = block_parts(given.get("system") or [], "system", dropped)
     offered = enumerate(given.get("tools") or ())
-    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered]
-    tools = [tool for tool in tools if tool.get("name") != UNCALLED_TOOL]
-    body: JSON = {"input": items, "instructions": "\n\n".join(kept), "tools": tools}
-    choice = given.get("tool_choice")
-    if choice is not None:
-        body["tool_choice"] = read_tool_choice(choice, tools)
+    tools = [messages_client_tool(tool, f"tools[{index}]") for index, tool in offered
+             if as_dict(tool).get("name") != UNCALLED_TOOL]
+    body: JSON = {"input": items, "instructions": text_of(system, "\n\n"), "tools": tools}
+    if choice := given.get("tool_choice"):
+        kind = check(choice.get("type"), Field(choices=TOOL_CHOICES), "tool_choice.type")
+        body["tool_choice"] = TOOL_CHOICES[kind]
+        if kind == "tool":
+            name = check(choice.get("name"), NAME, "tool_choice.name")
+            hosted = any(tool["type"] == name for tool in tools)
+            body["tool_choice"] = {"type": name} if hosted else {"type": "function", "name": name}
         body["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
     return {**dict.fromkeys(dropped, True), **body}
 
 
-def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
-    """The items of a message: neighbouring texts, images and files are one."""
+def message_items(message: Any, path: str) -> tuple[list[JSON], list[str]]:
+    """The items of a message, and what is lost: neighbouring texts, images and files are one."""
     check_members(check(message, OBJECT, path), CLIENT_MESSAGE, path)
     role = message["role"].replace("system", "developer")
-    items: list[JSON] = []
+    items, dropped = list[JSON](), list[str]()
     for made in block_parts(message["content"], f"{path}.content", dropped):
         if not made["type"].startswith("input_"):
             items.append(made)
@@ -3650,7 +3637,11 @@ def message_items(message: Any, path: str, dropped: list[str]) -> list[JSON]:
             items[-1]["content"].append(made)
         else:
             items.append({"type": "message", "role": role, "content": [made]})
-    return items
+    return items, dropped
+
+
+def input_text(text: str) -> JSON:
+    return {"type": "input_text", "text": text}
 
 
 def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
@@ -3661,32 +3652,27 @@ def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
     made: list[JSON] = []
     for index, block in enumerate(blocks):
         kind = block["type"]
-        known = MESSAGE_BLOCKS.get(kind)
-        if known is None:
+        if kind not in MESSAGE_BLOCKS:
             dropped.append(f"messages:{kind[:64]}")
             continue
-        more = block.keys() - known.keys() - {"type", "cache_control"}
+        more = block.keys() - MESSAGE_BLOCKS[kind].keys() - {"type", "cache_control"}
         dropped += [f"messages:{kind}.{name[:64]}" for name in sorted(more) if block[name]]
         made += block_part(block, f"{path}[{index}]", dropped)
     return made
 
 
 def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
-    kind = block["type"]
-    if kind == "text":
-        return [input_text(block["text"])]
+    kind, text = block["type"], block.get("text") or block.get("content") or ""
     if kind == "tool_use":
         fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
         return [{"type": "function_call", **fields}]
     if kind == "tool_result":
-        output = block.get("content") or ""
-        failed = bool(block.get("is_error"))
-        if isinstance(output, str):
-            output = TOOL_ERROR * failed + output
-        else:
-            output = [input_text(TOOL_ERROR)] * failed + block_parts(output, f"{path}.content", dropped)
+        mark = TOOL_ERROR if block.get("is_error") else ""
+        output = mark + text if isinstance(text, str) else block_parts(text, f"{path}.content", dropped)
+        if mark and not isinstance(output, str):
+            output.insert(0, input_text(mark))
         return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
-    if kind in ("thinking", "redacted_thinking"):
+    if kind.endswith("thinking"):
         sealed = block.get("signature") or block.get("data") or ""
         if not sealed.startswith(ENVELOPE_PREFIX):
             dropped.append(f"messages:{kind}")      # only its own provider can read it
@@ -3696,23 +3682,22 @@ def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     if kind in ("image", "document"):
         return source_parts(block, f"{path}.source", dropped)
     if kind == "search_result":
-        found = block_parts(block["content"], f"{path}.content", dropped)
-        return [input_text(f"{block['title']}\n{block['source']}\n\n{text_of(found)}")]
+        found = text_of(block_parts(text, f"{path}.content", dropped))
+        text = f"{block['title']}\n{block['source']}\n\n{found}"
     if kind == "tool_reference":
-        return [input_text(f"The tool {block['tool_name']} is available.")]
-    return [input_text(block["content"])] if block.get("content") else []       # of a compaction
-
-
-def input_text(text: str) -> JSON:
-    return {"type": "input_text", "text": text}
+        text = f"The tool {block['tool_name']} is available."
+    if text.startswith(BILLING_HEADER):
+        dropped.append(f"system:{BILLING_HEADER[:-1]}")
+        return []
+    return [input_text(text)] if text else []       # of a compaction, too
 
 
 def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     """An image or a document as parts; a text is only text."""
     source, title = block["source"], block.get("title") or ""
-    kind = source.get("type")
+    kind = str(source.get("type"))
     if kind not in MESSAGE_SOURCES:
-        dropped.append(f"messages:{block['type']}.{str(kind)[:64]}")    # a file that lies at Anthropic
+        dropped.append(f"messages:{block['type']}.{kind[:64]}")     # a file that lies at Anthropic
         return []
     check_members(source, MESSAGE_SOURCES[kind], path)
     if kind == "content":
@@ -3722,10 +3707,9 @@ def source_parts(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     data = source["url"] if kind == "url" else f"data:{source['media_type']};base64,{source['data']}"
     if block["type"] == "image":
         return [{"type": "input_image", "image_url": data}]
-    if kind == "url":
-        return [{"type": "input_file", "file_url": data}]
-    name = title if "." in title else f"{title or 'document'}.pdf"
-    return [{"type": "input_file", "filename": name, "file_data": data}]
+    name = (title or "document").removesuffix(".pdf") + ".pdf"
+    file = {"file_url": data} if kind == "url" else {"filename": name, "file_data": data}
+    return [{"type": "input_file", **file}]
 
 
 def messages_client_tool(tool: Any, path: str) -> JSON:
@@ -3741,17 +3725,6 @@ def messages_client_tool(tool: Any, path: str) -> JSON:
     more.pop("name", None)
     filters = {name: more.pop(name) for name in ("allowed_domains", "blocked_domains") if name in more}
     return {**more, "type": "web_search", "filters": filters}
-
-
-def read_tool_choice(choice: JSON, tools: list[JSON]) -> Any:
-    kind = choice.get("type")
-    if kind == "tool":
-        name = check(choice.get("name"), NAME, "tool_choice.name")
-        hosted = any(tool["type"] == name for tool in tools)
-        return {"type": name} if hosted else {"type": "function", "name": name}
-    if kind not in TOOL_CHOICES:
-        raise invalid_param("tool_choice.type", " must be auto, any, tool or none.")
-    return TOOL_CHOICES[kind]
 
 
 MESSAGES_ERRORS = {
@@ -3777,15 +3750,12 @@ def messages_error(error: GatewayError, request_id: str) -> JSON:
 
 def messages_counts(usage: Usage) -> JSON:
     """The usage object: cached input is counted apart."""
-    counts: JSON = {
+    return {
         "input_tokens": usage.input - usage.cached - usage.cache_write,
         "cache_creation_input_tokens": usage.cache_write,
         "cache_read_input_tokens": usage.cached,
         "output_tokens": usage.output,
     }
-    if usage.web_searches:
-        counts["server_tool_use"] = {"web_search_requests": usage.web_searches, "web_fetch_requests": 0}
-    return counts
 
 
 def messages_frame(kind: str, **fields: Any) -> bytes:
@@ -3793,34 +3763,28 @@ def messages_frame(kind: str, **fields: Any) -> bytes:
 
 
 MESSAGE_STOP = messages_frame("message_stop")
-BLOCK_DELTAS = {        # kind of block -> the type of its deltas, and their field
-    "text": ("text_delta", "text"),
-    "thinking": ("thinking_delta", "thinking"),
-    "tool_use": ("input_json_delta", "partial_json"),
-}
 LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
 
 
 def item_blocks(item: JSON) -> list[JSON]:
-    """The content blocks of a finished item of Responses. A truncated call is none."""
-    kind = item["type"]
+    """The content blocks of a finished item of Responses. A truncated call is none, and an empty text: the
+    next request would be refused for it."""
+    kind, sealed = item["type"], item.get("encrypted_content")
     if kind == "message":
-        blocks: list[JSON] = []
-        for part in item["content"]:
-            cited = [citation(each) for each in only_dicts(part.get("annotations"))]
-            block = text_block(part.get("text", part.get("refusal")))
-            blocks.append({**block, "citations": cited} if cited else block)
-        return blocks
+        blocks = [text_block(part.get("text") or part.get("refusal") or "") for part in item["content"]]
+        for block, part in zip(blocks, item["content"]):
+            if cited := only_dicts(part.get("annotations")):
+                block["citations"] = [*map(citation, cited)]
+        return [block for block in blocks if block["text"]]
     if kind == "reasoning":
-        thoughts = [part["text"] for part in (*item.get("summary", ()), *item.get("content", ()))]
-        text, sealed = "\n\n".join(thoughts), item.get("encrypted_content")
+        text = "\n\n".join(part["text"] for part in (*item.get("summary", ()), *item.get("content", ())))
         if text:
             return [{"type": "thinking", "thinking": text, "signature": sealed or UNSIGNED}]
         return [{"type": "redacted_thinking", "data": sealed}] if sealed else []
-    given = {"input": item["input"]} if "input" in item else parse_object(item.get("arguments", ""))
-    if kind not in CALL_FIELD or given is None:
+    if kind not in CALL_FIELD:
         return []
-    return [tool_use(item["call_id"], item["id"], item["name"], given)]
+    given = {"input": item["input"]} if "input" in item else parse_object(item["arguments"])
+    return [] if given is None else [tool_use(item["call_id"], item["id"], item["name"], given)]
 
 
 def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
@@ -3839,48 +3803,43 @@ def citation(annotation: JSON) -> JSON:
     }
 
 
+BLOCK_DELTAS = {        # what is sent in pieces: the field of a block -> the type of delta, and its field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "signature": ("signature_delta", "signature"),
+    "input": ("input_json_delta", "partial_json"),
+}
+
+
 def whole_block(index: int, block: JSON) -> bytes:
     """The frames of a block that is complete."""
-    empty, deltas = dict(block), list[JSON]()
-    for name in ("text", "thinking", "signature"):
-        if isinstance(empty.get(name), str):
-            deltas.append({"type": f"{name}_delta", name: block[name]})
-            empty[name] = ""
-    cited = only_dicts(empty.pop("citations", None))
-    deltas += [{"type": "citations_delta", "citation": each} for each in cited]
-    if "input" in empty:
-        deltas.append({"type": "input_json_delta", "partial_json": dumps(block["input"])})
-        empty["input"] = {}
+    cited = block.get("citations") or ()
+    deltas = [{"type": "citations_delta", "citation": each} for each in cited]
+    empty = {name: value for name, value in block.items() if name != "citations"}
+    for name, (kind, piece) in BLOCK_DELTAS.items():
+        if name in block:
+            empty[name] = type(block[name])()
+            deltas.append({"type": kind, piece: block[name] if empty[name] == "" else dumps(block[name])})
     frames = [messages_frame("content_block_start", index=index, content_block=empty)]
     frames += [messages_frame("content_block_delta", index=index, delta=delta) for delta in deltas]
     return b"".join([*frames, messages_frame("content_block_stop", index=index)])
 
 
-def in_turn(make: Callable[..., bytes]) -> Callable[..., bytes]:
-    """Has the frames of an item wait until the items before it have ended: one block is open at a time."""
-    def hook(self: MessagesAnswer, item: Item, *given: Any) -> bytes:
-        self.waiting.setdefault(item.index, []).append((make, item, given))
-        frames: list[bytes] = []
-        while self.waiting:
-            first = next(iter(self.waiting))
-            calls, self.waiting[first] = self.waiting[first], []
-            frames += [call(self, each, *rest) for call, each, rest in calls]
-            if not calls or calls[-1][0].__name__ != "end_item":
-                break
-            del self.waiting[first]
-        return b"".join(frames)
-    return hook
+LIVE_BLOCKS: dict[str, tuple[str, JSON]] = {    # by kind of item: the field of its text, and the block
+    "message": ("text", text_block("")),
+    "reasoning": ("thinking", {"type": "thinking", "thinking": "", "signature": ""}),
+    "function_call": ("input", {}),
+}
 
 
 class MessagesAnswer(ClientAnswer):
-    """Events of the Messages API."""
+    """Events of the Messages API. One block is open at a time: an item that begins while another streams
+    comes after it, as a whole."""
     blocks = 0              # begun
+    is_open = False         # the last of them
+    live: Item | None = None    # the item that streams
+    waiting: dict[int, list[JSON]]      # the blocks of items that have ended, by index
     stop_reason = "end_turn"
-
-    @functools.cached_property
-    def waiting(self) -> dict[int, list[tuple[Callable[..., bytes], Item, Sequence[Any]]]]:
-        """The calls that wait, by the index of their item."""
-        return {}
 
     def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
         return {
@@ -3897,7 +3856,7 @@ class MessagesAnswer(ClientAnswer):
     def start(self, attempt: Attempt | None = None) -> bytes:
         if self.started:
             return b""
-        self.started = True
+        self.started, self.waiting = True, {}
         if attempt and attempt.opening:
             return attempt.opening
         usage = (attempt and attempt.usage) or Usage(self.estimated_input)
@@ -3906,69 +3865,73 @@ class MessagesAnswer(ClientAnswer):
     def heartbeat(self) -> bytes:
         return messages_frame("ping")
 
-    def begin_block(self, item: Item, block: JSON) -> bytes:
-        """Begins a block whose text is the item's."""
-        kind, name = BLOCK_DELTAS[block["type"]]
+    def begin_block(self, item: Item) -> bytes:
+        text, block = LIVE_BLOCKS[item.kind]
+        kind, name = BLOCK_DELTAS[text]
+        if item.tool:
+            self.stop_reason = "tool_use"
+            block = tool_use(item.call_id, item.id, item.tool.name, {})
         item.delta_head = (f'event: content_block_delta\ndata: {{"type":"content_block_delta",'
                            f'"index":{self.blocks},"delta":{{"type":"{kind}","{name}":')
+        item.delta_tail = "}}\n\n"
         self.blocks += 1
+        self.is_open = True
         return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
 
     def block_delta(self, **delta: Any) -> bytes:
         return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
 
     def end_block(self) -> bytes:
-        return messages_frame("content_block_stop", index=self.blocks - 1)
+        was_open, self.is_open = self.is_open, False
+        return messages_frame("content_block_stop", index=self.blocks - 1) if was_open else b""
 
-    def texts(self, item: Item, texts: list[str]) -> bytes:
-        frames = [f"{item.delta_head}{json_string(text)}}}}}\n\n" for text in texts]
-        return "".join(frames).encode() if item.delta_head else b""
-
-    @in_turn
     def begin_item(self, item: Item) -> bytes:
-        if item.tool is None or item.kind != "function_call":
+        if self.live or item.kind not in LIVE_BLOCKS:
             return b""
-        self.stop_reason = "tool_use"
-        return self.begin_block(item, tool_use(item.call_id, item.id, item.tool.name, {}))
+        self.live = item
+        return self.begin_block(item) if item.tool else b""
 
-    @in_turn
     def begin_part(self, item: Item, shape: PartShape) -> bytes:
-        if item.kind == "message":
-            return self.begin_block(item, text_block(""))
-        if item.delta_head:                     # the parts of a thought are one block
-            return self.texts(item, ["\n\n"])
-        return self.begin_block(item, {"type": "thinking", "thinking": "", "signature": ""})
-
-    later_texts = in_turn(texts)
+        """The parts of a thought are one block."""
+        return self.delta(item, "\n\n") if self.is_open and item.kind == "reasoning" else b""
 
     def deltas(self, item: Item, texts: list[str]) -> bytes:
-        is_next = item.index == next(iter(self.waiting))        # nearly always
-        return self.texts(item, texts) if is_next else self.later_texts(item, texts)
+        if item is not self.live:
+            return b""
+        begun = b"" if self.is_open else self.begin_block(item)
+        return begun + super().deltas(item, texts)
 
     def delta(self, item: Item, text: str) -> bytes:
         return self.deltas(item, [text])
 
-    @in_turn
     def annotate(self, item: Item, annotation: JSON) -> bytes:
-        return self.block_delta(type="citations_delta", citation=citation(annotation))
+        is_live = item is self.live
+        return self.block_delta(type="citations_delta", citation=citation(annotation)) if is_live else b""
 
-    @in_turn
     def end_part(self, item: Item, *given: Any) -> bytes:
-        return self.end_block() if item.kind == "message" else b""
+        return self.end_block() if item is self.live and item.kind == "message" else b""
 
-    @in_turn
     def end_item(self, item: Item, rest: str, arguments: str, text: str) -> bytes:
-        """Ends an item's block, or makes those of one that began none."""
-        frames = [self.texts(item, [rest])] if rest else []
-        if item.delta_head and item.kind == "reasoning":
-            signature = item.fields.get("encrypted_content") or UNSIGNED
-            frames.append(self.block_delta(type="signature_delta", signature=signature))
-        if item.delta_head and item.kind != "message":
+        """Ends the item's block, or makes those of an item that did not stream."""
+        frames = []
+        if item.tool and not self.live:         # it waited, and is cut
+            frames.append(self.begin_item(item))
+            rest = arguments
+        if rest:
+            frames.append(self.delta(item, rest))
+        if item is self.live:
+            if self.is_open and item.kind == "reasoning":
+                signature = item.fields.get("encrypted_content") or UNSIGNED
+                frames.append(self.block_delta(type="signature_delta", signature=signature))
             frames.append(self.end_block())
-        for block in () if item.delta_head else item_blocks(json.loads(text)):
-            frames.append(whole_block(self.blocks, block))
-            self.blocks += 1
-            self.stop_reason = "tool_use" if block["type"] == "tool_use" else self.stop_reason
+            self.live = None
+        if not item.delta_head:
+            self.waiting[item.index] = item_blocks(json.loads(text))
+        while self.waiting and not self.live:
+            for block in self.waiting.pop(min(self.waiting)):
+                frames.append(whole_block(self.blocks, block))
+                self.blocks += 1
+                self.stop_reason = "tool_use" if "input" in block else self.stop_reason
         return b"".join(frames)
 
     def reason(self, attempt: Attempt) -> str:
@@ -3985,26 +3948,11 @@ class MessagesAnswer(ClientAnswer):
         return self.start(attempt) + ending + MESSAGE_STOP
 
     def body(self, attempt: Attempt, now_s: int) -> str:
-        content: list[JSON] = []
-        for index in sorted(attempt.items):
-            content += item_blocks(json.loads(attempt.items[index]))
-        if any(block["type"] == "tool_use" for block in content):
+        content = [block for item in json.loads(attempt.output()) for block in item_blocks(item)]
+        if any("input" in block for block in content):
             self.stop_reason = "tool_use"
         assert attempt.usage is not None
         return dumps(self.message(content, self.reason(attempt), attempt.usage))
-
-
-BROKEN_CALL = "The provider ended a call whose input is not one whole JSON object."
-
-
-def with_model(raw: bytes, given: Any, model: str) -> bytes | None:
-    """A body with its `model`, which is `given`, replaced; None if its place is not certain."""
-    at = MODEL_FIELD.search(raw)
-    if at is None or json.loads(at[1]) != given:
-        return None
-    if raw.count(b"{", 0, at.start()) > 1 and MODEL_FIELD.search(raw, at.end()):
-        return None                             # one of them may be in a tool's input
-    return raw[:at.start(1)] + json_string(model).encode() + raw[at.end(1):]
 
 
 class MessagesPassthrough(Passthrough):
@@ -4017,128 +3965,102 @@ class MessagesPassthrough(Passthrough):
     DEFERRED_EVENTS = (b"input_json_delta",)
     fail = Attempt.fail         # nothing follows an error
     answer: MessagesAnswer
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.ending: list[bytes] = []
-        self.open_blocks: dict[Any, Any] = {}   # those of the decoder, by index
-        self.calls = False
-        self.broken_call = b""                  # the stop of a call whose input is not whole JSON
-        self.content: list[JSON] = []           # for a client that does not stream
-        self.whole_text = b""
-        if not self.answer.request.stream:
-            self.DEFERRED_EVENTS = (b"content_block_delta",)
-
-    def send(self, block: bytes, most: int) -> None:
-        self.out.append(block)
-
-    def take_event(self, event: Event) -> None:
-        if event.data.strip() != "[DONE]":
-            super().take_event(event)
+    open_block: Any = None      # of the decoder
+    block_end = b""
+    ending = b""
+    message_stop = MESSAGE_STOP
+    whole_text = ""             # for a client that does not stream
 
     def read(self, data: str, frame: bytes) -> None:
-        self.read_deferred()
-        super().read(data, frame)
-
-    def read_deferred(self) -> None:
         for event in SSEDecoder().feed(b"".join(self.deferred)):
             self.decoder.feed(event.data)
         self.deferred.clear()
+        if data.strip() != "[DONE]":
+            super().read(data, frame)
 
-    def on_message_start(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        if not self.opening:
-            self.final_response = as_dict(event.get("message"))
-            own = self.answer.request.given["model"]
-            self.opening = with_model(frame, self.final_response.get("model"), own) or frame
+    def handle(self, event: JSON, frame: bytes) -> None:
+        kind, index = event.get("type"), event.get("index", 0)
+        if kind == "content_block_delta":
+            self.pass_unread(frame)
+            return
+        if kind == "content_block_start":
+            self.close_block()
+        elif kind == "content_block_stop" and self.decoder.blocks.get(index) is not self.open_block:
+            return                              # it has ended
+        is_error = frame.startswith(b"event: error\n")      # whatever its form
+        self.decoder.read({**event, "type": "error"} if is_error else event)
+        if self.error is not None:
+            return
+        if kind == "message_start":
+            named = json_string(self.answer.request.given["model"]).encode()
+            renamed = MODEL_FIELD.sub(lambda at: at[0].removesuffix(at[1]) + named, frame, 1)
+            self.opening = self.opening or renamed
+        elif kind == "content_block_stop":
+            self.block_end = frame
+            self.close_block(at_end=False)
+        elif kind == "message_stop":
+            self.close_block()
+            self.message_stop = frame
+        elif kind == "message_delta" and self.stop:
+            self.close_block()
+            self.ending += frame
+        else:
+            self.forward(frame)
+        if kind == "content_block_start":
+            self.check_limits(items=1)
+            self.open_block = self.decoder.blocks[index]
+            self.block_end = messages_frame("content_block_stop", index=index)
 
-    def on_content_block_start(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        if self.broken_call:
-            raise UpstreamError(BROKEN_CALL)
-        self.check_limits(items=1)
-        index = event.get("index", 0)
-        self.open_blocks[index] = block = self.decoder.blocks[index]
-        self.calls |= block.channel == "arguments"
-        self.forward(frame)
-
-    def on_content_block_delta(self, event: JSON, frame: bytes) -> None:
-        self.pass_unread(frame)
-
-    def on_content_block_stop(self, event: JSON, frame: bytes) -> None:
-        """Ends a block once. A call whose input is not whole waits for the stop_reason."""
-        block = self.open_blocks.pop(event.get("index", 0), None)
+    def close_block(self, at_end: bool = True) -> None:
+        """Ends the open block. A call whose input is not whole JSON waits: its answer may have been cut."""
+        block = self.open_block
         if block is None:
             return
-        self.decoder.read(event)
-        self.content.append(block.content)
-        text = "".join(block.pieces).strip()
-        if block.channel == "arguments" and text and parse_object(text) is None:
-            self.broken_call = frame
-        else:
-            self.forward(frame)
-
-    def on_message_delta(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        message = self.final_response
-        usage = merge_counts(as_dict(message.get("usage")), event.get("usage"))
-        message |= {**as_dict(event.get("delta")), "usage": usage}
-        if self.stop is None:
-            self.forward(frame)
-        else:
-            self.ending.append(frame)
-
-    def on_message_stop(self, event: JSON, frame: bytes) -> None:
-        self.decoder.read(event)
-        if self.ending:
-            self.ending.append(frame)
-
-    def on_error(self, event: JSON, frame: bytes) -> None:
-        """An error by its name or its form; other events without a type are a proxy's heartbeats."""
-        named = {"type": "error"} if frame.startswith(b"event: error\n") else {}
-        self.decoder.read({**event, **named})
+        if block.channel == "arguments":
+            self.answer.stop_reason = "tool_use"
+            text = "".join(block.pieces).strip()
+            if text and not self.incomplete_reason and parse_object(text) is None:
+                if at_end:
+                    self.fail(UpstreamError("The provider's call is not one whole JSON object."))
+                return
+        self.open_block = None
+        self.forward(self.block_end)
 
     def whole(self, data: bytes) -> None:
+        """For a client that streams, the events that would have made this message."""
         message = parse_object(data.decode("utf-8", "replace")) or {}
         content = message.get("content")
         if not isinstance(content, list):
             self.decoder.read({**message, "type": "error"})
-            return
-        self.check_limits(len(data), len(content))
-        self.decoder.whole(message)
-        self.final_response, self.content, self.whole_text = message, content, data
-        given = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
-        head = {**message, **dict.fromkeys(given), "content": [], "model": self.answer.request.given["model"]}
-        self.opening = messages_frame("message_start", message=head)
-        self.ending = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
-        self.ending.append(messages_frame("message_delta", delta=given, usage=message.get("usage")))
+        elif self.answer.request.stream:
+            stop = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+            message |= {**dict.fromkeys(stop), "content": []}
+            frames = [whole_block(index, block) for index, block in enumerate(only_dicts(content))]
+            end = messages_frame("message_delta", delta=stop, usage=message.get("usage"))
+            frames.insert(0, messages_frame("message_start", message=message))
+            self.feed(b"".join(frames) + end + MESSAGE_STOP)
+        else:
+            self.check_limits(len(data), len(content))
+            self.decoder.whole(message)
+            self.whole_text = dumps({**message, "model": self.answer.request.given["model"]})
 
     def close_open_items(self) -> None:
-        """Ends the blocks that the upstream or the key's limit left open."""
-        self.read_deferred()
-        for index in [*self.open_blocks]:
-            if self.error is None:
-                stop = messages_frame("content_block_stop", index=index)
-                self.on_content_block_stop({"type": "content_block_stop", "index": index}, stop)
-        if self.broken_call and self.incomplete_reason:
-            self.forward(self.broken_call)
-        elif self.broken_call:
-            self.error = self.error or UpstreamError(BROKEN_CALL)
+        if self.error is not None:
+            return
+        if self.whole_text or self.answer.request.stream:
+            self.close_block()      # the key's limit left it open
+        else:
+            self.error = UpstreamError("The provider streamed its answer, which was not asked for.")
 
     def terminal(self, now_s: int) -> bytes:
         """The upstream's own end, if it sent one, completed."""
         if self.error is not None or not self.ending:
-            self.answer.stop_reason = "tool_use" if self.calls else "end_turn"
             return super().terminal(now_s)
-        withheld = () if self.output_started else self.withheld         # pings
-        frames = self.take_output() + self.answer.start(self) + b"".join([*withheld, *self.ending])
-        return frames if b"message_stop" in self.ending[-1] else frames + MESSAGE_STOP
+        pings = b"".join(self.withheld)
+        return self.take_output() + self.answer.start(self) + pings + self.ending + self.message_stop
 
     def body(self, now_s: int) -> str:
-        own, message = self.answer.request.given["model"], self.final_response
-        passed = with_model(self.whole_text, message.get("model"), own)
-        body = passed or dumps({**message, "model": own, "content": self.content}).encode()
-        return body.decode("utf-8", "replace")
+        return self.whole_text
 
 
 # --- 5.12 the table ---
@@ -7205,31 +7127,22 @@ def relay_messages(ctx: EncodeContext) -> tuple[bytes, Passthrough]:
     if ENVELOPE_PREFIX.encode() in request.raw:
         changes["messages"] = opened_messages(given["messages"], ctx)
     limit = request.get("max_output_tokens")
-    if limit and limit != given.get("max_tokens"):
+    if limit != given.get("max_tokens"):
         changes["max_tokens"] = limit
         thinking = object_in(given, "thinking")
-        if count(thinking, "budget_tokens") >= limit > LEAST_BUDGET:
+        if count(thinking, "budget_tokens") >= limit:
             changes["thinking"] = {**thinking, "budget_tokens": limit - 1}
-        elif count(thinking, "budget_tokens") >= limit:
-            changes["thinking"] = {"type": "disabled"}
-            ctx.dropped.append("thinking")
-    body = None if changes else with_model(request.raw, given["model"], ctx.model)
-    attempt = MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
-    return body or dumps({**given, **changes, "model": ctx.model}).encode(), attempt
+            if limit <= LEAST_BUDGET:
+                changes["thinking"] = {"type": "disabled"}
+                ctx.dropped.append("thinking")
+    body, exact = splice_model(request, ctx.model, {})
+    if changes or not exact:
+        body = dumps({**given, **changes, "model": ctx.model}).encode()
+    return body, MessagesPassthrough(ctx.answer, ctx.seal, MessagesDecoder(ToolMap(())))
 
 
 def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
     """Messages without our envelopes: this provider's own thoughts are opened, those of others dropped."""
-    def clean(block: Any) -> list[Any]:
-        fields = as_dict(block)
-        sealed, cited = str(fields.get("signature") or fields.get("data")), fields.get("citations")
-        if sealed.startswith(ENVELOPE_PREFIX):
-            return opened.get(sealed, [])
-        if isinstance(cited, list):
-            own = [each for each in cited if as_dict(each).get("encrypted_index") == UNSIGNED]
-            block = {**block, "citations": [each for each in cited if each not in own] or None}
-        return [block]
-
     found = dict.fromkeys(text.decode() for text in ENVELOPED.findall(ctx.request.raw))
     items = [{"type": "thinking", "encrypted_content": text, "at": text} for text in found]
     kept, dropped = unseal_items(items, ctx.envelope, ctx.provider)
@@ -7239,9 +7152,19 @@ def opened_messages(messages: list[Any], ctx: EncodeContext) -> list[Any]:
     for message in messages:
         content = as_dict(message).get("content")
         if isinstance(content, list):
-            message = {**message, "content": [new for block in content for new in clean(block)]}
-        if message.get("content") or not content:
-            made.append(message)
+            blocks: list[Any] = []
+            for block in content:
+                fields = as_dict(block)
+                sealed = str(fields.get("signature") or fields.get("data"))
+                cited = objects_in(fields, "citations")
+                kept_sources = [each for each in cited if each.get("encrypted_index") != UNSIGNED]
+                if len(kept_sources) < len(cited):
+                    block = {**block, "citations": kept_sources or None}
+                blocks += opened.get(sealed, []) if sealed.startswith(ENVELOPE_PREFIX) else [block]
+            if content and not blocks:
+                continue
+            message = {**message, "content": blocks}
+        made.append(message)
     return made
 
 
@@ -11020,7 +10943,8 @@ def not_found(head: RequestHead, tls: bool) -> BadRequest:
     root, path = f"{scheme}://{sanitize(head.headers.get('host'))}", sanitize(head.path)
     for paths, code, sentence in NOT_SERVED:
         if re.fullmatch(paths, head.path):
-            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=404, code=code)
+            status = 400 if "ANTHROPIC" in sentence else 404       # Claude Code hides the text of a 404
+            return BadRequest(sentence.format(root=root, base=f"{root}/v1", path=path), status=status, code=code)
     return BadRequest(f"There is nothing at {path}. Pomex serves POST /v1/responses, /v1/chat/completions and /v1/messages, "
                       "GET /v1/models; its dashboard is at /admin.", status=404, code="not_found")
 
@@ -11065,8 +10989,10 @@ def conversation_hint(headers: Headers, raw: bytes) -> str:
     return named or (found[1].decode("latin-1") if found else "")
 
 
-async def generate(api: str, gateway: Gateway, client: Client, key: Key | None = None) -> None:
-    """One request of an API in CLIENT_APIS, from its body to its end. `key`: used instead of the one in its headers."""
+async def planned(
+    api: str, gateway: Gateway, client: Client, key: Key | None = None
+) -> tuple[Key, ResponsesRequest, ClientProfile, str, Envelope, list[Candidate]]:
+    """The key, the request, its session, and the targets in their order."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
@@ -11080,6 +11006,14 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
+    return key, request, profile, session, envelope, candidates
+
+
+async def generate(api: str, gateway: Gateway, client: Client, key: Key | None = None) -> None:
+    """One request of an API in CLIENT_APIS, from its body to its end. `key`: used instead of the one in its headers."""
+    key, request, profile, session, envelope, candidates = await planned(api, gateway, client, key)
+    if api == "messages" and "max_output_tokens" not in request.body:
+        raise type_error(None, TEXT, "max_tokens")
     if api == "responses" and request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
         raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
@@ -11300,17 +11234,8 @@ def short_count(count: int) -> str:
 
 async def count_tokens(gateway: Gateway, client: Client) -> None:
     """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
-    key, headers = await gateway.key(client), client.head.headers
-    raw = await client.body(key=f"key {key.id}")
-    request = parse_request(raw.replace(b"{", b'{"max_tokens":1,', 1), api="messages")
-    request.body.pop("max_output_tokens")
-    request.given.pop("max_tokens")             # which a count has not
-    name = gateway.catalogue.full_name(request.model)
-    request = dataclasses.replace(request, raw=raw, model=name)
-    check_model_access(key, name, STANDARD)
-    envelope = Envelope(gateway.ledger.secret, key.account)
-    target = order_candidates(gateway.catalogue.tiers(name), gateway.ledger.disabled, request, headers, envelope)[0]
-    down = client_stream(gateway, client, key, request, STANDARD, "")
+    key, request, profile, session, envelope, (target, *_) = await planned("messages", gateway, client)
+    down = client_stream(gateway, client, key, request, profile, session)
     reservation, counted = down.reservation, 0
     try:
         await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
@@ -11321,7 +11246,7 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
                     target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
                 told = await exchange.read_all(MAX_ANSWER_JSON_BYTES)
                 await exchange.close()
-            counted = count(parse_object(told.decode("utf-8", "replace")), "input_tokens")
+            counted = count(provider_json(told), "input_tokens")
     except LimitExceeded as no:
         raise limit_error(key, no, client.started_s, to_codex=False) from None
     except (UpstreamError, TimeoutError):       # an estimate will do
@@ -11342,16 +11267,11 @@ CODEX_TIERS = [{"id": "priority", "name": "Fast", "description": "Faster, at a h
                {"id": "flex", "name": "Flex", "description": "Slower, at a lower price"}]
 
 
-def model_object(gateway: Gateway, name: str, headers: Headers) -> JSON:
-    """In the form of OpenAI or Anthropic, whose clients name themselves by their headers."""
-    if to_anthropic(headers):
-        created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
-        return {"type": "model", "id": name, "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
-    return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0]}
-
-
-def to_anthropic(headers: Headers) -> bool:
-    return bool(headers.get("anthropic-version") or (headers.get("x-api-key") and not headers.get("authorization")))
+def model_object(gateway: Gateway, name: str) -> JSON:
+    """In the forms of OpenAI and Anthropic at once: clients ignore what they do not know."""
+    created = datetime.datetime.fromtimestamp(gateway.started_s, datetime.UTC)
+    return {"id": name, "object": "model", "created": gateway.started_s, "owned_by": name.partition("/")[0],
+            "type": "model", "display_name": name, "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}"}
 
 
 def codex_release(text: str) -> int:
@@ -11413,15 +11333,13 @@ async def answer_tagged(client: Client, headers: HeaderFields, body: bytes) -> N
 
 
 async def models(gateway: Gateway, client: Client) -> None:
-    """OpenAI's list and Codex's catalogue in one body. Never waits for an upstream: Codex allows five seconds."""
+    """OpenAI's list, Anthropic's and Codex's in one body. Never waits for an upstream: Codex allows five seconds."""
     names = model_names(gateway, await gateway.key(client))
-    release, headers = codex_release(client.head.query), client.head.headers
-    body: JSON = {"data": [model_object(gateway, name, headers) for name in names]}
-    if to_anthropic(headers):
-        body |= {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
-    else:
-        entries = [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]
-        body = {"object": "list", **body, "models": entries}
+    release = codex_release(client.head.query)
+    first, last = (names[0], names[-1]) if names else (None, None)
+    body = {"object": "list", "data": [model_object(gateway, name) for name in names],
+            "has_more": False, "first_id": first, "last_id": last,
+            "models": [codex_entry(gateway, name, index, release) for index, name in enumerate(names)]}
     await answer_tagged(client, JSON_HEADERS, dumps(body).encode())
 
 
@@ -11440,7 +11358,7 @@ async def model(gateway: Gateway, client: Client) -> JSON:
         error.status = 404
         raise
     check_model_access(key, name, STANDARD)
-    return model_object(gateway, name, client.head.headers)
+    return model_object(gateway, name)
 
 
 # --- 11.3 health ---

@@ -171,7 +171,7 @@ MISTAKES = {
     **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"The client adds the rest; this request came to {path}.")
        for path in ("/responses", "/models", "/chat/completions", "/v1/responses/responses", "/v1/responses/models", "/v1//responses",
                     "/v1/v1/responses", "/v1/v1/models", "/v1/chat/completions/responses", "/openai/v1/responses")},
-    **{path: (("POST", path, GOOD, None), 404, "wrong_base_url", f"without /v1 (in opencode with it); this request came to {path}.")
+    **{path: (("POST", path, GOOD, None), 400, "wrong_base_url", f"without /v1 (in opencode with it); this request came to {path}.")
        for path in ("/v1/v1/messages", "/v1/v1/messages/count_tokens", "/messages", "/anthropic/v1/messages")},
     "no /v1": (("GET", "/models", None, None), 404, "wrong_base_url", "base_url must end with /v1: http://127.0.0.1:"),
     **{path: (("POST", path, GOOD, None), 404, code, words) for path, code, words in (

@@ -14336,15 +14336,6 @@ def run_init(args: Args) -> None:
 
 KeyPath: TypeAlias = tuple[str, ...]
 
-# What Pomex sets in Codex's config.toml stands between marks: the top-level keys before all else, the table behind all
-# else. A user's own lines about the same keys become comments where they stand. Codex rewrites the file, too: it keeps
-# comments, but not always in their place, so ours are known by their keys, and only whether there are any by the marks.
-CODEX_TABLE_PATH: KeyPath = ("model_providers", "pomex")
-CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), CODEX_TABLE_PATH)
-BLOCK_BEGIN = "# >>> pomex: written by codex --write, removed by codex --undo"
-BLOCK_END = "# <<< pomex"
-REPLACED = "# pomex replaced: "
-
 
 def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
     return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
@@ -14363,14 +14354,15 @@ def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
     return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    return settings_leaves(CODEX_AGENT, text)
+def own_keys(agent: Agent) -> set[KeyPath]:
+    """The keys and tables of the agent's file that are Pomex's."""
+    return {path[:2] for path in settings_leaves(agent, agent.settings)}
 
 
-def json_text(values: Mapping[KeyPath, Any]) -> str:
-    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+def json_text(leaves: Mapping[KeyPath, Any]) -> str:
+    """AttributeError, TypeError or ValueError: they do not fit together."""
     tables: JSON = {}
-    for (*folders, last), value in values.items():
+    for (*folders, last), value in leaves.items():
         table = tables
         for name in folders:
             table = table.setdefault(name, {})
@@ -14378,66 +14370,51 @@ def json_text(values: Mapping[KeyPath, Any]) -> str:
     return dump_json(tables) + "\n"
 
 
-def is_codex_key(path: KeyPath) -> bool:
-    return path[:2] in CODEX_KEYS
-
-
-def other_leaves(text: str) -> dict[KeyPath, Any]:
-    return {path: value for path, value in toml_leaves(text).items() if not is_codex_key(path)}
-
-
-def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
-    """(is it about CODEX_KEYS?, text) of each header, each pair, and each line that is neither, with its newline."""
+def toml_statements(text: str, own: Collection[KeyPath]) -> Iterator[tuple[bool, str]]:
+    """(is it about own keys?, text) of each header, pair and comment, with its newline and blank lines before it."""
     header = statement = ""
     for line in re.findall(r"[^\n]*\n|[^\n]+", text.removeprefix("\ufeff")):
         statement += line
+        if not statement.strip():
+            continue
         is_header = statement.lstrip().startswith("[")
         with contextlib.suppress(tomllib.TOMLDecodeError):      # else a value of several lines goes on
             tomllib.loads(statement)
             header = statement if is_header else header
-            paths = toml_leaves(f"{header}\n_ = 0" if is_header else f"{header}\n{statement}")
-            yield any(map(is_codex_key, paths)), statement
+            paths = settings_leaves(CODEX_AGENT, f"{header}\n_ = 0" if is_header else f"{header}\n{statement}")
+            yield any(path[:2] in own for path in paths), statement
             statement = ""
     yield False, statement
 
 
-def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
+def toml_text(text: str, own: Collection[KeyPath], values: Mapping[KeyPath, Any]) -> str:
+    """The text with these values of Codex's own keys: those of the top before all else, the table behind all else."""
     line_end = "\r\n" if "\r\n" in text else "\n"
-    top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
+    top: list[str] = []
+    table = ["", "[model_providers.pomex]"]
     for path, value in values.items():
-        block = table if len(path) > 1 else top
+        block = table if path[2:] else top
         block.append(f"{toml_name(path[2:] or path)} = {json.dumps(value, ensure_ascii=False, default=str)}")
-    body = "".join(re.sub("^(?=.)", REPLACED, statement, flags=re.MULTILINE) if ours else statement
-                   for ours, statement in toml_statements(text))
+    body = "".join(statement for ours, statement in toml_statements(text, own) if not ours)
     body += line_end * (body[-1:] not in ("\n", ""))
-    before, after = (line_end.join([*lines, BLOCK_END, ""]) for lines in (top, table))
-    changed = "\ufeff" * text.startswith("\ufeff") + before + body + after
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        if toml_leaves(changed) == {**other_leaves(text), **values}:
+    before, after = (line_end.join([*lines, ""]) for lines in (top, table if table[2:] else []))
+    return "\ufeff" * text.startswith("\ufeff") + before + body + after
+
+
+def with_settings(agent: Agent, path: pathlib.Path, text: str, values: dict[KeyPath, Any]) -> str:
+    """The text of the file with these values of its own keys, and no other; all else stays."""
+    own = own_keys(agent)
+    wanted = {name: value for name, value in (settings_leaves(agent, text) | values).items()
+              if name in values or name[:2] not in own}
+    with contextlib.suppress(AttributeError, TypeError, ValueError):        # TOMLDecodeError is a ValueError
+        changed = toml_text(text, own, values) if agent is CODEX_AGENT else json_text(wanted)
+        if settings_leaves(agent, changed) == wanted:
             return changed
-    raise ValueError
+    raise unsafe_file(agent, path, "has a form that cannot be changed safely here")
 
 
-def without_block(text: str) -> str:
-    """The same without what `with_block` put there, and with what that replaced."""
-    if BLOCK_BEGIN not in text:
-        return text
-    kept = ["\ufeff" * text.startswith("\ufeff")]
-    kept += [statement.removeprefix(REPLACED) for ours, statement in toml_statements(text)
-             if not ours and not statement.startswith((BLOCK_BEGIN, BLOCK_END))]
-    restored = "".join(kept)
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        if other_leaves(restored) == other_leaves(text):
-            return restored
-    raise ConfigError("Codex's configuration was changed in a way that cannot be undone safely here; nothing was changed. Edit "
-                      f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
-
-
-def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
-    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
-    if agent is CODEX_AGENT:
-        return BLOCK_BEGIN in text
+def has_settings(agent: Agent, found: Mapping[KeyPath, Any]) -> bool:
+    """Are they Pomex's? Then they refer to its key."""
     return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
 
 
@@ -14446,8 +14423,8 @@ def connect_words(agent: Agent) -> str:
 
 
 def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
-    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
-                       f"prints: {command(connect_words(agent))}")
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. Pomex's lines are those that "
+                       f"this prints: {command(connect_words(agent))}")
 
 
 def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
@@ -14475,16 +14452,19 @@ def replace_file(path: pathlib.Path, text: str) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def kept_copies(path: pathlib.Path) -> list[pathlib.Path]:
+    """The copies beside a file, the newest last."""
+    copies = [each for each in path.parent.iterdir() if each.name.startswith(f"{path.name}.pomex-bak") and each.is_file()]
+    return sorted(copies, key=os.path.getmtime)
+
+
 def keep_copy(path: pathlib.Path, text: str) -> str:
-    """The name of a file beside it with this text: a new one, with a number if need be, or the one that has it already."""
-    for number in itertools.count():
-        copy = path.with_name(f"{path.name}.pomex-bak" + f".{number}" * (number > 0))
-        if not os.path.lexists(copy):
-            replace_file(copy, text)
-            return copy.name
-        if copy.is_file() and copy.read_bytes() == text.encode():
-            return copy.name
-    raise AssertionError
+    """The name of the newest copy, which has this text: a new one, or one that had it already."""
+    names = (path.with_name(f"{path.name}.pomex-bak" + f".{number}" * (number > 0)) for number in itertools.count())
+    same = (each for each in kept_copies(path) if each.read_bytes() == text.encode())
+    copy = next(same, None) or next(each for each in names if not os.path.lexists(each))
+    replace_file(copy, text)
+    return copy.name
 
 
 def change_file(path: pathlib.Path, now: str, after: str) -> None:
@@ -14499,18 +14479,14 @@ def change_file(path: pathlib.Path, now: str, after: str) -> None:
 def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     now, found = read_settings(agent, path)
-    ours = settings_leaves(agent, settings)
-    more = {name: value for name, value in found.items()      # that somebody else put into our table
-            if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    try:
-        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
-    except (AttributeError, TypeError, ValueError):
-        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    own, known = own_keys(agent), settings_leaves(agent, agent.settings)
+    more = {name: value for name, value in found.items() if name[:2] in own and name not in known}     # put there by others
+    after = with_settings(agent, path, now, {**more, **settings_leaves(agent, settings)})
     if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
         return
     kept = ""
-    if now and not has_settings(agent, now, found):         # as its user had it
+    if (now or kept_copies(path)) and not has_settings(agent, found):       # as its user had it; for no file an empty one
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
     change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
@@ -14520,22 +14496,18 @@ def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
 
 
 def undo_settings(agent: Agent, path: pathlib.Path) -> int:
-    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    """What was replaced comes back from the newest copy: if nothing else has changed since, that very text."""
     now, found = read_settings(agent, path)
-    if not has_settings(agent, now, found):
+    if not has_settings(agent, found):
         say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    if agent is CODEX_AGENT:
-        change_file(path, now, without_block(now))
-    else:
-        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
-        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
-        before, old = read_settings(agent, copy)
-        ours = settings_leaves(agent, agent.settings)
-        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
-        after |= {name: value for name, value in old.items() if name in ours}
-        change_file(path, now, before if after == old else json_text(after))
-        copy.unlink(missing_ok=True)
+    copies = kept_copies(path)
+    before, old = read_settings(agent, copies[-1]) if copies else ("", {})
+    own = own_keys(agent)
+    after = with_settings(agent, path, now, {name: value for name, value in old.items() if name[:2] in own})
+    if with_settings(agent, path, now, {}) == with_settings(agent, path, before, {}):
+        after = before
+    change_file(path, now, after)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
@@ -14576,7 +14548,7 @@ def run_connect(args: Args) -> int:
 
 def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    overrides = [word for path, value in toml_leaves(settings).items()
+    overrides = [word for path, value in settings_leaves(CODEX_AGENT, settings).items()
                  for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:

@@ -13977,7 +13977,8 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
             settle_memory()
             notify("READY=1")
             feeding = asyncio.create_task(feed_watchdog())
-            code = await until_stopped(server, signals, functools.partial(reload, server, reread))
+            code = await until_stopped(server, signals, lambda: reload(
+                server.gateway.config, reread, server.reload, server.open_requests, lambda: contextlib.nullcontext(ledger)))
             feeding.cancel()
             return code
 
@@ -14815,30 +14816,19 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
     return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
 
 
-def refused_sentence(old: Config, error: Exception) -> str:
-    return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
-
-
-async def record_reload(ledger: Ledger, old: Config, new: Config) -> None:
-    """Writes into the audit log what changed, without its values: some are secrets."""
-    if old is new:
-        return
-    with contextlib.suppress(LedgerError):
-        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
-                            {"changed": ", ".join(changed_settings(old, new))})
-
-
-async def reload(server: GatewayServer, reread: Reread) -> None:
-    """Takes up the configuration as it is now, whole or not at all."""
-    old = server.gateway.config
+async def reload(old: Config, reread: Reread, use: Callable[[Config, Mapping[str, Sequence[str]]], None], streams: int,
+                 ledger: Callable[[], contextlib.AbstractContextManager[Ledger]]) -> None:
+    """Takes up the configuration as it is now, whole or not at all. The audit log has no values: some are secrets."""
     notify_reloading()
     try:
         new, found = await reread()
-        server.reload(new, found)
-        say(reload_sentence(old, new, server.open_requests))
-        await record_reload(server.gateway.ledger, old, new)
+        use(new, found)
+        say(reload_sentence(old, new, streams))
+        with contextlib.suppress(LedgerError), ledger() as audited:
+            await audited.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                                 {"changed": ", ".join(changed_settings(old, new))})
     except (ConfigError, OSError) as error:
-        say(refused_sentence(old, error))
+        say(f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}")
     notify("READY=1")
 
 
@@ -15020,26 +15010,15 @@ class Workers:
         self.send(signal.SIGTERM)
 
     def reload(self) -> None:
-        """Checks the new configuration; each worker then reads it again, and keeps its streams."""
-        if self.stopping:
-            return
-        notify_reloading()
-        old, reloaded = self.config, False
-        try:
-            config, found = asyncio.run(self.reread())
-            if old.server.tls_cert:
-                tls_context(old.server)
-            reloaded, said = True, reload_sentence(old, config, self.open_requests())
-        except (ConfigError, OSError) as error:
-            config, said = old, refused_sentence(old, error)
-        say(said)
-        with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
-            asyncio.run(record_reload(ledger, old, config))
-        if reloaded:
-            self.config, self.found = merge_reloadable(old, config), found
-            self.deaths, self.not_before = 0, 0.0
-            self.send(signal.SIGHUP)
-        notify("READY=1")
+        if not self.stopping:       # the ledger is closed before a process forks
+            asyncio.run(reload(self.config, self.reread, self.use, self.open_requests(), lambda: open_ledger(self.config)))
+
+    def use(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
+        """Of a new configuration: each worker reads it again, and keeps its streams."""
+        tls_context(self.config.server)
+        self.config, self.found = merge_reloadable(self.config, config), found
+        self.deaths, self.not_before = 0, 0.0
+        self.send(signal.SIGHUP)
 
 
 # --- 13.10 the table of commands ---

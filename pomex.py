@@ -12065,9 +12065,7 @@ def row_view(row: JSON) -> JSON:
     return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
-CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
-    "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
-               "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
+CODING_MODELS = {       # for the block that is printed, the best first, beside those that Codex knows; a client may ask for any other
     "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
     "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
     "groq": ("openai/gpt-oss-120b",),
@@ -12076,7 +12074,8 @@ CODING_MODELS = {       # for the block that is printed, the best first; a clien
 
 def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
-    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in CODING_MODELS.get(name, ())]
+    best = {"openai": [row.split()[0] for row in (CODEX_TABLE + CODEX_OLD_TABLE).splitlines()], **CODING_MODELS}
+    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in best.get(name, ())]
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
     for name in (*catalogue.config.models, *coding, *known):
         with contextlib.suppress(BadRequest):       # its provider may serve other models only
@@ -14307,12 +14306,15 @@ def run_admin_url(args: Args) -> None:
     with open_ledger(config) as ledger:
         print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    if not asyncio.run(running_version(config.server)):
-        say(not_running(config))
+    asyncio.run(require_gateway(config))
 
 
-def not_running(config: Config) -> str:
-    return f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}"
+async def require_gateway(config: Config) -> str:
+    """Its version; "" if none answers, which is said."""
+    version = await running_version(config.server)
+    if not version:
+        say(f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}")
+    return version
 
 
 def run_init(args: Args) -> None:
@@ -14538,8 +14540,7 @@ def run_connect(args: Args) -> int:
         return 0
     if not args.run:
         write_settings(agent, path, settings)
-    if not asyncio.run(running_version(config.server)):
-        say(not_running(config))
+    asyncio.run(require_gateway(config))
     if args.run:
         return start_codex(config, settings, args.prompt)
     if args.profile:
@@ -14717,18 +14718,16 @@ Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, 
 async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
     config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
-    url = own_url(config.server)
-    health, ready = [await get_json(url + path, HEALTH_TIMEOUT_S, config.server.tls_cert) for path in ("/health", "/ready")]
+    url, version = own_url(config.server), await require_gateway(config)
+    ready = await get_json(f"{url}/ready", HEALTH_TIMEOUT_S, config.server.tls_cert)
     (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
-    status = {"url": url, "version": health.get("version", ""), "status": ready.get("status", ""), **ready.get("checks", {}),
+    status = {"url": url, "version": version, "status": ready.get("status", ""), **ready.get("checks", {}),
               "open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
               "spent_today_usd": format_usd(sums["cost_nanos"], 4), "disabled_providers": ", ".join(sorted(ledger.disabled))}
     if args.json:
         print_json(status)
     else:
         print(*table_lines([(name.replace("_", " "), str(value)) for name, value in status.items()]), sep="\n")
-    if not ready:
-        say(not_running(config))
     return 0 if status["status"] == "ready" else 1
 
 
@@ -14745,8 +14744,7 @@ def run_ask(args: Args) -> int:
 
 
 async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
-    if not await running_version(config.server):
-        say(not_running(config))
+    if not await require_gateway(config):
         return UNAVAILABLE
     body = {"model": model or best_model(ModelCatalog(*await with_detected(config))), "input": question}
     kind, last = "", JSON()
@@ -15030,7 +15028,7 @@ def run_help(args: Args) -> int:
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
-    example: str
+    example: str = ""           # what may stand behind its name
     fields: Sequence[Argument] = ()
 
 
@@ -15049,7 +15047,7 @@ def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], A
 
     async def run(ledger: Ledger, args: Args) -> None:
         await show(ledger, args, await operation.run(ledger, command_line_user(), given(args)))
-    return Command(of_ledger(run), operation.help, f"{name} {example}", [*operation.fields, *more])
+    return Command(of_ledger(run), operation.help, example, [*operation.fields, *more])
 
 
 CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
@@ -15064,58 +15062,58 @@ CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is ke
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
-        "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
+        "serve": Command(run_serve, "run the gateway", "--port 8080", [server_flag("log_format"), flag(
             "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "status", [AS_JSON]),
-        "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
+        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "", [AS_JSON]),
+        "logs": Command(run_logs, "show the newest requests, refused ones too", "-f --key laptop", [
             Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
                      more={"default": "20"}),
             flag("follow", "go on with each new one"), Argument("key", Field(meaning="only of this key"), "NAME"), MODEL,
             Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
             AS_JSONL]),
-        "reload": Command(run_reload, "make it read its configuration and key files again", "reload")},
+        "reload": Command(run_reload, "make it read its configuration and key files again")},
     "Configure it": {
-        "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
+        "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "", [
             Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
-        "check": Command(run_check, "check the configuration", "check --live", [
+        "check": Command(run_check, "check the configuration", "--live", [
             flag("live", "ask each provider for its list of models, which costs nothing")]),
-        "models": Command(run_models, "list the models that clients can use", "models", LISTED),
-        "prices show": Command(run_prices_show, "list all prices", "prices show", LISTED)},
+        "models": Command(run_models, "list the models that clients can use", "", LISTED),
+        "prices show": Command(run_prices_show, "list all prices", "", LISTED)},
     "Clients": {
-        "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
+        "ask": Command(run_ask, "ask a model a question", '"What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "claude-code", [
             Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
-        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+        "codex": Command(run_connect, "the same for Codex, or start it", "--run -- exec 'Hello'", [
             *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
-        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
-        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
+        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway"),
+        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once")},
     "Keys and money": {
         "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
         "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
         "keys revoke": of_operation("keys revoke", "ana", show_key),
-        "keys list": Command(run_keys_list, "list the keys", "keys list", LISTED),
+        "keys list": Command(run_keys_list, "list the keys", "", LISTED),
         "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
         "accounts credit": of_operation("accounts credit", "team 20", show_credit),
-        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", LISTED),
-        "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
+        "accounts list": Command(run_accounts_list, "list the accounts", "", LISTED),
+        "usage": Command(run_usage, "sums of tokens and cost", "--since 30d --by key", [SINCE, Argument(
             "by", more={"choices": sorted(REPORT_BY), "default": "model"}), *LISTED]),
         "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
     "The database": {
-        "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
-        "ledger export": Command(run_export, "print every row as CSV", "ledger export > usage.csv", [
+        "ledger verify": Command(run_verify, "compute every cost and sum again", "", [AS_JSON]),
+        "ledger export": Command(run_export, "print every row as CSV", "> usage.csv", [
             SINCE._replace(more={"default": "1970-01-01"}), AS_CSV, AS_JSONL]),
-        "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "audit --since 30d", [
+        "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "--since 30d", [
             SINCE, *LISTED]),
-        "prune": Command(run_prune, "delete old usage rows; their sums are kept", "prune --older 90d", [
+        "prune": Command(run_prune, "delete old usage rows; their sums are kept", "--older 90d", [
             SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
                            more={"required": True})]),
-        "backup": Command(run_backup, "copy the database while gateways run", "backup pomex-copy.db", [
+        "backup": Command(run_backup, "copy the database while gateways run", "pomex-copy.db", [
             Argument("file", metavar="FILE", required=True)])},
     "Help": {
-        "help": Command(run_help, "explain a command", "help keys create", [
+        "help": Command(run_help, "explain a command", "keys create", [
             Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},
 }
 EXAMPLES = ("serve", "codex --write", 'ask "What is 2 + 2?"', "keys create ana --budget 50/month")
@@ -15183,7 +15181,7 @@ def command_parser() -> CommandParser:
         group, _, last = name.rpartition(" ")
         if group not in groups:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
-        example = f"example: {command(each.example)}"
+        example = f"example: {command(f'{name} {each.example}'.rstrip())}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
         added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)

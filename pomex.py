@@ -7863,7 +7863,6 @@ def check_text(text: str, spec: Field, path: str) -> Any:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' without a similar name."""
-    name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
@@ -13679,15 +13678,8 @@ async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncI
 def describe_end(kind: str, last: JSON) -> str:
     """Why a stream that ended with this event did not complete."""
     response = last.get("response") or {"error": last}
-    return str(subtable(response, "error").get("message") or subtable(response, "incomplete_details").get("reason")
+    return str(as_dict(response.get("error")).get("message") or as_dict(response.get("incomplete_details")).get("reason")
                or f"ended with {kind or 'nothing'}")
-
-
-def subtable(values: Any, *names: str) -> JSON:
-    """A table within tables; {} if there is none."""
-    for name in names:
-        values = values.get(name) if isinstance(values, dict) else None
-    return values if isinstance(values, dict) else {}
 
 
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "", key: str = "") -> JSON:
@@ -14055,9 +14047,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
 # --- 13.5 check and models ---
 
 def run_check(args: Args) -> int:
-    config = read_config(args)
-    if not config.path:
-        config = dataclasses.replace(config, providers={**detect_providers(os.environ), **config.providers})
+    config, _ = asyncio.run(with_detected(read_config(args)))
     rows = [(config.path or "(no file)", f"ok, {plural(len(config.providers), 'provider')}, "
              f"{plural(len(config.models), 'model')} described")]
     answers = asyncio.run(contact_all(config)) if args.live else {}
@@ -14607,7 +14597,7 @@ async def diagnose(config: Config) -> list[Check]:
 async def ask_gateway(url: str, key: str, tls_cert: str, wanted: str) -> tuple[Any, str]:
     """(that member of its answer, ""), or (None, what is wrong)."""
     answer = await get_json(url, HEALTH_TIMEOUT_S, tls_cert, key)
-    error = subtable(answer, "error").get("message", "the gateway gave no answer")
+    error = as_dict(answer.get("error")).get("message", "the gateway gave no answer")
     return answer.get(wanted), "" if wanted in answer else error
 
 
@@ -14643,9 +14633,9 @@ def check_codex_file() -> tuple[Check, JSON, JSON]:
         line = re.search(r"line (\d+)", str(error))
         fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
         return Check("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
-    codex |= subtable(codex, "profiles", str(codex.get("profile")))
+    codex |= as_dict(as_dict(codex.get("profiles")).get(str(codex.get("profile"))))
     chosen = codex.get("model_provider")
-    provider = subtable(codex, "model_providers", str(chosen))
+    provider = as_dict(as_dict(codex.get("model_providers")).get(str(chosen)))
     problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
                else "no model_provider, so Codex asks OpenAI itself")
     good = f'{shown}, model_provider "{chosen}"'
@@ -14654,11 +14644,9 @@ def check_codex_file() -> tuple[Check, JSON, JSON]:
 
 def check_provider(provider: JSON, url: str) -> list[Check]:
     """The provider's table, but for the key. Of an address on another machine only its end is known."""
-    wire_api, base = provider.get("wire_api"), str(provider.get("base_url", "")).rstrip("/")
-    problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
-    if wire_api is None:
-        problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
-    checks = [expect("  wire_api", '"responses"', problem, state=state)]
+    wire_api, base = provider.get("wire_api", "responses"), str(provider.get("base_url", "")).rstrip("/")
+    means = '"responses"' if "wire_api" in provider else 'not set, which means "responses" to Codex 0.128.0 and newer'
+    checks = [expect("  wire_api", means, "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
     if provider.get("supports_websockets"):
         checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
     elsewhere = url and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{url}/v1"
@@ -15130,13 +15118,8 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
             known = re.findall(r"[a-z-]+", found[2])
-            message = f"unknown command {found[1]}.{suggest(MEANT.get(found[1], found[1]), known)}"
+            message = f"unknown command {found[1]}.{did_you_mean(MEANT.get(found[1], found[1]), known)}"
         super().error(message)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def flag_name(argument: Argument) -> str:
@@ -15195,7 +15178,7 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        hint = suggest(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
+        hint = did_you_mean(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
         args.parser.error(f"unknown option {unknown[0]}.{hint}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args

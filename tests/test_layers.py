@@ -217,7 +217,8 @@ GONE += """
 """.split()
 # Of the file at 253e22a: a second way to put settings into a file and take them out.
 GONE += """
-    BLOCK_BEGIN BLOCK_END CODEX_KEYS CODEX_TABLE_PATH REPLACED is_codex_key other_leaves toml_leaves with_block without_block
+    BLOCK_BEGIN BLOCK_END CODEX_KEYS CODEX_TABLE_PATH REPLACED is_codex_key other_leaves subtable suggest toml_leaves with_block
+    without_block
 """.split()
 
 

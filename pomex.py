@@ -12064,7 +12064,7 @@ def row_view(row: JSON) -> JSON:
     return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
-CODING_MODELS = {       # for the block that is printed, the best first, beside those that Codex knows; a client may ask for any other
+CODING_MODELS = {       # for the block that is printed, beside those that Codex knows; a client may ask for any other
     "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
     "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
     "groq": ("openai/gpt-oss-120b",),
@@ -13886,9 +13886,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
         "Providers", *provider_lines(config, found, detected),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
-    if keys := ledger.list_keys():
-        active = sum(key.state(time.time()) == "active" for key in keys)
-        say(f"Keys          {active} active. New one: {command('keys create NAME')}")
+    if ledger.list_keys():
+        say(f"Keys          {count_active_keys(ledger)} active. New one: {command('keys create NAME')}")
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
@@ -14296,10 +14295,10 @@ def run_admin_url(args: Args) -> None:
     with open_ledger(config) as ledger:
         print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    asyncio.run(require_gateway(config))
+    asyncio.run(look_for_gateway(config))
 
 
-async def require_gateway(config: Config) -> str:
+async def look_for_gateway(config: Config) -> str:
     """Its version; "" if none answers, which is said."""
     version = await running_version(config.server)
     if not version:
@@ -14530,7 +14529,7 @@ def run_connect(args: Args) -> int:
         return 0
     if not args.run:
         write_settings(agent, path, settings)
-    asyncio.run(require_gateway(config))
+    asyncio.run(look_for_gateway(config))
     if args.run:
         return start_codex(config, settings, args.prompt)
     if args.profile:
@@ -14706,7 +14705,7 @@ Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, 
 async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
     config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
-    url, version = own_url(config.server), await require_gateway(config)
+    url, version = own_url(config.server), await look_for_gateway(config)
     ready = await get_json(f"{url}/ready", HEALTH_TIMEOUT_S, config.server.tls_cert)
     (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
     status = {"url": url, "version": version, "status": ready.get("status", ""), **ready.get("checks", {}),
@@ -14732,7 +14731,7 @@ def run_ask(args: Args) -> int:
 
 
 async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
-    if not await require_gateway(config):
+    if not await look_for_gateway(config):
         return UNAVAILABLE
     body = {"model": model or best_model(ModelCatalog(*await with_detected(config))), "input": question}
     kind, last = "", JSON()

@@ -7449,7 +7449,6 @@ def check_text(text: str, spec: Field, path: str) -> Any:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' without a similar name."""
-    name = name.replace("-", "_")
     near = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
@@ -11626,9 +11625,7 @@ def row_view(row: JSON) -> JSON:
     return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
-CODING_MODELS = {       # for the block that is printed, the best first; a client may ask for any other
-    "openai": ("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna",
-               "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.3-codex"),     # as Codex 0.171 lists them
+CODING_MODELS = {       # for the block that is printed, beside those that Codex knows; a client may ask for any other
     "anthropic": ("claude-sonnet-5-5",), "google": ("gemini-pro-latest",), "openrouter": ("openai/gpt-5.5",),
     "xai": ("grok-build-latest",), "deepseek": ("deepseek-v4-pro",), "mistral": ("devstral-latest",),
     "groq": ("openai/gpt-oss-120b",),
@@ -11637,7 +11634,8 @@ CODING_MODELS = {       # for the block that is printed, the best first; a clien
 
 def best_model(catalogue: ModelCatalog, key: Key | None = None) -> str:
     """The model to begin with: the first configured, else the best of the first provider that is ready."""
-    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in CODING_MODELS.get(name, ())]
+    best = {"openai": [row.split()[0] for row in (CODEX_TABLE + CODEX_OLD_TABLE).splitlines()], **CODING_MODELS}
+    coding = [f"{name}/{model}" for name in catalogue.config.providers for model in best.get(name, ())]
     known = sorted(catalogue.names, key=lambda name: name.startswith("demo/"))
     for name in (*catalogue.config.models, *coding, *known):
         with contextlib.suppress(BadRequest):       # its provider may serve other models only
@@ -13237,15 +13235,8 @@ async def stream_events(url: str, key: str, body: JSON, tls_cert: str) -> AsyncI
 def describe_end(kind: str, last: JSON) -> str:
     """Why a stream that ended with this event did not complete."""
     response = last.get("response") or {"error": last}
-    return str(subtable(response, "error").get("message") or subtable(response, "incomplete_details").get("reason")
+    return str(as_dict(response.get("error")).get("message") or as_dict(response.get("incomplete_details")).get("reason")
                or f"ended with {kind or 'nothing'}")
-
-
-def subtable(values: Any, *names: str) -> JSON:
-    """A table within tables; {} if there is none."""
-    for name in names:
-        values = values.get(name) if isinstance(values, dict) else None
-    return values if isinstance(values, dict) else {}
 
 
 async def get_json(url: str, timeout_s: float = PROBE_TIMEOUT_S, tls_cert: str = "", key: str = "") -> JSON:
@@ -13452,9 +13443,8 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
         "Providers", *provider_lines(config, found, detected),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
-    if keys := ledger.list_keys():
-        active = sum(key.state(time.time()) == "active" for key in keys)
-        say(f"Keys          {active} active. New one: {command('keys create NAME')}")
+    if ledger.list_keys():
+        say(f"Keys          {count_active_keys(ledger)} active. New one: {command('keys create NAME')}")
     else:
         say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
@@ -13534,7 +13524,8 @@ async def serve(config: Config, found: Mapping[str, Sequence[str]], sockets: Seq
             settle_memory()
             notify("READY=1")
             feeding = asyncio.create_task(feed_watchdog())
-            code = await until_stopped(server, signals, functools.partial(reload, server, reread))
+            code = await until_stopped(server, signals, lambda: reload(
+                server.gateway.config, reread, server.reload, server.open_requests, lambda: contextlib.nullcontext(ledger)))
             feeding.cancel()
             return code
 
@@ -13612,9 +13603,7 @@ async def explain_listen_error(error: OSError, server: ServerConfig) -> tuple[in
 # --- 13.5 check and models ---
 
 def run_check(args: Args) -> int:
-    config = read_config(args)
-    if not config.path:
-        config = dataclasses.replace(config, providers={**detect_providers(os.environ), **config.providers})
+    config, _ = asyncio.run(with_detected(read_config(args)))
     rows = [(config.path or "(no file)", f"ok, {plural(len(config.providers), 'provider')}, "
              f"{plural(len(config.models), 'model')} described")]
     answers = asyncio.run(contact_all(config)) if args.live else {}
@@ -13863,12 +13852,15 @@ def run_admin_url(args: Args) -> None:
     with open_ledger(config) as ledger:
         print(asyncio.run(login_link(ledger, own_url(config.server))))
     say("It opens the dashboard once, within ten minutes.")
-    if not asyncio.run(running_version(config.server)):
-        say(not_running(config))
+    asyncio.run(look_for_gateway(config))
 
 
-def not_running(config: Config) -> str:
-    return f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}"
+async def look_for_gateway(config: Config) -> str:
+    """Its version; "" if none answers, which is said."""
+    version = await running_version(config.server)
+    if not version:
+        say(f"No gateway answers at {own_url(config.server)}. Start it in another terminal: {command('serve')}")
+    return version
 
 
 def run_init(args: Args) -> None:
@@ -13893,15 +13885,6 @@ def run_init(args: Args) -> None:
 
 KeyPath: TypeAlias = tuple[str, ...]
 
-# What Pomex sets in Codex's config.toml stands between marks: the top-level keys before all else, the table behind all
-# else. A user's own lines about the same keys become comments where they stand. Codex rewrites the file, too: it keeps
-# comments, but not always in their place, so ours are known by their keys, and only whether there are any by the marks.
-CODEX_TABLE_PATH: KeyPath = ("model_providers", "pomex")
-CODEX_KEYS: tuple[KeyPath, ...] = (("model_provider",), ("model",), CODEX_TABLE_PATH)
-BLOCK_BEGIN = "# >>> pomex: written by codex --write, removed by codex --undo"
-BLOCK_END = "# <<< pomex"
-REPLACED = "# pomex replaced: "
-
 
 def agent_home(agent: Agent = CODEX_AGENT) -> pathlib.Path:
     return pathlib.Path(os.environ.get(agent.variable) or os.path.expanduser(agent.home))
@@ -13920,14 +13903,15 @@ def settings_leaves(agent: Agent, text: str) -> dict[KeyPath, Any]:
     return dict(walk((), tomllib.loads(text.removeprefix("\ufeff")) if is_toml else json.loads(text or "{}")))
 
 
-def toml_leaves(text: str) -> dict[KeyPath, Any]:
-    return settings_leaves(CODEX_AGENT, text)
+def own_keys(agent: Agent) -> set[KeyPath]:
+    """The keys and tables of the agent's file that are Pomex's."""
+    return {path[:2] for path in settings_leaves(agent, agent.settings)}
 
 
-def json_text(values: Mapping[KeyPath, Any]) -> str:
-    """Of leaves. AttributeError, TypeError or ValueError: they do not fit together."""
+def json_text(leaves: Mapping[KeyPath, Any]) -> str:
+    """AttributeError, TypeError or ValueError: they do not fit together."""
     tables: JSON = {}
-    for (*folders, last), value in values.items():
+    for (*folders, last), value in leaves.items():
         table = tables
         for name in folders:
             table = table.setdefault(name, {})
@@ -13935,66 +13919,51 @@ def json_text(values: Mapping[KeyPath, Any]) -> str:
     return dump_json(tables) + "\n"
 
 
-def is_codex_key(path: KeyPath) -> bool:
-    return path[:2] in CODEX_KEYS
-
-
-def other_leaves(text: str) -> dict[KeyPath, Any]:
-    return {path: value for path, value in toml_leaves(text).items() if not is_codex_key(path)}
-
-
-def toml_statements(text: str) -> Iterator[tuple[bool, str]]:
-    """(is it about CODEX_KEYS?, text) of each header, each pair, and each line that is neither, with its newline."""
+def toml_statements(text: str, own: Collection[KeyPath]) -> Iterator[tuple[bool, str]]:
+    """(is it about own keys?, text) of each header, pair and comment, with its newline and blank lines before it."""
     header = statement = ""
     for line in re.findall(r"[^\n]*\n|[^\n]+", text.removeprefix("\ufeff")):
         statement += line
+        if not statement.strip():
+            continue
         is_header = statement.lstrip().startswith("[")
         with contextlib.suppress(tomllib.TOMLDecodeError):      # else a value of several lines goes on
             tomllib.loads(statement)
             header = statement if is_header else header
-            paths = toml_leaves(f"{header}\n_ = 0" if is_header else f"{header}\n{statement}")
-            yield any(map(is_codex_key, paths)), statement
+            paths = settings_leaves(CODEX_AGENT, f"{header}\n_ = 0" if is_header else f"{header}\n{statement}")
+            yield any(path[:2] in own for path in paths), statement
             statement = ""
     yield False, statement
 
 
-def with_block(text: str, values: Mapping[KeyPath, Any]) -> str:
-    """A config.toml without Pomex, with these values of CODEX_KEYS in it. ValueError if its form does not allow that."""
+def toml_text(text: str, own: Collection[KeyPath], values: Mapping[KeyPath, Any]) -> str:
+    """The text with these values of Codex's own keys: those of the top before all else, the table behind all else."""
     line_end = "\r\n" if "\r\n" in text else "\n"
-    top, table = [BLOCK_BEGIN], [BLOCK_BEGIN, f"[{toml_name(CODEX_TABLE_PATH)}]"]
+    top: list[str] = []
+    table = ["", "[model_providers.pomex]"]
     for path, value in values.items():
-        block = table if len(path) > 1 else top
+        block = table if path[2:] else top
         block.append(f"{toml_name(path[2:] or path)} = {json.dumps(value, ensure_ascii=False, default=str)}")
-    body = "".join(re.sub("^(?=.)", REPLACED, statement, flags=re.MULTILINE) if ours else statement
-                   for ours, statement in toml_statements(text))
+    body = "".join(statement for ours, statement in toml_statements(text, own) if not ours)
     body += line_end * (body[-1:] not in ("\n", ""))
-    before, after = (line_end.join([*lines, BLOCK_END, ""]) for lines in (top, table))
-    changed = "\ufeff" * text.startswith("\ufeff") + before + body + after
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        if toml_leaves(changed) == {**other_leaves(text), **values}:
+    before, after = (line_end.join([*lines, ""]) for lines in (top, table if table[2:] else []))
+    return "\ufeff" * text.startswith("\ufeff") + before + body + after
+
+
+def with_settings(agent: Agent, path: pathlib.Path, text: str, values: dict[KeyPath, Any]) -> str:
+    """The text of the file with these values of its own keys, and no other; all else stays."""
+    own = own_keys(agent)
+    wanted = {name: value for name, value in (settings_leaves(agent, text) | values).items()
+              if name in values or name[:2] not in own}
+    with contextlib.suppress(AttributeError, TypeError, ValueError):        # TOMLDecodeError is a ValueError
+        changed = toml_text(text, own, values) if agent is CODEX_AGENT else json_text(wanted)
+        if settings_leaves(agent, changed) == wanted:
             return changed
-    raise ValueError
+    raise unsafe_file(agent, path, "has a form that cannot be changed safely here")
 
 
-def without_block(text: str) -> str:
-    """The same without what `with_block` put there, and with what that replaced."""
-    if BLOCK_BEGIN not in text:
-        return text
-    kept = ["\ufeff" * text.startswith("\ufeff")]
-    kept += [statement.removeprefix(REPLACED) for ours, statement in toml_statements(text)
-             if not ours and not statement.startswith((BLOCK_BEGIN, BLOCK_END))]
-    restored = "".join(kept)
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        if other_leaves(restored) == other_leaves(text):
-            return restored
-    raise ConfigError("Codex's configuration was changed in a way that cannot be undone safely here; nothing was changed. Edit "
-                      f"it by hand: remove {', '.join(map(toml_name, CODEX_KEYS))}, and the marks \"{REPLACED}\".")
-
-
-def has_settings(agent: Agent, text: str, found: Mapping[KeyPath, Any]) -> bool:
-    """Did `write_settings` make it? Marks say so in TOML, else the reference to the key."""
-    if agent is CODEX_AGENT:
-        return BLOCK_BEGIN in text
+def has_settings(agent: Agent, found: Mapping[KeyPath, Any]) -> bool:
+    """Are they Pomex's? Then they refer to its key."""
     return "POMEX_API_KEY" in str([found.get(path) for path in settings_leaves(agent, agent.settings)])
 
 
@@ -14003,8 +13972,8 @@ def connect_words(agent: Agent) -> str:
 
 
 def unsafe_file(agent: Agent, path: pathlib.Path, reason: str) -> ConfigError:
-    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. It needs the lines that this "
-                       f"prints: {command(connect_words(agent))}")
+    return ConfigError(f"{home_short(path)} {reason}; nothing was changed. Edit it by hand. Pomex's lines are those that "
+                       f"this prints: {command(connect_words(agent))}")
 
 
 def read_settings(agent: Agent, path: pathlib.Path) -> tuple[str, dict[KeyPath, Any]]:
@@ -14032,16 +14001,19 @@ def replace_file(path: pathlib.Path, text: str) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def kept_copies(path: pathlib.Path) -> list[pathlib.Path]:
+    """The copies beside a file, the newest last."""
+    copies = [each for each in path.parent.iterdir() if each.name.startswith(f"{path.name}.pomex-bak") and each.is_file()]
+    return sorted(copies, key=os.path.getmtime)
+
+
 def keep_copy(path: pathlib.Path, text: str) -> str:
-    """The name of a file beside it with this text: a new one, with a number if need be, or the one that has it already."""
-    for number in itertools.count():
-        copy = path.with_name(f"{path.name}.pomex-bak" + f".{number}" * (number > 0))
-        if not os.path.lexists(copy):
-            replace_file(copy, text)
-            return copy.name
-        if copy.is_file() and copy.read_bytes() == text.encode():
-            return copy.name
-    raise AssertionError
+    """The name of the newest copy, which has this text: a new one, or one that had it already."""
+    names = (path.with_name(f"{path.name}.pomex-bak" + f".{number}" * (number > 0)) for number in itertools.count())
+    same = (each for each in kept_copies(path) if each.read_bytes() == text.encode())
+    copy = next(same, None) or next(each for each in names if not os.path.lexists(each))
+    replace_file(copy, text)
+    return copy.name
 
 
 def change_file(path: pathlib.Path, now: str, after: str) -> None:
@@ -14056,18 +14028,14 @@ def change_file(path: pathlib.Path, now: str, after: str) -> None:
 def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     now, found = read_settings(agent, path)
-    ours = settings_leaves(agent, settings)
-    more = {name: value for name, value in found.items()      # that somebody else put into our table
-            if name[:2] == CODEX_TABLE_PATH and name[2:] != ("model_catalog_url",)}
-    try:
-        after = with_block(without_block(now), {**more, **ours}) if agent is CODEX_AGENT else json_text({**found, **ours})
-    except (AttributeError, TypeError, ValueError):
-        raise unsafe_file(agent, path, "has a form that cannot be changed safely here") from None
+    own, known = own_keys(agent), settings_leaves(agent, agent.settings)
+    more = {name: value for name, value in found.items() if name[:2] in own and name not in known}     # put there by others
+    after = with_settings(agent, path, now, {**more, **settings_leaves(agent, settings)})
     if settings_leaves(agent, after) == found:
         say(f"{home_short(path)} is already up to date.")
         return
     kept = ""
-    if now and not has_settings(agent, now, found):         # as its user had it
+    if (now or kept_copies(path)) and not has_settings(agent, found):       # as its user had it; for no file an empty one
         kept = f" The file before this is kept beside it as {keep_copy(path, now)}."
     change_file(path, now, after)
     profile = " --profile" * (path.name == "pomex.config.toml")
@@ -14077,22 +14045,18 @@ def write_settings(agent: Agent, path: pathlib.Path, settings: str) -> None:
 
 
 def undo_settings(agent: Agent, path: pathlib.Path) -> int:
-    """What was replaced comes back: from comments of TOML, else from the newest copy, which goes then."""
+    """What was replaced comes back from the newest copy: if nothing else has changed since, that very text."""
     now, found = read_settings(agent, path)
-    if not has_settings(agent, now, found):
+    if not has_settings(agent, found):
         say(f"Nothing to undo: {home_short(path)} has no block that {connect_words(agent)} --write made.")
         return 1
-    if agent is CODEX_AGENT:
-        change_file(path, now, without_block(now))
-    else:
-        copies = filter(pathlib.Path.is_file, path.parent.glob(f"{path.name}.pomex-bak*"))
-        copy = max(copies, key=os.path.getmtime, default=path.with_name(f"{path.name}.pomex-bak"))
-        before, old = read_settings(agent, copy)
-        ours = settings_leaves(agent, agent.settings)
-        after = {name: value for name, value in found.items() if name not in ours and name[:2] != ("provider", "pomex")}
-        after |= {name: value for name, value in old.items() if name in ours}
-        change_file(path, now, before if after == old else json_text(after))
-        copy.unlink(missing_ok=True)
+    copies = kept_copies(path)
+    before, old = read_settings(agent, copies[-1]) if copies else ("", {})
+    own = own_keys(agent)
+    after = with_settings(agent, path, now, {name: value for name, value in old.items() if name[:2] in own})
+    if with_settings(agent, path, now, {}) == with_settings(agent, path, before, {}):
+        after = before
+    change_file(path, now, after)
     say(f"Pomex's settings are out of {home_short(path)}.")
     return 0
 
@@ -14122,8 +14086,7 @@ def run_connect(args: Args) -> int:
         return 0
     if not args.run:
         write_settings(agent, path, settings)
-    if not asyncio.run(running_version(config.server)):
-        say(not_running(config))
+    asyncio.run(look_for_gateway(config))
     if args.run:
         return start_codex(config, settings, args.prompt)
     if args.profile:
@@ -14133,7 +14096,7 @@ def run_connect(args: Args) -> int:
 
 def start_codex(config: Config, settings: str, arguments: Sequence[str]) -> int:
     """Takes this process's place; a key of its own expires within a day."""
-    overrides = [word for path, value in toml_leaves(settings).items()
+    overrides = [word for path, value in settings_leaves(CODEX_AGENT, settings).items()
                  for word in ("-c", f"{toml_name(path)}={json.dumps(value)}")]
     if not os.environ.get("POMEX_API_KEY"):
         with open_ledger(config) as ledger:
@@ -14190,7 +14153,7 @@ async def diagnose(config: Config) -> list[Check]:
 async def ask_gateway(url: str, key: str, tls_cert: str, wanted: str) -> tuple[Any, str]:
     """(that member of its answer, ""), or (None, what is wrong)."""
     answer = await get_json(url, HEALTH_TIMEOUT_S, tls_cert, key)
-    error = subtable(answer, "error").get("message", "the gateway gave no answer")
+    error = as_dict(answer.get("error")).get("message", "the gateway gave no answer")
     return answer.get(wanted), "" if wanted in answer else error
 
 
@@ -14226,9 +14189,9 @@ def check_codex_file() -> tuple[Check, JSON, JSON]:
         line = re.search(r"line (\d+)", str(error))
         fix = f"${{EDITOR:-nano}} +{line[1] if line else 1} {shown}"
         return Check("config.toml", "wrong", f"{shown}: {error}", fix), {}, {}
-    codex |= subtable(codex, "profiles", str(codex.get("profile")))
+    codex |= as_dict(as_dict(codex.get("profiles")).get(str(codex.get("profile"))))
     chosen = codex.get("model_provider")
-    provider = subtable(codex, "model_providers", str(chosen))
+    provider = as_dict(as_dict(codex.get("model_providers")).get(str(chosen)))
     problem = (f'model_provider is "{chosen}", but there is no [model_providers.{chosen}]' if chosen
                else "no model_provider, so Codex asks OpenAI itself")
     good = f'{shown}, model_provider "{chosen}"'
@@ -14237,11 +14200,9 @@ def check_codex_file() -> tuple[Check, JSON, JSON]:
 
 def check_provider(provider: JSON, url: str) -> list[Check]:
     """The provider's table, but for the key. Of an address on another machine only its end is known."""
-    wire_api, base = provider.get("wire_api"), str(provider.get("base_url", "")).rstrip("/")
-    problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
-    if wire_api is None:
-        problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
-    checks = [expect("  wire_api", '"responses"', problem, state=state)]
+    wire_api, base = provider.get("wire_api", "responses"), str(provider.get("base_url", "")).rstrip("/")
+    means = '"responses"' if "wire_api" in provider else 'not set, which means "responses" to Codex 0.128.0 and newer'
+    checks = [expect("  wire_api", means, "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
     if provider.get("supports_websockets"):
         checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
     elsewhere = url and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{url}/v1"
@@ -14301,18 +14262,16 @@ Reread: TypeAlias = Callable[[], Coroutine[Any, Any, tuple[Config, Mapping[str, 
 async def run_status(ledger: Ledger, args: Args) -> int:
     """What the running gateway answers, and what the database says of today."""
     config, today_ms = read_config(args), int(time.time()) // 86400 * DAY_MS
-    url = own_url(config.server)
-    health, ready = [await get_json(url + path, HEALTH_TIMEOUT_S, config.server.tls_cert) for path in ("/health", "/ready")]
+    url, version = own_url(config.server), await look_for_gateway(config)
+    ready = await get_json(f"{url}/ready", HEALTH_TIMEOUT_S, config.server.tls_cert)
     (_, sums), = await usage_sums(ledger.db, (), today_ms, MAX_NUMBER)
-    status = {"url": url, "version": health.get("version", ""), "status": ready.get("status", ""), **ready.get("checks", {}),
+    status = {"url": url, "version": version, "status": ready.get("status", ""), **ready.get("checks", {}),
               "open_requests": len(await open_requests(ledger.db, 0)), "requests_today": sums["requests"],
               "spent_today_usd": format_usd(sums["cost_nanos"], 4), "disabled_providers": ", ".join(sorted(ledger.disabled))}
     if args.json:
         print_json(status)
     else:
         print(*table_lines([(name.replace("_", " "), str(value)) for name, value in status.items()]), sep="\n")
-    if not ready:
-        say(not_running(config))
     return 0 if status["status"] == "ready" else 1
 
 
@@ -14329,8 +14288,7 @@ def run_ask(args: Args) -> int:
 
 
 async def ask_model(config: Config, key: str, model: str | None, question: str) -> int:
-    if not await running_version(config.server):
-        say(not_running(config))
+    if not await look_for_gateway(config):
         return UNAVAILABLE
     body = {"model": model or best_model(ModelCatalog(*await with_detected(config))), "input": question}
     kind, last = "", JSON()
@@ -14400,30 +14358,19 @@ def reload_sentence(old: Config, new: Config, streams: int) -> str:
     return f"Reloaded {home_short(new.path) or 'the defaults'}: {', '.join(changed) or 'nothing changed'}{kept}{restart}."
 
 
-def refused_sentence(old: Config, error: Exception) -> str:
-    return f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}"
-
-
-async def record_reload(ledger: Ledger, old: Config, new: Config) -> None:
-    """Writes into the audit log what changed, without its values: some are secrets."""
-    if old is new:
-        return
-    with contextlib.suppress(LedgerError):
-        await ledger.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
-                            {"changed": ", ".join(changed_settings(old, new))})
-
-
-async def reload(server: GatewayServer, reread: Reread) -> None:
-    """Takes up the configuration as it is now, whole or not at all."""
-    old = server.gateway.config
+async def reload(old: Config, reread: Reread, use: Callable[[Config, Mapping[str, Sequence[str]]], None], streams: int,
+                 ledger: Callable[[], contextlib.AbstractContextManager[Ledger]]) -> None:
+    """Takes up the configuration as it is now, whole or not at all. The audit log has no values: some are secrets."""
     notify_reloading()
     try:
         new, found = await reread()
-        server.reload(new, found)
-        say(reload_sentence(old, new, server.open_requests))
-        await record_reload(server.gateway.ledger, old, new)
+        use(new, found)
+        say(reload_sentence(old, new, streams))
+        with contextlib.suppress(LedgerError), ledger() as audited:
+            await audited.change("SIGHUP", "settings changed", os.path.basename(new.path), lambda tx: None,
+                                 {"changed": ", ".join(changed_settings(old, new))})
     except (ConfigError, OSError) as error:
-        say(refused_sentence(old, error))
+        say(f"Reload refused, still running with the old file: {str(error).removeprefix(old.path).lstrip(' :')}")
     notify("READY=1")
 
 
@@ -14605,26 +14552,15 @@ class Workers:
         self.send(signal.SIGTERM)
 
     def reload(self) -> None:
-        """Checks the new configuration; each worker then reads it again, and keeps its streams."""
-        if self.stopping:
-            return
-        notify_reloading()
-        old, reloaded = self.config, False
-        try:
-            config, found = asyncio.run(self.reread())
-            if old.server.tls_cert:
-                tls_context(old.server)
-            reloaded, said = True, reload_sentence(old, config, self.open_requests())
-        except (ConfigError, OSError) as error:
-            config, said = old, refused_sentence(old, error)
-        say(said)
-        with contextlib.suppress(LedgerError), open_ledger(old) as ledger:      # closed before a process forks
-            asyncio.run(record_reload(ledger, old, config))
-        if reloaded:
-            self.config, self.found = merge_reloadable(old, config), found
-            self.deaths, self.not_before = 0, 0.0
-            self.send(signal.SIGHUP)
-        notify("READY=1")
+        if not self.stopping:       # the ledger is closed before a process forks
+            asyncio.run(reload(self.config, self.reread, self.use, self.open_requests(), lambda: open_ledger(self.config)))
+
+    def use(self, config: Config, found: Mapping[str, Sequence[str]]) -> None:
+        """Of a new configuration: each worker reads it again, and keeps its streams."""
+        tls_context(self.config.server)
+        self.config, self.found = merge_reloadable(self.config, config), found
+        self.deaths, self.not_before = 0, 0.0
+        self.send(signal.SIGHUP)
 
 
 # --- 13.10 the table of commands ---
@@ -14636,7 +14572,7 @@ def run_help(args: Args) -> int:
 class Command(NamedTuple):
     run: Callable[[Args], int | None]
     help: str
-    example: str
+    example: str = ""           # what may stand behind its name
     fields: Sequence[Argument] = ()
 
 
@@ -14655,7 +14591,7 @@ def of_operation(name: str, example: str, show: Callable[[Ledger, Args, JSON], A
 
     async def run(ledger: Ledger, args: Args) -> None:
         await show(ledger, args, await operation.run(ledger, command_line_user(), given(args)))
-    return Command(of_ledger(run), operation.help, f"{name} {example}", [*operation.fields, *more])
+    return Command(of_ledger(run), operation.help, example, [*operation.fields, *more])
 
 
 CONFIG = Field(meaning="else POMEX_CONFIG, ./pomex.toml, $XDG_CONFIG_HOME/pomex/pomex.toml, or none")
@@ -14670,58 +14606,58 @@ CONNECT = (MODEL, flag("write", "merge them into its file, of which a copy is ke
 SHORT = {"model": "-m", "follow": "-f", "lines": "-n"}
 COMMANDS = {
     "Run the gateway": {
-        "serve": Command(run_serve, "run the gateway", "serve --port 8080", [server_flag("log_format"), flag(
+        "serve": Command(run_serve, "run the gateway", "--port 8080", [server_flag("log_format"), flag(
             "no_detect", "look for no provider keys in the environment and no servers on local ports")]),
-        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "status", [AS_JSON]),
-        "logs": Command(run_logs, "show the newest requests, refused ones too", "logs -f --key laptop", [
+        "status": Command(run_status, "is it ready (so says the exit code), and what was spent today", "", [AS_JSON]),
+        "logs": Command(run_logs, "show the newest requests, refused ones too", "-f --key laptop", [
             Argument("lines", Field(pattern="[1-9][0-9]{0,6}", read=int, wanted="a number from 1", meaning="how many"), "N",
                      more={"default": "20"}),
             flag("follow", "go on with each new one"), Argument("key", Field(meaning="only of this key"), "NAME"), MODEL,
             Argument("status", Field(choices=(*RESULTS, "refused"), meaning=f"{', '.join(RESULTS)} or refused")),
             AS_JSONL]),
-        "reload": Command(run_reload, "make it read its configuration and key files again", "reload")},
+        "reload": Command(run_reload, "make it read its configuration and key files again")},
     "Configure it": {
-        "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "init", [
+        "init": Command(run_init, "write a pomex.toml with the providers found on this machine", "", [
             Argument("file", metavar="FILE", required=True, more={"nargs": "?", "default": "pomex.toml"})]),
-        "check": Command(run_check, "check the configuration", "check --live", [
+        "check": Command(run_check, "check the configuration", "--live", [
             flag("live", "ask each provider for its list of models, which costs nothing")]),
-        "models": Command(run_models, "list the models that clients can use", "models", LISTED),
-        "prices show": Command(run_prices_show, "list all prices", "prices show", LISTED)},
+        "models": Command(run_models, "list the models that clients can use", "", LISTED),
+        "prices show": Command(run_prices_show, "list all prices", "", LISTED)},
     "Clients": {
-        "ask": Command(run_ask, "ask a model a question", 'ask "What is 2 + 2?" -m demo/echo', [MODEL, Argument(
+        "ask": Command(run_ask, "ask a model a question", '"What is 2 + 2?" -m demo/echo', [MODEL, Argument(
             "question", Field(meaning="- or nothing: read it from a pipe"), "QUESTION", required=True, more={"nargs": "*"})]),
-        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "connect claude-code", [
+        "connect": Command(run_connect, "print the settings for a coding agent, or put them in place", "claude-code", [
             Argument("agent", metavar="AGENT", required=True, more={"choices": AGENTS}), *CONNECT]),
-        "codex": Command(run_connect, "the same for Codex, or start it", "codex --run -- exec 'Hello'", [
+        "codex": Command(run_connect, "the same for Codex, or start it", "--run -- exec 'Hello'", [
             *CONNECT, flag("run", "start codex with them, changing no file"),
             flag("profile", "in a file of its own, pomex.config.toml: codex --profile pomex"),
             Argument("prompt", Field(meaning="behind --: what codex gets"), "ARGUMENT", required=True, more={"nargs": "*"})]),
-        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway", "doctor"),
-        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once", "admin-url")},
+        "doctor": Command(run_doctor, "diagnose the connection between Codex and the gateway"),
+        "admin-url": Command(run_admin_url, "print a link that opens the dashboard once")},
     "Keys and money": {
         "keys create": of_operation("keys create", "ana --budget 50/month --models 'openai/*'", show_key),
         "keys edit": of_operation("keys edit", "ana --budget none --rpm 60", show_key),
         "keys revoke": of_operation("keys revoke", "ana", show_key),
-        "keys list": Command(run_keys_list, "list the keys", "keys list", LISTED),
+        "keys list": Command(run_keys_list, "list the keys", "", LISTED),
         "accounts create": of_operation("accounts create", "team --prepaid", show_new_account),
         "accounts credit": of_operation("accounts credit", "team 20", show_credit),
-        "accounts list": Command(run_accounts_list, "list the accounts", "accounts list", LISTED),
-        "usage": Command(run_usage, "sums of tokens and cost", "usage --since 30d --by key", [SINCE, Argument(
+        "accounts list": Command(run_accounts_list, "list the accounts", "", LISTED),
+        "usage": Command(run_usage, "sums of tokens and cost", "--since 30d --by key", [SINCE, Argument(
             "by", more={"choices": sorted(REPORT_BY), "default": "model"}), *LISTED]),
         "statement": of_operation("statement", "team --month 2026-11", show_statement, AS_JSON)},
     "The database": {
-        "ledger verify": Command(run_verify, "compute every cost and sum again", "ledger verify", [AS_JSON]),
-        "ledger export": Command(run_export, "print every row as CSV", "ledger export > usage.csv", [
+        "ledger verify": Command(run_verify, "compute every cost and sum again", "", [AS_JSON]),
+        "ledger export": Command(run_export, "print every row as CSV", "> usage.csv", [
             SINCE._replace(more={"default": "1970-01-01"}), AS_CSV, AS_JSONL]),
-        "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "audit --since 30d", [
+        "audit": Command(run_audit, "list who changed keys, accounts, credits, providers and settings", "--since 30d", [
             SINCE, *LISTED]),
-        "prune": Command(run_prune, "delete old usage rows; their sums are kept", "prune --older 90d", [
+        "prune": Command(run_prune, "delete old usage rows; their sums are kept", "--older 90d", [
             SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
                            more={"required": True})]),
-        "backup": Command(run_backup, "copy the database while gateways run", "backup pomex-copy.db", [
+        "backup": Command(run_backup, "copy the database while gateways run", "pomex-copy.db", [
             Argument("file", metavar="FILE", required=True)])},
     "Help": {
-        "help": Command(run_help, "explain a command", "help keys create", [
+        "help": Command(run_help, "explain a command", "keys create", [
             Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},
 }
 EXAMPLES = ("serve", "codex --write", 'ask "What is 2 + 2?"', "keys create ana --budget 50/month")
@@ -14738,13 +14674,8 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message):
             known = re.findall(r"[a-z-]+", found[2])
-            message = f"unknown command {found[1]}.{suggest(MEANT.get(found[1], found[1]), known)}"
+            message = f"unknown command {found[1]}.{did_you_mean(MEANT.get(found[1], found[1]), known)}"
         super().error(message)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def flag_name(argument: Argument) -> str:
@@ -14789,7 +14720,7 @@ def command_parser() -> CommandParser:
         group, _, last = name.rpartition(" ")
         if group not in groups:
             groups[group] = groups[""].add_parser(group).add_subparsers(metavar="COMMAND", required=True)
-        example = f"example: {command(each.example)}"
+        example = f"example: {command(f'{name} {each.example}'.rstrip())}"
         added = groups[group].add_parser(last, help=each.help, description=each.help, epilog=example, parents=[where])
         added.set_defaults(command=each, parser=added, agent="codex", run=False, profile=False)
         add_fields(added, each.fields)
@@ -14803,7 +14734,7 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         parser.print_help(sys.stderr)
         parser.exit(2)
     if unknown:
-        hint = suggest(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
+        hint = did_you_mean(unknown[0], map(flag_name, (*WHERE, *args.command.fields)))
         args.parser.error(f"unknown option {unknown[0]}.{hint}" if unknown[0].startswith("-")
                           else f"unexpected argument {unknown[0]}")
     return args

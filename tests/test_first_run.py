@@ -13,7 +13,14 @@ import pytest
 import pomex
 
 BLOCK = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "demo/echo")
-WANTED = pomex.toml_leaves(BLOCK)
+OWN_KEYS = {("model_provider",), ("model",), ("model_providers", "pomex")}
+
+
+def toml_leaves(text):
+    return pomex.settings_leaves(pomex.CODEX_AGENT, text)
+
+
+WANTED = toml_leaves(BLOCK)
 
 MERGES = {
     "nothing": "",
@@ -44,18 +51,27 @@ IMPOSSIBLE = {
 
 def others(text):
     """What a configuration says beside our keys."""
-    return {path: value for path, value in pomex.toml_leaves(text).items() if path[:2] not in pomex.CODEX_KEYS}
+    return {path: value for path, value in toml_leaves(text).items() if path[:2] not in OWN_KEYS}
+
+
+def changed(text, values):
+    return pomex.with_settings(pomex.CODEX_AGENT, pathlib.Path("config.toml"), text, values)
 
 
 @pytest.mark.parametrize("text", MERGES.values(), ids=MERGES)
-def test_the_block_is_put_in_all_else_stays_and_comes_back(text):
-    merged = pomex.with_block(text, WANTED)
-    assert pomex.toml_leaves(merged) == {**others(text), **WANTED}
-    assert all(line in merged for line in text.removeprefix("\ufeff").splitlines())      # the replaced ones as comments
+def test_our_keys_are_put_in_all_else_stays_and_comes_back(text):
+    assert pomex.own_keys(pomex.CODEX_AGENT) == OWN_KEYS
+    merged, rest = changed(text, WANTED), changed(text, {})
+    assert toml_leaves(merged) == {**others(text), **WANTED} and toml_leaves(rest) == others(text)
+    assert [line for line in text.splitlines() if line.startswith("#") or "other" in line] == [
+        line for line in merged.splitlines() if line.startswith("#") or "other" in line]
+    assert rest.removeprefix("\ufeff").rstrip() in merged
     assert merged.startswith("\ufeff") == text.startswith("\ufeff")
     assert merged.count("\r\n") == merged.count("\n") * ("\r\n" in text)
-    assert pomex.without_block(merged).removesuffix("\n") == text.removesuffix("\n")
-    assert pomex.with_block(pomex.without_block(merged), WANTED) == merged
+    assert changed(merged, {}) == rest
+    old = {path: value for path, value in toml_leaves(text).items() if path[:2] in OWN_KEYS}
+    assert toml_leaves(changed(merged, old)) == toml_leaves(text)
+    assert changed(rest, WANTED) == changed(merged, WANTED) == merged
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
@@ -63,11 +79,7 @@ def test_what_cannot_be_merged_safely_is_refused(home, capsys, text):
     put(home, text)
     assert codex("--write") == pomex.BAD_CONFIG and home.read_text() == text and not beside(home)
     said = capsys.readouterr().err
-    assert "nothing was changed" in said and "It needs the lines that this prints: python3 pomex.py codex\n" in said
-
-
-def test_a_text_without_a_block_stays_as_it_is():
-    assert [pomex.without_block(text) for text in MERGES.values()] == [*MERGES.values()]
+    assert "nothing was changed" in said and "Pomex's lines are those that this prints: python3 pomex.py codex\n" in said
 
 
 @pytest.fixture
@@ -97,24 +109,13 @@ def beside(file):
 
 ADDED = {("mcp_servers", "docs", "command"): "npx", ("projects", "/work", "trust_level"): "trusted"}
 ADDS = '[mcp_servers.docs]\ncommand = "npx"\n\n[projects."/work"]\ntrust_level = "trusted"\n'
-END = pomex.BLOCK_END + "\n"
-
-
-def at_the_end(text):
-    """As Codex (toml_edit) adds tables: before the comments at the end."""
-    return re.sub(f"{END}$", f"\n{ADDS}{END}", text)
-
-
 EDITS = {       # what is done to the text that write left
-    "tables before the last mark": at_the_end,
-    "tables at the end": lambda text: text + "\n" + ADDS,
+    "tables at the end": lambda text: f"{text}\n{ADDS}",
     "tables before ours": lambda text: f"\n{ADDS}[model_providers.pomex]\n".join(text.rsplit("\n[model_providers.pomex]\n", 1)),
-    "the first mark lost with the line behind it": lambda text: at_the_end(text.replace(END, "", 1)),
-    "no marks of an end": lambda text: text.replace(END, "").rstrip("\r\n") + "\n" + ADDS,
-    "other line ends": lambda text: at_the_end(text.replace("\r", "")).replace("\n", "\r\n"),
-    "another model": lambda text: at_the_end(text.replace('"demo/echo"', '"demo/tools"')),
-    "more in our table": lambda text: at_the_end(text.replace('wire_api = "responses"', 'wire_api = "responses"\nmore = 1')),
-    "a table in our table": lambda text: at_the_end(text) + '[model_providers.pomex.env_http_headers]\nx = "y"\n',
+    "other line ends": lambda text: f"{text}\n{ADDS}".replace("\r", "").replace("\n", "\r\n"),
+    "another model": lambda text: f"{text}\n{ADDS}".replace('"demo/echo"', '"demo/tools"'),
+    "more in our table": lambda text: f"{text}\n{ADDS}".replace('wire_api = "responses"', 'wire_api = "responses"\nmore = 1'),
+    "a table in our table": lambda text: f'{text}\n{ADDS}[model_providers.pomex.env_http_headers]\nx = "y"\n',
 }
 
 
@@ -130,8 +131,8 @@ def test_undo_gives_the_file_before_with_the_edits_since(home, capsys, before, e
     put(home, edited)
     capsys.readouterr()
     assert codex("--undo") == 0
-    said, old = capsys.readouterr().err, pomex.toml_leaves(before or "")
-    assert pomex.toml_leaves(home.read_bytes().decode()) == {**old, **ADDED} and "Pomex's settings are out of" in said
+    said, old = capsys.readouterr().err, toml_leaves(before or "")
+    assert toml_leaves(home.read_bytes().decode()) == {**old, **ADDED} and "Pomex's settings are out of" in said
     assert beside(home).get("config.toml.pomex-bak") == (before or None)
     assert codex("--undo") == 1 and "Nothing to undo" in capsys.readouterr().err
 
@@ -146,10 +147,16 @@ def test_undo_without_edits_gives_the_very_file_or_none(home, before):
     assert home.exists() == bool(before) and bool(before) == ("config.toml.pomex-bak" in beside(home))
 
 
-def test_a_file_that_was_written_anew_without_comments_is_left_alone(home, capsys):
-    put(home, 'model = "gpt-5"\n')
+@pytest.mark.parametrize("add", ["# a comment\n", "\n[tools]\n"], ids=["a comment", "an empty table"])
+def test_undo_keeps_what_changes_no_setting(home, add):
+    put(home, '# mine\nmodel = "gpt-5"   # mine too\n')
     assert codex("--write") == 0
-    put(home, "".join(line for line in home.read_text().splitlines(keepends=True) if not line.startswith("#")))
+    put(home, home.read_text() + add)
+    assert codex("--undo") == 0 and home.read_text() == 'model = "gpt-5"\n# mine\n' + add
+
+
+def test_a_file_that_names_no_key_of_ours_is_left_alone(home, capsys):
+    put(home, '[model_providers.pomex]\nname = "x"\nenv_key = "MY_KEY"\n')
     now = home.read_text()
     assert codex("--undo") == 1 and home.read_text() == now
     assert "Nothing to undo: ~/codexhome/config.toml has no block that codex --write made." in capsys.readouterr().err
@@ -157,10 +164,10 @@ def test_a_file_that_was_written_anew_without_comments_is_left_alone(home, capsy
 
 def test_what_cannot_be_undone_safely_is_left_alone(home, capsys):
     assert codex("--write", "--model", "demo/echo") == 0
-    put(home, pomex.BLOCK_BEGIN + '\nmodel_providers = { pomex = { name = "x" }, mine = { name = "y" } }\n')
+    put(home, 'model_providers = { pomex = { env_key = "POMEX_API_KEY" }, mine = { name = "y" } }\n')
     now = home.read_text()
     assert codex("--undo") == pomex.BAD_CONFIG and home.read_text() == now
-    assert "Edit it by hand: remove model_provider, model, model_providers.pomex" in capsys.readouterr().err
+    assert "Edit it by hand. Pomex's lines are those that this prints: " in capsys.readouterr().err
 
 
 def test_a_second_write_and_a_second_undo_say_what_is_true(home, capsys):
@@ -186,7 +193,7 @@ def test_a_second_write_keeps_what_was_added_to_our_table_and_a_model_codex_know
     assert codex("--write", "--model", "openai/gpt-6-sol") == 0
     known = pomex.agent_settings(pomex.CODEX_AGENT, "http://127.0.0.1:7663", "openai/gpt-6-sol")
     assert "model_catalog_url" not in home.read_text()
-    assert pomex.toml_leaves(home.read_text()) == {**pomex.toml_leaves(known),
+    assert toml_leaves(home.read_text()) == {**toml_leaves(known),
                                                    ("model_providers", "pomex", "request_max_retries"): 4}
 
 
@@ -199,9 +206,9 @@ def test_the_block_that_serve_prints_and_somebody_pasted_is_up_to_date(home, cap
 def test_what_is_added_between_two_writes_outlives_the_undo(home):
     put(home, 'model = "gpt-5"\n')
     assert codex("--write") == 0
-    put(home, at_the_end(home.read_text()))
+    put(home, home.read_text() + "\n" + ADDS)
     assert codex("--write", "--model", "demo/tools") == 0 and codex("--undo") == 0
-    assert pomex.toml_leaves(home.read_text()) == {("model",): "gpt-5", **ADDED}
+    assert toml_leaves(home.read_text()) == {("model",): "gpt-5", **ADDED}
     assert beside(home)["config.toml.pomex-bak"] == 'model = "gpt-5"\n'
 
 
@@ -230,7 +237,8 @@ def test_a_file_that_is_gone_needs_no_undo(home, capsys):
     home.unlink()
     assert codex("--undo") == 1 and not home.exists()
     assert beside(home) == {"config.toml.pomex-bak": 'model = "gpt-5"\n'}
-    assert codex("--write") == 0 and codex("--undo") == 0 and not home.exists()
+    assert codex("--write") == 0 and codex("--undo") == 0 and not home.exists(), "nothing of the first write's copy comes back"
+    assert beside(home) == {"config.toml.pomex-bak": 'model = "gpt-5"\n', "config.toml.pomex-bak.1": ""}
 
 
 @pytest.mark.parametrize("link", ["dotfiles/codex.toml", "{home}/dotfiles/codex.toml"], ids=["relative", "absolute"])
@@ -395,7 +403,7 @@ def test_what_else_the_file_says_stays_and_undo_brings_back_what_was_replaced(pl
         file.write_text(json.dumps({**json.loads(file.read_text()), "$version": 4}))
     assert connect(name, "--undo") == 0
     assert json.loads(file.read_text()) == {**OWN[name], **({"$version": 4} if edited else {})}
-    assert (file.read_text() == own) == (not edited) and os.listdir(file.parent) == [file.name]
+    assert (file.read_text() == own) == (not edited) and beside(file) == {f"{file.name}.pomex-bak": own}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -580,7 +588,7 @@ def test_run_starts_codex_with_overrides_and_a_key_and_changes_no_file(home, mon
     pomex.main(["codex", "--run", "--", "exec", "What is 2 + 2?"])
     (path, words, key), = started
     assert path == words[0] == "codex" and words[-2:] == ["exec", "What is 2 + 2?"] and key.startswith("sk-rh-")
-    given = pomex.toml_leaves("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
+    given = toml_leaves("\n".join(word for flag, word in zip(words, words[1:]) if flag == "-c"))
     assert given == WANTED and not home.exists()
 
 

@@ -215,6 +215,11 @@ GONE += """
     SERVICE_UNIT colored fetch gateway_status init_text list_balances local_models record_gateway
     recorded_gateways run_health run_unit show_balance version_at
 """.split()
+# Of the file at 253e22a: a second way to put settings into a file and take them out.
+GONE += """
+    BLOCK_BEGIN BLOCK_END CODEX_KEYS CODEX_TABLE_PATH REPLACED is_codex_key other_leaves subtable suggest toml_leaves with_block
+    without_block
+""".split()
 
 
 def definitions(body, prefix=""):

@@ -1021,6 +1021,10 @@ def check_members(value: JSON, members: Fields, path: str) -> None:
             spec.inner(given, f"{path}.{name}")
 
 
+def object_with(members: Fields) -> Field:
+    return OBJECT._replace(inner=lambda value, path: check_members(value, members, path))
+
+
 def check_content(content: Any, path: str) -> None:
     if isinstance(content, list) and not all(map(is_text_part, content)):  # nearly all are
         check_typed(content, PART_FIELDS, path)

@@ -3668,14 +3668,14 @@ def block_parts(blocks: Any, path: str, dropped: list[str]) -> list[JSON]:
 def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
     kind, text = block["type"], block.get("text") or block.get("content") or ""
     if kind == "tool_use":
-        fields = {"call_id": block["id"], "name": block["name"], "arguments": dumps(block["input"])}
-        return [{"type": "function_call", **fields}]
+        call_id, arguments = own_call_id(block["id"]), dumps(block["input"])
+        return [{"type": "function_call", "call_id": call_id, "name": block["name"], "arguments": arguments}]
     if kind == "tool_result":
         mark = TOOL_ERROR if block.get("is_error") else ""
         output = mark + text if isinstance(text, str) else block_parts(text, f"{path}.content", dropped)
         if mark and not isinstance(output, str):
             output.insert(0, input_text(mark))
-        return [{"type": "function_call_output", "call_id": block["tool_use_id"], "output": output}]
+        return [{"type": "function_call_output", "call_id": own_call_id(block["tool_use_id"]), "output": output}]
     if kind.endswith("thinking"):
         sealed = block.get("signature") or block.get("data") or ""
         if not sealed.startswith(ENVELOPE_PREFIX):
@@ -3768,6 +3768,12 @@ def messages_frame(kind: str, **fields: Any) -> bytes:
 
 MESSAGE_STOP = messages_frame("message_stop")
 LASTING_ID = re.compile("[a-zA-Z0-9_-]{12,64}")     # Anthropic takes it, and call_0 would come again
+SHORT_ID = re.compile("[a-zA-Z0-9_-]{1,11}")
+
+
+def own_call_id(tool_use_id: str) -> str:
+    """The id that the provider gave the call: its reasoning may name it."""
+    return re.sub(r"^fc_[0-9a-f]+_\d+__", "", tool_use_id)
 
 
 def item_blocks(item: JSON) -> list[JSON]:
@@ -3792,7 +3798,10 @@ def item_blocks(item: JSON) -> list[JSON]:
 
 
 def tool_use(call_id: str, item_id: str, name: str, given: JSON) -> JSON:
-    call_id = call_id if LASTING_ID.fullmatch(call_id) else item_id
+    if SHORT_ID.fullmatch(call_id):
+        call_id = f"{item_id}__{call_id}"       # own_call_id() finds it again
+    elif not LASTING_ID.fullmatch(call_id):
+        call_id = item_id
     return {"type": "tool_use", "id": call_id, "name": name, "input": given}
 
 
@@ -3844,6 +3853,7 @@ class MessagesAnswer(ClientAnswer):
     live: Item | None = None    # the item that streams
     waiting: dict[int, list[JSON]]      # the blocks of items that have ended, by index
     stop_reason = "end_turn"
+    held: Sequence[JSON] = ()       # thoughts that may follow the last text, where no client expects a block
 
     def message(self, content: list[JSON], stop_reason: str | None, usage: Usage) -> JSON:
         return {
@@ -3870,6 +3880,7 @@ class MessagesAnswer(ClientAnswer):
         return messages_frame("ping")
 
     def begin_block(self, item: Item) -> bytes:
+        held = self.whole_blocks(self.held)
         text, block = LIVE_BLOCKS[item.kind]
         kind, name = BLOCK_DELTAS[text]
         if item.tool:
@@ -3880,7 +3891,7 @@ class MessagesAnswer(ClientAnswer):
         item.delta_tail = "}}\n\n"
         self.blocks += 1
         self.is_open = True
-        return messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
+        return held + messages_frame("content_block_start", index=self.blocks - 1, content_block=block)
 
     def block_delta(self, **delta: Any) -> bytes:
         return messages_frame("content_block_delta", index=self.blocks - 1, delta=delta)
@@ -3932,10 +3943,19 @@ class MessagesAnswer(ClientAnswer):
         if not item.delta_head:
             self.waiting[item.index] = item_blocks(json.loads(text))
         while self.waiting and not self.live:
-            for block in self.waiting.pop(min(self.waiting)):
-                frames.append(whole_block(self.blocks, block))
-                self.blocks += 1
-                self.stop_reason = "tool_use" if "input" in block else self.stop_reason
+            blocks = [*self.held, *self.waiting.pop(min(self.waiting))]
+            if blocks and blocks[-1]["type"] == "redacted_thinking":
+                self.held = blocks
+            else:
+                frames.append(self.whole_blocks(blocks))
+        return b"".join(frames)
+
+    def whole_blocks(self, blocks: Sequence[JSON]) -> bytes:
+        self.held = ()
+        frames = [whole_block(index, block) for index, block in enumerate(blocks, self.blocks)]
+        self.blocks += len(blocks)
+        if any("input" in block for block in blocks):
+            self.stop_reason = "tool_use"
         return b"".join(frames)
 
     def reason(self, attempt: Attempt) -> str:
@@ -3949,10 +3969,13 @@ class MessagesAnswer(ClientAnswer):
         assert attempt.usage is not None
         delta = {"stop_reason": self.reason(attempt), "stop_sequence": None}
         ending = messages_frame("message_delta", delta=delta, usage=messages_counts(attempt.usage))
-        return self.start(attempt) + ending + MESSAGE_STOP
+        only = b"" if self.blocks else self.whole_blocks(self.held)
+        return self.start(attempt) + only + ending + MESSAGE_STOP
 
     def body(self, attempt: Attempt, now_s: int) -> str:
         content = [block for item in json.loads(attempt.output()) for block in item_blocks(item)]
+        while len(content) > 1 and content[-1]["type"] == "redacted_thinking":
+            content.pop()
         if any("input" in block for block in content):
             self.stop_reason = "tool_use"
         assert attempt.usage is not None

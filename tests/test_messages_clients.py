@@ -399,7 +399,7 @@ ANSWERS = {
                                      {"tool_calls": [{"index": 1, "id": "call_dddddddddddd", "function": {"name": "get", "arguments": '{"a":'}}]},
                                      {"tool_calls": [{"index": 0, "function": {"arguments": '{"a":"b"}'}}]},
                                      {"tool_calls": [{"index": 1, "function": {"arguments": "2}"}}]}, finish="tool_calls"),
-                        [{**CALL, "id": "fc_0123456789_0"}, {**CALL, "id": "call_dddddddddddd", "input": {"a": 2}}], "tool_use"),
+                        [{**CALL, "id": "fc_0123456789_0__call_0"}, {**CALL, "id": "call_dddddddddddd", "input": {"a": 2}}], "tool_use"),
     "a call without arguments": ("chat", chat({"tool_calls": [{"index": 0, "id": "call_aaaaaaaaaaaa", "function": {"name": "get", "arguments": ""}}]}, finish="tool_calls"),
                                  [{**CALL, "input": {}}], "tool_use"),
 }
@@ -737,7 +737,7 @@ def test_thoughts_keep_their_signatures_over_turns_and_nothing_foreign_goes_up()
     own = {"type": "thinking", "thinking": "Hm é", "signature": "EqAB"}
     sent, dropped = turn("responses", "openai", responses(item_event("done", REASONING), item_event("done", MESSAGE, 1), done_of(REASONING, MESSAGE)))
     assert "EqAB" not in json.dumps(sent) and dropped == ["messages:thinking"]
-    gemini = {"candidates": [{"content": {"role": "model", "parts": [{"text": "So", "thought": True}, {"text": "Yes", "thoughtSignature": "c2ln"}]},
+    gemini = {"candidates": [{"content": {"role": "model", "parts": [{"text": "So", "thought": True}, {"functionCall": {"name": "get", "args": {}}, "thoughtSignature": "c2ln"}]},
                               "finishReason": "STOP"}], "usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 2}}
     sent, dropped = turn("gemini", "google", [f"data: {json.dumps(gemini)}\n\n".encode()])
     assert "EqAB" not in json.dumps(sent) and "gAAAA" not in json.dumps(sent) and set(dropped) == {"reasoning:openai", "messages:thinking"}

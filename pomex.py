@@ -14227,9 +14227,11 @@ def check_codex_file() -> tuple[Check, JSON, JSON]:
 
 def check_provider(provider: JSON, url: str) -> list[Check]:
     """The provider's table, but for the key. Of an address on another machine only its end is known."""
-    wire_api, base = provider.get("wire_api", "responses"), str(provider.get("base_url", "")).rstrip("/")
-    means = '"responses"' if "wire_api" in provider else 'not set, which means "responses" to Codex 0.128.0 and newer'
-    checks = [expect("  wire_api", means, "" if wire_api == "responses" else f'"{wire_api}" must be "responses"')]
+    wire_api, base = provider.get("wire_api"), str(provider.get("base_url", "")).rstrip("/")
+    problem, state = "" if wire_api == "responses" else f'"{wire_api}" must be "responses"', "wrong"
+    if wire_api is None:
+        problem, state = 'not set, which means "responses" to Codex 0.128.0 and newer', "note"
+    checks = [expect("  wire_api", '"responses"', problem, state=state)]
     if provider.get("supports_websockets"):
         checks.append(Check("  websockets", "wrong", "supports_websockets = true", "delete that line"))
     elsewhere = url and is_loopback(urllib.parse.urlsplit(base).hostname or "") and base != f"{url}/v1"

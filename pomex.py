@@ -3675,7 +3675,8 @@ def block_part(block: JSON, path: str, dropped: list[str]) -> list[JSON]:
         output = mark + text if isinstance(text, str) else block_parts(text, f"{path}.content", dropped)
         if mark and not isinstance(output, str):
             output.insert(0, input_text(mark))
-        return [{"type": "function_call_output", "call_id": own_call_id(block["tool_use_id"]), "output": output}]
+        call_id = own_call_id(block["tool_use_id"])
+        return [{"type": "function_call_output", "call_id": call_id, "output": output}]
     if kind.endswith("thinking"):
         sealed = block.get("signature") or block.get("data") or ""
         if not sealed.startswith(ENVELOPE_PREFIX):

@@ -940,6 +940,10 @@ def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    return sha256_hex(json.dumps(value, sort_keys=True))[:16]
+
+
 JSON_NAMES = {
     str: "a string", int: "an integer", float: "a number", bool: "true or false",
     dict: "an object", list: "an array", type(None): "null",
@@ -6464,7 +6468,7 @@ class GeminiContents(TurnEncoder):
 
     def encode(self) -> list[JSON]:
         self.calls: dict[str, JSON] = {}  # by call_id: what a result repeats
-        self.signatures: dict[str, str] = {}  # by call_id
+        self.signatures: dict[str, tuple[str, Any]] = {}  # by call_id, with json_digest of the arguments
         # index of a content -> number of its parts before new text
         self.searched = collections.Counter[int]()
         self.encode_items()
@@ -6491,7 +6495,7 @@ class GeminiContents(TurnEncoder):
         elif not signature:
             self.dropped.append("reasoning:foreign")
         elif "for" in replay:
-            self.signatures[replay["for"]] = signature
+            self.signatures[replay["for"]] = signature, replay.get("arguments")
         else:
             self._sign_text(signature, replay.get("characters", 0))
 
@@ -6523,9 +6527,10 @@ class GeminiContents(TurnEncoder):
         part: JSON = {"functionCall": {**call, "args": json.loads(item["arguments"])}}
         # gather_turns numbers repeated ids; the newest signature counts
         unnumbered = re.sub(r"_\d+$", "", call_id)
-        signature = self.signatures.get(call_id) or self.signatures.get(unnumbered)
-        if signature:
-            part["thoughtSignature"] = signature
+        found = self.signatures.get(call_id) or self.signatures.get(unnumbered)
+        # Claude Code adds the defaults of its tools: that is another call than the signed one
+        if found and found[1] in (None, json_digest(part["functionCall"]["args"])):
+            part["thoughtSignature"] = found[0]
         self.add("assistant", [part])
 
     def function_call_output(self, item: JSON) -> None:
@@ -6715,7 +6720,7 @@ class GeminiDecoder(Decoder):
             item_key = self._new_key()
             call_id = self._call_id(item_key, given.get("id"))
             if signature:
-                self._carry({"for": call_id, "signature": signature})
+                self._carry({"for": call_id, "signature": signature, "arguments": json_digest(args or {})})
             self.sink.call(item_key, call_id, self.tool_map.resolve(name))
             self.sink.add(item_key, value_text(args) or "{}", "arguments")
             self.sink.done(item_key)

@@ -319,8 +319,16 @@ def test_20_21_signatures_go_before_their_call_and_behind_their_message() -> Non
     assert view.kinds() == ["reasoning", "message", "reasoning", "reasoning", "function_call", "function_call",
                             "reasoning", "function_call", "reasoning"]
     f, _, h = view.call_ids()
-    assert view.replays() == [{"signature": "T", "characters": 6}, {"for": f, "signature": "F"}, {"for": h, "signature": "H"},
-                              {"signature": "E", "characters": 0}]
+    assert view.replays() == [{"signature": "T", "characters": 6}, {"for": f, "signature": "F", "arguments": pomex.json_digest({})},
+                              {"for": h, "signature": "H", "arguments": pomex.json_digest({})}, {"signature": "E", "characters": 0}]
+
+
+def test_a_call_that_the_client_changed_has_the_dummy() -> None:
+    signed = replay(**{"for": "a"}, signature="S", arguments=pomex.json_digest({"path": "x"}))
+    for arguments, wanted in (({"path": "x"}, "S"), ({"path": "x", "all": False}, DUMMY)):
+        contents, _ = replayed([user("q"), signed, {**function_call("a"), "arguments": json.dumps(arguments)}])
+        [call] = [part for content in contents for part in content["parts"] if "functionCall" in part]
+        assert call["thoughtSignature"] == wanted
 
 
 def test_text_after_a_signed_part_is_a_message_of_its_own() -> None:

@@ -134,13 +134,15 @@ def test_claude_code_asks_again_after_an_interrupted_stream(claude: Agent, scrip
 
 
 @pytest.mark.parametrize("wire", FOUR_WIRES)
-def test_claude_code_runs_an_interrupted_call_once_at_most(claude: Agent, script: Script) -> None:
+def test_claude_code_runs_an_interrupted_call_once_at_most(claude: Agent, wire: str, script: Script) -> None:
+    """From Gemini a call comes whole: the agent runs it, whatever the stream does then, and goes on."""
     command = {"command": "echo ran >> ran.txt # " + "long " * 40, "description": "It runs"}
-    script.play(says(Call("Bash", command), end="cut"), says(Call("Bash", command)), says("It ran."))
+    again = [] if wire == "gemini" else [says(Call("Bash", command))]
+    script.play(says(Call("Bash", command), end="cut"), *again, says("It ran."))
     ran = claude.run("Run it")
     assert (ran.code, ran.result["result"]) == (0, "It ran."), ran
     assert (claude.work / "ran.txt").read_text() == "ran\n"
-    script.played_out(requests=3)
+    script.played_out(requests=2 + len(again))
 
 
 @pytest.mark.parametrize("wire", FOUR_WIRES)

@@ -10774,8 +10774,15 @@ def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> Up
     passes = provider.relay == "bytes" or provider.wire_api != "responses"
     ctx = EncodeContext(down.answer, envelope, target.origin, target.model, passes, provider.dialect, provider.prompt_cache,
                         provider.overrides, down.client.attempts + 1)
+    request, limit = down.answer.request, known_models(provider.name).get(target.model, ModelFacts()).max_output
+    # Messages requires a limit, so it is no wish: Claude Code sends 64,000, whatever the model
+    is_over = 0 < limit < request.get("max_output_tokens", 0) and request.api == "messages" != provider.wire_api
+    if is_over:
+        down.answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
     try:
-        return WIRES[provider.wire_api].call(ctx)
+        call = WIRES[provider.wire_api].call(ctx)
+        call.dropped.extend(["max_tokens"] * is_over)
+        return call
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         log.error("%s %s: %s", down.client.request_id, target.id, fault_location(error))
         raise BadRequest("A field of the request has a type that it may not have.", code="invalid_type") from None

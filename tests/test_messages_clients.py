@@ -797,6 +797,15 @@ def test_a_translated_answer_whole_and_streamed(tmp_path):
     run(tmp_path, scenario, {"c": ("chat", "normalise", answers)})
 
 
+def test_a_limit_above_the_models_own_is_lowered_and_named(tmp_path):
+    """Claude Code asks any model for 64,000 tokens."""
+    async def scenario(world):
+        for limit, wanted, dropped in ((64_000, 8191, "max_tokens"), (100, 100, None)):
+            _, headers, _ = await post(world, body(model="mistral/mistral-small", stream=True, max_tokens=limit))
+            assert world.upstreams["mistral"].asked[-1][1]["max_tokens"] == wanted and headers.get("x-pomex-dropped") == dropped
+    run(tmp_path, scenario, {"mistral": ("chat", "normalise", [sse(chat({"content": "Hello"}))] * 2)})
+
+
 def test_the_demo_answers(tmp_path):
     async def scenario(world):
         status, _, raw = await post(world, body(model="demo/tools", stream=True, tools=[TOOL]))

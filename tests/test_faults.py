@@ -20,7 +20,7 @@ from faults import COMPLETED, FAILED, INCOMPLETE, SECRET, WHOLES, WIRES, stream_
 PROVIDERS = {"responses": ("responses", "normalise"), "relayed": ("responses", "bytes"), "chat": ("chat", ""),
              "messages": ("messages", ""), "gemini": ("gemini", "")}
 PROMPT = "PROMPT-SECRET-4711"
-LIMITS = """connect_timeout_s = 1
+LIMITS = """connect_timeout_s = 3
 first_byte_timeout_s = 3
 idle_timeout_s = 3
 total_timeout_s = 20

@@ -407,7 +407,7 @@ def test_codex_that_tries_a_websocket_is_told_so_and_goes_on_over_http(setup: Se
 
 RAW = {     # what real Codex cannot be made to send any more
     "Gemini": ("/v1beta/models/m:generateContent", 404, "wrong_wire_api", "This API is not served"),
-    "Claude Code's address with /v1": ("/v1/v1/messages", 404, "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
+    "Claude Code's address with /v1": ("/v1/v1/messages", 400, "wrong_base_url", "ANTHROPIC_BASE_URL must be http://127.0.0.1"),
     "no JSON": ("/v1/responses", 400, "invalid_json", "The body is not valid JSON"),
 }
 

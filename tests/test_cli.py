@@ -820,7 +820,10 @@ def test_logs_show_the_newest_requests_and_follow(up):
         assert typed("logs", *words).stdout.splitlines() == shown, words
     rows = [json.loads(line) for line in typed("logs", "--jsonl").stdout.splitlines()]
     assert [row["result"] for row in rows] == ["completed", "failed", "refused"] and rows[0]["model"] == "demo/echo"
-    with subprocess.Popen([sys.executable, FILE, "logs", "-f", "-n", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as following:
+    def heed_ctrl_c():          # a shell's background job, which these tests may be, ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([sys.executable, FILE, "logs", "-f", "-n", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heed_ctrl_c) as following:
         assert following.stdout.readline() == lines[-1] + "\n"
         typed("ask", "again", "-m", "demo/tools")
         assert "demo/tools" in following.stdout.readline()

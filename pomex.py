@@ -3136,16 +3136,23 @@ def chat_fields(given: JSON) -> JSON:
     return fields
 
 
+def read_messages(request: ResponsesRequest, read: Callable[[Any, str], tuple[list[JSON], Any]]
+                  ) -> Iterator[tuple[list[JSON], Any]]:
+    """What `read` makes of each message and its path. Those of a growing conversation are read once."""
+    for index, message in enumerate(request.given["messages"]):
+        known = request.memo.get(id(message))
+        if known is None or known[0] is not message:
+            known = request.memo[id(message)] = message, read(message, f"messages[{index}]")
+        yield known[1]
+
+
 def translate_chat(request: ResponsesRequest) -> JSON:
     """What has no place in an item becomes a field `messages.NAME`, which no wire carries."""
-    given, memo = request.given, request.memo
+    given = request.given
     body: JSON = {"input": [], "include": ["reasoning.encrypted_content"]}
-    for index, message in enumerate(given["messages"]):
-        known = memo.get(id(message))
-        if known is None or known[0] is not message:
-            known = memo[id(message)] = message, *chat_items(message, f"messages[{index}]")
-        body["input"] += known[1]
-        body |= known[2]
+    for items, lost in read_messages(request, chat_items):
+        body["input"] += items
+        body |= lost
     if not body["input"]:
         raise invalid_param("messages", " must hold some content.")
     offered, search, choice, shape = map(
@@ -3609,12 +3616,9 @@ def translate_messages(request: ResponsesRequest) -> JSON:
     wire carries."""
     given, dropped = request.given, list[str]()
     items: list[JSON] = []
-    for index, message in enumerate(given["messages"]):
-        known = request.memo.get(id(message))
-        if known is None or known[0] is not message:
-            known = request.memo[id(message)] = message, *message_items(message, f"messages[{index}]")
-        items += known[1]
-        dropped += known[2]
+    for made, names in read_messages(request, message_items):
+        items += made
+        dropped += names
     if not items:
         raise invalid_param("messages", " have no content.")
     system = block_parts(given.get("system") or [], "system", dropped)
@@ -4115,13 +4119,14 @@ class ClientApi(NamedTuple):
     own_names: Mapping[str, str] = {}
     # the code of an error -> the status, and words at its beginning, by which this API's clients know it
     known_errors: Mapping[str, tuple[int, str]] = {}
+    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
 
     def adapt_error(self, error: GatewayError) -> None:
+        """Gives an error the status and the words of known_errors."""
         status, words = self.known_errors.get(error.code or "", (error.status, ""))
         if words.lower().rstrip(".") not in str(error).lower():
             error.args = (f"{words} {error}",)
         error.status = status
-    untranslated: Mapping[str, str] = {}    # fields that only providers of this API take -> what to send
 
 
 CLIENT_APIS: dict[str, ClientApi] = {

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 
 import agents
 import openai
+from driver_lines import answer_lines
 
 agents.set_tracing_disabled(True)
 
@@ -36,13 +36,7 @@ async def run(request, tools):
 
 
 def answer(request):
-    try:
-        return {"result": asyncio.run(run(request, [get_weather] if request["do"] == "tool" else []))}
-    except openai.APIStatusError as error:
-        return {"raised": {"type": type(error).__name__, "status": error.status_code, "message": error.message}}
-    except Exception as error:  # noqa: BLE001 - whatever the SDK raises is the answer
-        return {"raised": {"type": type(error).__name__, "message": str(error)}}
+    return asyncio.run(run(request, [get_weather] if request["do"] == "tool" else []))
 
 
-for line in sys.stdin:
-    print(json.dumps(answer(json.loads(line))), flush=True)
+answer_lines(answer, openai.APIStatusError)

@@ -6,11 +6,11 @@ end, and the tokens [input, of these cached, output].
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 
 import openai
 import pydantic
+from driver_lines import answer_lines
 
 warnings.simplefilter("error", UserWarning)         # pydantic warns where a field has not the type it declares
 WEATHER = {"type": "function", "function": {
@@ -85,13 +85,7 @@ DO = {f.__name__: f for f in (text, tool, parsed, chunks, models)}
 
 def answer(request):
     client = openai.OpenAI(base_url=request["base_url"], api_key=request["key"], max_retries=0, timeout=60)
-    try:
-        return {"result": DO[request["do"]](client, **request["arguments"])}
-    except openai.APIStatusError as error:
-        return {"raised": {"type": type(error).__name__, "status": error.status_code, "message": error.message}}
-    except Exception as error:  # noqa: BLE001 - whatever the SDK raises is the answer
-        return {"raised": {"type": type(error).__name__, "message": str(error)}}
+    return DO[request["do"]](client, **request["arguments"])
 
 
-for line in sys.stdin:
-    print(json.dumps(answer(json.loads(line))), flush=True)
+answer_lines(answer, openai.APIStatusError)

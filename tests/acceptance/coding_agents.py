@@ -5,15 +5,13 @@ An agent is a row of `AGENTS`: how it is called, what it is told of the gateway,
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import JSON, REQUIRE_TOOLS, ROOT, TOOLS, clean_environment
+from harness import JSON, REQUIRE_TOOLS, ROOT, TOOLS, clean_environment, run_in_group
 from vocabulary import Call, Item, Text
 
 NO_WAY_OUT = "http://127.0.0.1:9"               # nobody listens there
@@ -77,16 +75,7 @@ class Agent:
         path.write_text(content)
 
     def run(self, prompt: str, *options: str, timeout: float = 90) -> Ran:
-        process = subprocess.Popen([*self.command(prompt), *options], cwd=self.work, env=self.environment,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True)
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)      # the launcher and the program that it started
-            stdout, stderr = process.communicate()
-            raise AssertionError(f"{self.name} did not end in {timeout} s\n{stdout}\n{stderr}") from None
-        return Ran(process.returncode, stdout, stderr)
+        return Ran(*run_in_group([*self.command(prompt), *options], self.work, self.environment, timeout, self.name))
 
     def writes(self, file: str, content: str) -> Item:
         """What the model says to have a file written."""

@@ -275,7 +275,20 @@ class Turn:
 
 
 class Hung(AssertionError):
-    """Codex did not end in its time."""
+    """A program did not end in its time."""
+
+
+def run_in_group(command: list[str], work: Path, environment: dict[str, str], timeout: float, name: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a program and all that it starts; Hung if it does not end in time."""
+    process = subprocess.Popen(command, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)      # the launcher and the program that it started
+        stdout, stderr = process.communicate()
+        raise Hung(f"{name} did not end in {timeout} s\n{stdout}\n{stderr}") from None
+    return process.returncode, stdout, stderr
 
 
 class Codex:
@@ -310,17 +323,9 @@ class Codex:
 
     def _run(self, arguments: list[str], timeout: float) -> Turn:
         chosen = ["-m", self.model] if self.model else []
-        process = subprocess.Popen([str(self.binary), "exec", *UNATTENDED, *chosen, *arguments], cwd=self.work,
-                                   env=self.environment,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True)
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)      # the launcher and the program that it started
-            stdout, stderr = process.communicate()
-            raise Hung(f"Codex {self.version} did not end in {timeout} s\n{stdout}\n{stderr}") from None
-        return Turn(process.returncode, stdout, stderr)
+        command = [str(self.binary), "exec", *UNATTENDED, *chosen, *arguments]
+        code, stdout, stderr = run_in_group(command, self.work, self.environment, timeout, f"Codex {self.version}")
+        return Turn(code, stdout, stderr)
 
 
 # --- packages of clients ---------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """Runs where the `anthropic` package is: its messages, told and answering as in chat_driver.py."""
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 
 import anthropic
+from driver_lines import answer_lines
 
 warnings.simplefilter("error", UserWarning)
 WEATHER = {"name": "get_weather", "description": "The weather of a city.",
@@ -65,14 +64,7 @@ DO = {f.__name__: f for f in (text, tool, events, count, models)}
 def answer(request):
     client = anthropic.Anthropic(base_url=request["base_url"].removesuffix("/v1"), api_key=request["key"], max_retries=0,
                                  timeout=60)
-    try:
-        return {"result": DO[request["do"]](client, **request["arguments"])}
-    except anthropic.APIStatusError as error:
-        return {"raised": {"type": type(error).__name__, "status": error.status_code, "message": error.message,
-                           "body": error.body, "request_id": error.request_id}}
-    except Exception as error:  # noqa: BLE001 - whatever the SDK raises is the answer
-        return {"raised": {"type": type(error).__name__, "message": str(error)}}
+    return DO[request["do"]](client, **request["arguments"])
 
 
-for line in sys.stdin:
-    print(json.dumps(answer(json.loads(line))), flush=True)
+answer_lines(answer, anthropic.APIStatusError, ["body", "request_id"])

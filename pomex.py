@@ -7337,7 +7337,8 @@ class DatabaseConfig:
         10_000, "usage rows kept in memory while the database cannot be written", 1, 1_000_000)
 
     @property
-    def path(self) -> str:
+    def place(self) -> str:
+        """The file."""
         return self.url.partition(":")[2]
 
 
@@ -7744,7 +7745,7 @@ def load_config(
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
         state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
         database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
-    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).path)}"
+    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).place)}"
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
@@ -13148,7 +13149,7 @@ class GatewayServer(Server):
 
 def open_ledger(config: Config) -> contextlib.closing[Ledger]:
     database = config.database
-    return contextlib.closing(Ledger.open(database.path, database.durability, database.max_unsaved))
+    return contextlib.closing(Ledger.open(database.place, database.durability, database.max_unsaved))
 
 
 @contextlib.asynccontextmanager
@@ -13484,14 +13485,14 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     with contextlib.suppress(LedgerError):
         await ledger.save_counts()
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
-    path = home_short(config.database.path)
+    path = home_short(config.database.place)
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
         "Providers", *provider_lines(config, found, detected),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
     if ledger.list_keys():
         say(f"Keys          {count_active_keys(ledger)} active. New one: {command('keys create NAME')}")
     else:
-        say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.path),
+        say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.place),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
             re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"', f"Other agents: {command('connect AGENT')}")
@@ -13534,7 +13535,7 @@ def run_serve(args: Args) -> int:
             raise ConfigError("it is gone.")
         return await with_detected(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
 
-    is_new = not os.path.exists(config.database.path)
+    is_new = not os.path.exists(config.database.place)
     detected = not config.path and not args.no_detect
     config, found = asyncio.run(reread())
     tls_context(config.server)

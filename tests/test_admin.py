@@ -82,7 +82,7 @@ def gateway_test(test):
         async def inside():
             text = f'[server]\nport = 0\nadmin_token = "{TOKEN}"\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
             config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
-            with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+            with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
                 key = await ledger.create_key("ana", time.time(), budget_nanos=5 * 10**9)
                 other = await ledger.create_key("bo", time.time())
                 with slow_and_error():
@@ -878,7 +878,7 @@ def test_admin_tokens_may_be_several_while_one_is_replaced(tmp_path):
         config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {}, pomex.read_text)
         assert config.server.admin_token == ("another-machine-token", TOKEN)
         assert pomex.load_config("", "", {"POMEX_ADMIN_TOKEN": TOKEN}).server.admin_token == (TOKEN,)
-        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+        with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
             async with pomex.running(config, ledger) as server:
                 gateway = Gateway(server, ledger, "", "")
                 for token, status in (("another-machine-token", 200), (TOKEN, 200), ("another-machine-tokem", 401), ("", 401)):

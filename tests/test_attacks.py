@@ -110,7 +110,7 @@ def play(folder, scenario):
         up = await asyncio.start_server(gateway.upstream, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{up.sockets[0].getsockname()[1]}"
         config = pomex.load_config(CONFIG.format(url=url, secret=UPSTREAM_KEY), str(folder / "pomex.toml"), {})
-        ledger = pomex.Ledger.open(config.database.path)
+        ledger = pomex.Ledger.open(config.database.place)
         gateway.key = await ledger.create_key("laptop", time.time())
         async with pomex.running(config, ledger) as gateway.server:
             await scenario(gateway)
@@ -478,7 +478,7 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
             where = "http_headers = {'x-secret' = 'Token %s'}" % key if name == "gemini" else f"api_key = '{key}'"
             text += f"[providers.{name}]\nwire_api = '{wire}'\nbase_url = 'http://127.0.0.1:{port}/{name}'\n{where}\n" + "relay = 'bytes'\n" * (name == "relayed")
         config = pomex.load_config(text, str(tmp_path / "echo.toml"), {})
-        ledger = pomex.Ledger.open(config.database.path)
+        ledger = pomex.Ledger.open(config.database.place)
         gateway.key, ours = await ledger.create_key("k", time.time()), gateway.server
         async with pomex.running(config, ledger) as gateway.server:
             count = 0
@@ -500,7 +500,7 @@ def test_a_provider_that_echoes_its_key_everywhere_is_not_heard(key, tmp_path, m
                 told.append(await gateway.raw(f"GET /admin/api/usage/{response_id} HTTP/1.1\r\n{head}"))
                 assert statuses(told[-1]) == [200], told[-1][:300]
         ledger.close()
-        with contextlib.closing(sqlite3.connect(config.database.path)) as db:
+        with contextlib.closing(sqlite3.connect(config.database.place)) as db:
             told.append("\n".join(db.iterdump()).encode())
         assert all(f"CREATE TABLE {name} ".encode() in told[-1] for name in ("usage", "refusals", "settings", "counters"))
         up.close()

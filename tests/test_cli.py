@@ -411,7 +411,7 @@ def test_what_is_changed_on_the_command_line_is_in_the_audit_log_with_who_did_it
     for line in ("keys create k --budget 5/day", "keys edit k --budget 7/week --rpm 3", "keys revoke k", "keys revoke k",
                  "accounts create team --prepaid", "accounts credit team 20", "keys list"):
         pomex.main(line.split())
-    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.path)) as ledger:
+    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.place)) as ledger:
         key, = ledger.list_keys()
         assert audited(ledger) == [
             ("jo (cli)", "key created", "k", {}, {"budget_usd": "5", "period": "day"}),
@@ -499,7 +499,7 @@ def announced(capsys, config, found, looked, ledger, is_new=True):
 
 @pytest.fixture
 def ledger(here):
-    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.path)) as opened:
+    with contextlib.closing(pomex.Ledger.open(pomex.load_config("", "", os.environ).database.place)) as opened:
         yield opened
 
 
@@ -557,7 +557,7 @@ def test_the_second_start_shows_no_key(here, capsys, ledger):
 
 def test_without_a_terminal_the_first_key_goes_to_a_file(here, capsys, ledger):
     config = pomex.load_config("", "", os.environ)
-    path = pathlib.Path(config.database.path).with_name("first-key")
+    path = pathlib.Path(config.database.place).with_name("first-key")
     path.write_text("old")
     path.chmod(0o644)
     said = announced(capsys, config, {}, False, ledger)

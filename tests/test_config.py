@@ -175,7 +175,7 @@ def test_nothing_at_all_gives_the_defaults_and_a_database_in_the_state_folder():
     assert config.database.url == "sqlite:/home/me/.local/state/pomex/pomex.db"
     assert (config.server, config.models, config.path) == (pomex.ServerConfig(), {}, "")
     assert [*config.providers] == ["demo"]
-    assert pomex.load_config("", "", {"XDG_STATE_HOME": "/s"}).database.path == "/s/pomex/pomex.db"
+    assert pomex.load_config("", "", {"XDG_STATE_HOME": "/s"}).database.place == "/s/pomex/pomex.db"
 
 
 DATABASES = {
@@ -189,7 +189,7 @@ DATABASES = {
 
 @pytest.mark.parametrize("text, name, path", DATABASES.values(), ids=DATABASES)
 def test_the_database_lies(text, name, path):
-    assert load(text, name).database.path == path
+    assert load(text, name).database.place == path
 
 
 def test_a_variable_wins_over_the_file():
@@ -198,7 +198,7 @@ def test_a_variable_wins_over_the_file():
     config = load('[server]\nport = 80\nhost = "::1"\n', environ=environ)
     assert (config.server.port, config.server.host, config.server.heartbeat_s) == (81, "::1", 2.5)
     assert config.server.public_hosts == ("a.example", "b.example")
-    assert config.database.path == "/v.db"
+    assert config.database.place == "/v.db"
     with pytest.raises(pomex.ConfigError, match='^POMEX_PORT must be an integer, not a string.$'):
         load("", environ={"POMEX_PORT": "x"})
 

@@ -110,7 +110,7 @@ def played(tmp_path_factory):
         gate, results = asyncio.Semaphore(TOGETHER), {}
         async with faults.Upstream() as upstream:
             config = configuration(upstream.url, folder)
-            ledger = pomex.Ledger.open(config.database.path)
+            ledger = pomex.Ledger.open(config.database.place)
             key = await ledger.create_key("faults", time.time())
             async with pomex.running(config, ledger) as server:
                 async def one(case):
@@ -126,7 +126,7 @@ def played(tmp_path_factory):
                     await asyncio.sleep(0.01)
                 left = upstream.live, server.open_requests, len(asyncio.all_tasks())
             ledger.close()
-        with pomex.Ledger.open(config.database.path) as ledger_again:
+        with pomex.Ledger.open(config.database.place) as ledger_again:
             return results, left, recent(ledger_again, 10**6), key
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -289,7 +289,7 @@ def test_an_answer_too_many_never_becomes_the_answer_to_another_request(tmp_path
             f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/pomex.db"\n[providers.p]\nwire_api = "{kind}"\n'
             + (f'relay = "{relay}"\n' if relay else "")
             + f'base_url = "http://127.0.0.1:{up.sockets[0].getsockname()[1]}/v1"\n', f"{tmp_path}/pomex.toml", {})
-        ledger = pomex.Ledger.open(config.database.path)
+        ledger = pomex.Ledger.open(config.database.place)
         key = await ledger.create_key("k", time.time())
         async with pomex.running(config, ledger) as server:
             async def said(model):

@@ -491,7 +491,7 @@ def test_admin_url_prints_a_link_that_works_once(home, capsys):
     assert pomex.main(["admin-url"]) == 0
     found = re.fullmatch(r"http://127\.0\.0\.1:7663/admin#login=([\w-]{20,})\n", capsys.readouterr().out)
     config = pomex.load_config("", "", os.environ)
-    with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+    with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
         assert [asyncio.run(pomex.use_login_link(ledger.db, found[1], time.time())) for _ in range(2)] == [True, False]
 
 
@@ -530,7 +530,7 @@ def doctor(home, monkeypatch, tmp_path):
     """Examines with a gateway that runs: f(text of config.toml, key) -> the rows that are not ok."""
     async def inside(change, key):
         config = pomex.load_config(f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n', str(tmp_path / "p.toml"), {})
-        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+        with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
             token = await ledger.create_key("walker", time.time())
             monkeypatch.setenv("POMEX_API_KEY", token if key is None else key)
             if key == "":

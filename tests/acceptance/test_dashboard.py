@@ -45,7 +45,7 @@ def walk(packages, tmp_path_factory):
 
     async def run():
         config = pomex.load_config(f'[server]\nport = 0\n[database]\nurl = "sqlite:{folder}/p.db"\n', str(folder / "pomex.toml"), {})
-        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+        with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
             key = await ledger.create_key("walkers-own", time.time())
             async with pomex.running(config, ledger) as server:
                 link = await pomex.open_session(ledger.db, "link", 0, 600, time.time())
@@ -156,7 +156,7 @@ def test_while_there_is_no_key_and_no_request_every_page_says_what_to_do(package
     async def run():
         text = f'[server]\nport = 0\n[database]\nurl = "sqlite:{tmp_path}/p.db"\n'
         config = pomex.load_config(text, str(tmp_path / "pomex.toml"), {})
-        with contextlib.closing(pomex.Ledger.open(config.database.path)) as ledger:
+        with contextlib.closing(pomex.Ledger.open(config.database.place)) as ledger:
             async with pomex.running(config, ledger) as server:
                 link = await pomex.open_session(ledger.db, "link", 0, 600, time.time())
                 with Walk("empty", "http://%s:%d/admin#login=%s" % (*server.address, link), packages) as walk:

@@ -106,11 +106,14 @@ import socket
 import sqlite3
 import ssl
 import stat
+import stringprep
+import struct
 import subprocess
 import threading
 import time
 import tomllib
 import traceback
+import unicodedata
 import urllib.parse
 import weakref
 import zlib
@@ -120,6 +123,7 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -207,6 +211,13 @@ def fault_location(error: BaseException) -> str:
 
 class ConfigError(Exception):
     """An unusable configuration. The message names the file, the line or key path, and a fix."""
+
+
+def sanitize(text: str, limit: int = 100) -> str:
+    """One short line for an error or the log, without control and writing direction characters."""
+    if len(text) <= limit and text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else "?" for each in text[:limit])
 
 
 # --- JSON ---
@@ -7328,18 +7339,24 @@ class ServerConfig:
 @dataclass(frozen=True)
 class DatabaseConfig:
     url: str = option(
-        "sqlite:pomex.db", "keys and usage; a relative path is beside this file", secret=True,
-        pattern="sqlite:(?!//).+", wanted='like "sqlite:pomex.db"')
+        "sqlite:pomex.db", "keys and usage: a file (relative: beside this one), or one PostgreSQL for "
+        'many machines, "postgresql://user@host/name"; "env:NAME" or "file:PATH" too', secret=True,
+        pattern="(sqlite:(?!//)|postgres(ql)?://|env:|file:).+",
+        wanted='like "sqlite:pomex.db" or "postgresql://user@host/name"')
     durability: str = option(
-        "process", "what answered requests survive: a killed process, or a power loss",
+        "process", "what answered requests survive with SQLite: a killed process, or a power loss",
         choices=("process", "power"))
     max_unsaved: int = option(
         10_000, "usage rows kept in memory while the database cannot be written", 1, 1_000_000)
 
     @property
     def place(self) -> str:
-        """The file."""
-        return self.url.partition(":")[2]
+        """The file, or PostgreSQL's URL."""
+        return self.url.removeprefix("sqlite:")
+
+    @property
+    def postgres(self) -> PostgresAddress | None:
+        return read_postgres_url(self.url) if POSTGRES_URL.fullmatch(self.url) else None
 
 
 @dataclass(frozen=True)
@@ -7721,7 +7738,88 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
     return prices
 
 
-# --- 7.3 the whole configuration ---
+# --- 7.3 PostgreSQL's address ---
+
+POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:([^/?]*)@)?([^@/?]*)(?:/([^?]*))?(?:\?(.*))?")
+POSTGRES_HOST = re.compile(r"(/.*|\[[^\]]+\]|[^:\[]+)(?::([0-9]{1,5}))?")
+POSTGRES_PARAMETERS = (
+    "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey",
+    "connect_timeout", "application_name", "target_session_attrs")
+SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
+
+
+class PostgresAddress(NamedTuple):
+    """A connection URI of libpq (PostgreSQL's manual, 34.1.1.2)."""
+    hosts: tuple[tuple[str, int], ...]  # tried in this order; "/run/postgresql" is a socket's folder
+    user: str
+    password: str
+    database: str
+    sslmode: str  # one of SSL_MODES
+    parameters: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Without the password, for messages."""
+        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        return f"postgresql://{self.user}@{hosts}/{self.database}"
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or bool(re.fullmatch(r".*\.localhost|127(\.\d+){3}", host))
+
+
+def read_postgres_url(url: str) -> PostgresAddress:
+    """ValueError says what is wrong, without the URL."""
+    found = POSTGRES_URL.fullmatch(url)
+    if found is None:
+        raise ValueError('must be like "postgresql://user@host:5432/name?sslmode=verify-full".')
+    login, netloc, path, query = (text or "" for text in found.groups())
+    user, _, password = login.partition(":")
+    given = {"user": user, "password": password, "host": netloc, "dbname": path}
+    words = {name: value for name, _, value in (word.partition("=") for word in query.split("&") if word)}
+    for name in words.keys() - {*POSTGRES_PARAMETERS}:
+        hint = did_you_mean(name, POSTGRES_PARAMETERS)
+        raise ValueError(f"the parameter {name[:40]} is not known here.{hint} Known: "
+                         f"{', '.join(POSTGRES_PARAMETERS)}.")
+    given = {name: urllib.parse.unquote(value)
+             for name, value in (words | {name: value for name, value in given.items() if value}).items()}
+    hosts = []
+    for text in given.get("host", "").split(","):
+        at = POSTGRES_HOST.fullmatch(text)
+        port = (at and at[2]) or given.get("port", "5432")
+        if at is None or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError("it names no host, or a port that is none. (The folder of a socket is "
+                             "?host=/run/postgresql; in a password @ : / ? # % are %40 %3A %2F %3F %23 %25.)")
+        hosts.append((at[1].strip("[]"), int(port)))
+    if "user" not in given:
+        raise ValueError("it names no user, like postgresql://user@host/name.")
+    local = all(host.startswith("/") or is_loopback(host) for host, _ in hosts)
+    sslmode = given.get("sslmode", "disable" if local else "verify-full")
+    if sslmode not in SSL_MODES:
+        raise ValueError("sslmode must be verify-full, verify-ca, require or disable. (allow and prefer would "
+                         "go on in the clear without a word.)")
+    if given.get("target_session_attrs", "read-write") not in ("any", "read-write", "primary"):
+        raise ValueError("target_session_attrs must be read-write: Pomex writes.")
+    if not re.fullmatch("[1-9][0-9]{0,2}", given.get("connect_timeout", "5")):
+        raise ValueError("connect_timeout is in seconds, from 1 to 999.")
+    return PostgresAddress(tuple(hosts), given["user"], given.get("password", ""),
+                           given.get("dbname") or given["user"], sslmode, given)
+
+
+def database_url(source: ConfigFile, url: str) -> str:
+    """With what the file or variable behind it says, an absolute path, and PGPASSWORD. ConfigError."""
+    with source.about(("database", "url"), "", secret=True):
+        url = check(source.secret(url), config_fields(DatabaseConfig)["url"], "")
+        if url.startswith("sqlite:"):
+            return f"sqlite:{source.resolve_path(url.removeprefix('sqlite:'))}"
+        password = source.environ.get("PGPASSWORD", "")
+        if password and not read_postgres_url(url).password:
+            url += f"{'&' if '?' in url else '?'}password={urllib.parse.quote(password, safe='')}"
+        read_postgres_url(url)
+        return url
+
+
+# --- 7.4 the whole configuration ---
 
 ADMIN_TOKEN = Field(pattern="(?!sk-rh-)[!-~]{16,}",
                     wanted="at least 16 characters, without spaces, and no API key")
@@ -7745,7 +7843,7 @@ def load_config(
         home = environ.get("HOME") or environ.get("USERPROFILE") or "."
         state = environ.get("XDG_STATE_HOME") or f"{home}/.local/state"
         database.setdefault("url", f"sqlite:{state}/pomex/pomex.db")
-    database["url"] = f"sqlite:{source.resolve_path(DatabaseConfig(**database).place)}"
+    database["url"] = database_url(source, DatabaseConfig(**database).url)
     demo = DemoConfig(**source.settings(config_fields(DemoConfig), "demo"))
     providers = {each: read_provider(source, each) for each in source.table("providers")}
     if demo.enabled:
@@ -7888,7 +7986,7 @@ class UsageRow(NamedTuple):
     reasoning: int = 0
     cache_write_1h: int = 0
     web_searches: int = 0
-    price: str = ""  # USD per million tokens, as section 8.4 has it; "": no price
+    price: str = ""  # USD per million tokens, as section 8.7 has it; "": no price
     multiplier: int = 1_000_000  # of the account, in millionths
     cost_nanos: int = 0
     saved_nanos: int = 0  # by the cache
@@ -8002,7 +8100,7 @@ NEW_KEY = "codex app-server daemon restart"  # Codex 0.169 and newer, but not co
 
 # --- 8.2 the database ---
 #
-# All SQL but the schema is in the subset that SQLite 3.34 and PostgreSQL 14 share.
+# All SQL is in the subset that SQLite 3.34 and PostgreSQL 12 share; POSTGRES_WORDS has what differs in the schema.
 
 SCHEMA_VERSION = 5
 APPLICATION_ID = 0x506F6D78  # "Pomx", in the header: no other program's file is written to
@@ -8013,52 +8111,63 @@ TYPES = {name: STRING if "str" in str(kind) else INTEGER for name, kind in Usage
 ROW_TYPES = ", ".join(map(" ".join, TYPES.items()))
 ROLLUP_TYPES = ", ".join(f"{name} {TYPES[name] if name in ROLLUP_KEY else INTEGER}" for name in ROLLUP_COLUMNS)
 SCHEMA = (
-    f"CREATE TABLE settings (name {STRING} PRIMARY KEY, value {STRING}) WITHOUT ROWID",
-    f"""CREATE TABLE accounts (
+    f"CREATE TABLE IF NOT EXISTS settings (name {STRING} PRIMARY KEY, value {STRING}) WITHOUT ROWID",
+    f"""CREATE TABLE IF NOT EXISTS accounts (
         id {ROW_ID}, name {STRING} UNIQUE, prepaid {INTEGER}, limit_nanos BIGINT, multiplier BIGINT NOT NULL DEFAULT 1000000,
         created_s {INTEGER})""",
-    f"""CREATE TABLE keys (
+    f"""CREATE TABLE IF NOT EXISTS keys (
         id {ROW_ID}, name {STRING}, digest {STRING} UNIQUE, hint {STRING}, created_s {INTEGER}, expires_s {INTEGER},
         revoked_s {INTEGER}, account_id BIGINT NOT NULL DEFAULT 1, models {STRING}, budget_nanos BIGINT,
         period TEXT NOT NULL DEFAULT 'month', rpm {INTEGER}, tpm {INTEGER}, concurrent {INTEGER}, allow_unpriced {INTEGER},
         revision BIGINT NOT NULL DEFAULT 1)""",
-    "CREATE UNIQUE INDEX keys_active ON keys (name) WHERE revoked_s = 0",
-    "CREATE INDEX keys_revision ON keys (revision)",
-    f"""CREATE TABLE credits (
+    "CREATE UNIQUE INDEX IF NOT EXISTS keys_active ON keys (name) WHERE revoked_s = 0",
+    "CREATE INDEX IF NOT EXISTS keys_revision ON keys (revision)",
+    f"""CREATE TABLE IF NOT EXISTS credits (
         id {ROW_ID}, account_id {INTEGER}, created_s {INTEGER}, kind {STRING}, nanos {INTEGER}, reason {STRING})""",
-    "CREATE INDEX credits_account ON credits (account_id)",
-    f"CREATE TABLE usage (id {ROW_ID}, {ROW_TYPES}, UNIQUE (response_id, attempt))",
-    "CREATE INDEX usage_started ON usage (started_ms)",
-    f"CREATE TABLE usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
-    f"""CREATE TABLE meters (
+    "CREATE INDEX IF NOT EXISTS credits_account ON credits (account_id)",
+    f"CREATE TABLE IF NOT EXISTS usage (id {ROW_ID}, {ROW_TYPES}, UNIQUE (response_id, attempt))",
+    "CREATE INDEX IF NOT EXISTS usage_started ON usage (started_ms)",
+    f"CREATE TABLE IF NOT EXISTS usage_rollups ({ROLLUP_TYPES}, PRIMARY KEY ({', '.join(ROLLUP_KEY)})) WITHOUT ROWID",
+    f"""CREATE TABLE IF NOT EXISTS meters (
         owner {STRING}, since_day {INTEGER}, spent {INTEGER}, granted {INTEGER},
         PRIMARY KEY (owner, since_day)) WITHOUT ROWID""",
-    f"CREATE TABLE rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
-    f"""CREATE TABLE processes (
+    f"CREATE TABLE IF NOT EXISTS rates (owner {STRING} PRIMARY KEY, full_ns {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE IF NOT EXISTS processes (
         process {STRING} PRIMARY KEY, host {STRING}, pid {INTEGER}, start {STRING}, beats {INTEGER})""",
-    f"CREATE TABLE open_requests (process {STRING}, reserved {STRING}, {ROW_TYPES}, PRIMARY KEY (response_id))",
-    f"""CREATE TABLE refusals (
+    f"CREATE TABLE IF NOT EXISTS open_requests (process {STRING}, reserved {STRING}, {ROW_TYPES}, PRIMARY KEY (response_id))",
+    f"""CREATE TABLE IF NOT EXISTS refusals (
         id {ROW_ID}, time_ms {INTEGER}, key_id {INTEGER}, code {STRING}, count {INTEGER}, data {STRING})""",
-    f"CREATE TABLE counters (name {STRING} PRIMARY KEY, value {INTEGER}) WITHOUT ROWID",
-    f"""CREATE TABLE audit (
+    f"CREATE TABLE IF NOT EXISTS counters (name {STRING} PRIMARY KEY, value {INTEGER}) WITHOUT ROWID",
+    f"""CREATE TABLE IF NOT EXISTS audit (
         id {ROW_ID}, time_ms {INTEGER}, who {STRING}, action {STRING}, name {STRING}, before {STRING}, after {STRING})""",
-    f"CREATE TABLE sessions (id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})",
+    f"""CREATE TABLE IF NOT EXISTS sessions (
+        id {ROW_ID}, digest {STRING} UNIQUE, kind {STRING}, key_id {INTEGER}, expires_s {INTEGER})""",
 )
+POSTGRES_WORDS = {
+    ROW_ID: "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY", " WITHOUT ROWID": "", "TEXT ": 'TEXT COLLATE "C" '}
+TABLE_KEYS = {  # in whose order rows are copied
+    "settings": "name", "accounts": "id", "keys": "id", "credits": "id", "usage": "id", "usage_rollups": ", ".join(ROLLUP_KEY),
+    "meters": "owner, since_day", "rates": "owner", "processes": "process", "open_requests": "response_id", "refusals": "id",
+    "counters": "name", "audit": "id", "sessions": "id"}
 
-BUSY_S = 30.0  # for another program's write; then it is a failure
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
 Attempted: TypeAlias = tuple[Any, Exception | None]  # returned, or raised
+CHANGES = 0  # the lock of keys and settings; those of keys and accounts are lock_of()
 
 
 def insertion(table: str, columns: Collection[str]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {placeholders(columns)}"
+
+
+def placeholders(values: Collection[Any]) -> str:
+    return f"({', '.join('?' * len(values)) or 'NULL'})"
 
 
 @dataclass(slots=True)
 class Transaction:
     """Used by one thread at a time."""
-    connection: sqlite3.Connection
+    connection: sqlite3.Connection | PostgresConnection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """The number of rows it changed."""
@@ -8068,6 +8177,7 @@ class Transaction:
         self.execute(insertion(table, row), [*row.values()])
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Of PostgreSQL, an error is raised by a later statement, at the latest by the end of `attempt`."""
         self.connection.executemany(sql, rows)
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -8078,15 +8188,123 @@ class Transaction:
         self.connection.execute("SAVEPOINT attempt")
         try:
             attempted: Attempted = run(self), None
+            self.connection.execute("RELEASE attempt").fetchall()
         except Exception as error:  # noqa: BLE001 - returned to the caller
             if not self.connection.in_transaction:  # e.g. a full disk ended it
                 raise
             self.connection.execute("ROLLBACK TO attempt")
+            self.connection.execute("RELEASE attempt")
             attempted = None, error
-        self.connection.execute("RELEASE attempt")
         return attempted
 
+    def lock(self, names: Iterable[int]) -> None:
+        """Until the transaction ends. SQLite has one writer at a time."""
 
+    def now_ns(self) -> int:
+        """The clock of all processes."""
+        return time.time_ns()
+
+    def continue_ids(self, table: str, key: str) -> None:
+        """After rows were copied with theirs. SQLite does so by itself."""
+
+
+class Database:
+    """What all processes share: one thread reads, another writes. Values stand for `?` in SQL."""
+    patience_s: float | None = None  # how long answers wait for a commit; None: a busy one is waited for
+    on_this_host = True  # so that its processes can be asked whether they live
+    own_check = "PRAGMA integrity_check"
+
+    def __init__(self, place: str, name: str) -> None:
+        self.place, self.name = place, name
+        self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, each) for each in ("reader", "writer"))
+
+    def trouble(self, error: Exception) -> LedgerError:
+        raise NotImplementedError
+
+    def fetch(self, sql: str, values: Row) -> list[Row]:
+        raise NotImplementedError
+
+    def transact(self, run: Callable[[Transaction], Written], snapshot: bool) -> Written:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, PostgresError, OSError, RuntimeError) as error:  # RuntimeError: its thread has ended
+            raise self.trouble(error) from error
+
+    async def read(self, sql: str, *values: Any) -> list[Row]:
+        with self.errors():
+            return await asyncio.get_running_loop().run_in_executor(self.reading, self.fetch, sql, values)
+
+    async def write(self, run: Callable[[Transaction], Written]) -> Written:
+        """Rolls back if it raises. A transaction that loses against another one, or its connection, runs again."""
+        with self.errors():
+            return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
+
+    def commit(self, run: Callable[[Transaction], Written], snapshot: bool = False) -> Written:
+        """On the calling thread, without a running loop. A snapshot sees one moment, and may take its time."""
+        with self.errors():
+            return self.transact(run, snapshot)
+
+    def check(self) -> None:
+        """LedgerError if it is not what was opened."""
+
+    def migrate(self) -> None:
+        raise NotImplementedError
+
+    def copy(self, path: str) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Then only `commit` and `close` may be called."""
+        self.writing.shutdown()
+        self.reading.shutdown()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def open_database(place: str, durability: str = "process") -> Database:
+    """A SQLite file, or a PostgreSQL by its URL."""
+    return PostgreSQL(place) if POSTGRES_URL.fullmatch(place) else SQLite(place, durability)
+
+
+def copy_database(source: Database, target: Database) -> dict[str, int]:
+    """All rows, of one moment, into an empty database, read again and compared there: how many of each table, or nothing is
+    written. BadRequest: it is not empty."""
+    def read_pages(tx: Transaction, table: str, key: str) -> Iterator[list[Row]]:
+        columns, last = key.split(", "), Row()
+        while True:
+            after = f"WHERE ({key}) > {placeholders(last)} " if last else ""
+            rows = tx.read(f"SELECT {key}, {table}.* FROM {table} {after}ORDER BY {key} LIMIT 1000", last)
+            if not rows:
+                return
+            last = rows[-1][:len(columns)]
+            yield rows
+
+    def fill(out: Transaction, into: Transaction) -> dict[str, int]:
+        if any(into.read(f"SELECT 1 FROM {table} LIMIT 1") for table in ("keys", "usage", "credits", "audit", "open_requests")):
+            raise BadRequest(f"{target.name} is not empty: nothing was copied.")
+        counts = dict.fromkeys(TABLE_KEYS, 0)
+        for table, key in TABLE_KEYS.items():
+            into.execute(f"DELETE FROM {table}")
+            width = len(key.split(", "))
+            for rows in read_pages(out, table, key):
+                into.execute_many(f"INSERT INTO {table} VALUES {placeholders(rows[0][width:])}", [row[width:] for row in rows])
+                counts[table] += len(rows)
+            pages = itertools.zip_longest(read_pages(out, table, key), read_pages(into, table, key))
+            if any(ours != theirs for ours, theirs in pages):
+                raise LedgerError(f"{target.name}: the rows of {table} came back changed: nothing was copied.")
+            into.continue_ids(table, key)
+        return counts
+    return source.commit(lambda out: target.commit(functools.partial(fill, out), snapshot=True), snapshot=True)
+
+
+# --- 8.3 SQLite ---
+
+BUSY_S = 30.0  # for another program's write; then it is a failure
 FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
     sqlite3.SQLITE_NOTADB: "is not a SQLite database. Give another file in [database] url.",
     sqlite3.SQLITE_CORRUPT: "is damaged. Restore a backup of it, or move it away to begin with an empty one.",
@@ -8098,27 +8316,9 @@ FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
 }
 
 
-def database_trouble(path: str, error: Exception) -> LedgerError:
-    """Does not disclose the file's folder."""
-    code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
-    if isinstance(error, OSError):
-        reason = error.strerror or ""  # str() would give the path
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            code = sqlite3.SQLITE_READONLY
-    return LedgerError(f"The database {os.path.basename(path)} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
-
-
 def is_database_failure(error: Exception) -> bool:
     """False for a fault of the statement it was given."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
-
-
-@contextlib.contextmanager
-def database_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError, RuntimeError) as error:  # RuntimeError: its thread has ended
-        raise database_trouble(path, error) from error
 
 
 def create_file(path: str) -> None:
@@ -8130,42 +8330,42 @@ def create_file(path: str) -> None:
             os.chmod(path + suffix, 0o600)
 
 
-class Database:
-    """A SQLite file: one thread reads, another writes."""
+class SQLite(Database):
+    """A file of this machine."""
 
     def __init__(self, path: str, durability: str) -> None:
-        create_file(path)
-        self.path, self.file = path, os.stat(path)
-        self.reader, self.writer = (sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
-                                    for _ in range(2))
-        self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
-        self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("reader", "writer"))
+        super().__init__(path, os.path.basename(path))
+        with self.errors():
+            create_file(path)
+            self.file = os.stat(path)
+            self.reader, self.writer = (sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
+                                        for _ in range(2))
+            self.writer.execute("PRAGMA synchronous = " + ("FULL" if durability == "power" else "NORMAL"))
+
+    def trouble(self, error: Exception) -> LedgerError:
+        """Does not disclose the file's folder."""
+        code, reason = getattr(error, "sqlite_errorcode", 0) & 0xFF, str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or ""  # str() would give the path
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                code = sqlite3.SQLITE_READONLY
+        return LedgerError(f"The database {self.name} " + FILE_TROUBLE.get(code, f"cannot be used: {reason}."))
 
     def check(self) -> None:
-        """LedgerError if the file was deleted or replaced."""
-        with database_errors(self.path):
-            if not os.path.samestat(os.stat(self.path), self.file):
-                raise FileNotFoundError(errno.ENOENT, "the file was replaced")
+        with self.errors():
+            if not os.path.samestat(os.stat(self.place), self.file):
+                raise FileNotFoundError(errno.ENOENT, "the file was replaced: restart on a sound one")
 
-    async def read(self, sql: str, *values: Any) -> list[Row]:
-        with database_errors(self.path):
-            return await asyncio.get_running_loop().run_in_executor(self.reading, Transaction(self.reader).read, sql, values)
+    def fetch(self, sql: str, values: Row) -> list[Row]:
+        return Transaction(self.reader).read(sql, values)
 
-    async def write(self, run: Callable[[Transaction], Written]) -> Written:
-        """Rolls back if it raises."""
-        with database_errors(self.path):
-            return await asyncio.get_running_loop().run_in_executor(self.writing, self.commit, run)
-
-    def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """On the calling thread, without a running loop."""
-        with database_errors(self.path), self.writer:
+    def transact(self, run: Callable[[Transaction], Written], snapshot: bool) -> Written:
+        with self.writer:
             self.writer.execute("BEGIN IMMEDIATE")
             return run(Transaction(self.writer))
 
     def stop(self) -> None:
-        """Then only `commit` and `close` may be called."""
-        self.writing.shutdown()
-        self.reading.shutdown()
+        super().stop()
         self.writer.execute("PRAGMA busy_timeout = 2000")  # another program has had its turn
 
     def close(self) -> None:
@@ -8175,7 +8375,7 @@ class Database:
     def copy(self, path: str) -> None:
         """A complete copy or none, while servers run; overwrites nothing."""
         part = path + ".part"
-        with database_errors(path):
+        with self.errors():
             with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
                 os.unlink(part)
             try:
@@ -8191,7 +8391,7 @@ class Database:
 
     def migrate(self) -> None:
         """Upgrades an older file after copying it."""
-        folder, name = os.path.split(os.path.abspath(self.path))
+        folder, name = os.path.dirname(os.path.abspath(self.place)), self.name
         version, application, tables = (self.writer.execute(sql).fetchone()[0] for sql in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
         if tables and application != APPLICATION_ID:
@@ -8202,7 +8402,7 @@ class Database:
         self.use_wal()
         if version == SCHEMA_VERSION:
             return
-        before = f"{self.path}.before-{SCHEMA_VERSION}"
+        before = f"{self.place}.before-{SCHEMA_VERSION}"
         journal = next((file for file in os.listdir(folder) if file.startswith(f"{name}-requests-")), None)
         if tables and journal:
             raise LedgerError(f"The database {name} is in use by v00083, or has requests that v00083 has not billed yet (in "
@@ -8238,13 +8438,17 @@ def create_tables(tx: Transaction) -> None:
             if kind == "table":
                 tx.execute(f"DROP TABLE old_{name}")
     else:
-        tx.execute("INSERT INTO accounts (name, created_s) VALUES ('default', ?)", (int(time.time()),))
-        tx.execute("INSERT INTO settings VALUES ('secret', ?)", (secrets.token_hex(32),))
+        insert_first_rows(tx)
     tx.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     tx.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-# --- 8.3 files of v00083 ---
+def insert_first_rows(tx: Transaction) -> None:
+    tx.execute("INSERT INTO accounts (name, created_s) VALUES ('default', ?)", (tx.now_ns() // 10**9,))
+    tx.execute("INSERT INTO settings VALUES ('secret', ?)", (secrets.token_hex(32),))
+
+
+# --- 8.4 files of v00083 ---
 #
 # A row of `usage` is a request there, one of `attempts` a failed attempt, one of `daily` the sums of a day, pruned rows too.
 
@@ -8257,6 +8461,7 @@ def old_rows(request: JSON, lost: Iterable[JSON]) -> list[UsageRow]:
 
 
 def read_old(tx: Transaction, query: str, *values: Any) -> Iterator[JSON]:
+    assert isinstance(tx.connection, sqlite3.Connection)
     cursor = tx.connection.cursor()
     cursor.row_factory = sqlite3.Row
     return map(dict, cursor.execute("SELECT * FROM old_" + query, values))
@@ -8283,7 +8488,513 @@ def take_over_old_tables(tx: Transaction) -> None:
                             for row in rows], -1)
 
 
-# --- 8.4 prices ---
+# --- 8.5 PostgreSQL's protocol ---
+#
+# The frontend's side of protocol 3.0 (PostgreSQL's manual, chapter 55), as far as a ledger needs it: extended queries with
+# unnamed statements, in text form. Nothing is kept in a session, so that a pooler may give each transaction another one.
+
+MAX_MESSAGE_BYTES = 1 << 26  # a row's, of which texts are cut at 1 KB; a web server's answer looks like one of 1 GB
+MAX_RESULT_BYTES = 1 << 28
+MAX_UNANSWERED = 500  # statements sent before their answers are read: neither side may wait until the other reads
+SCRAM_ROUNDS = range(1, 1_000_001)  # PostgreSQL's own are 4096; a million take a second
+PROTOCOL_3, SSL_REQUEST, CANCEL_REQUEST = 196608, 80877103, 80877102
+SAFE_ROW_ERRORS = ("22", "23")  # SQLSTATE classes of a value's own fault; all others are the database's
+RESTARTED = ("40001", "40P01")  # lost against another transaction
+LOST = ("08", "250", "25P", "57P")  # beginnings of what a kept connection is told when its server goes
+SQLSTATES = {  # beginning -> for the operator
+    "28": "refuses this user or password",
+    "3D000": "is not there",
+    "08007": "was lost",
+    "25006": "is a standby, which cannot be written",
+    "42501": "does not give this user the right",
+    "53300": "has no connection left",
+    "53": "has no room left",
+    "55P03": "is locked by another program",
+    "57014": "took too long",
+    "57P": "is stopping or starting",
+}
+
+
+class PostgresError(Exception):
+    """An error that the server reports, or that it is none."""
+
+    def __init__(self, sqlstate: str, message: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+def postgres_message(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return kind + struct.pack("!i", len(body) + 4) + body
+
+
+def startup_message(address: PostgresAddress) -> bytes:
+    words = {"user": address.user, "database": address.database, "client_encoding": "UTF8",
+             "application_name": address.parameters.get("application_name", "pomex")}
+    texts = [text.encode() + b"\0" for text in itertools.chain.from_iterable(words.items())]
+    return postgres_message(b"", struct.pack("!i", PROTOCOL_3), *texts, b"\0")
+
+
+def encode_value(value: Any) -> bytes:
+    """In text form, behind its length."""
+    if value is None:
+        return struct.pack("!i", -1)
+    data = str(int(value) if isinstance(value, bool) else value).encode()
+    return struct.pack("!i", len(data)) + data
+
+
+@functools.lru_cache(1024)
+def parse_message(sql: str) -> bytes:
+    """Of the unnamed statement, with $1 for the first `?`. The server infers the values' types."""
+    numbers = itertools.count(1)
+    numbered = re.sub(r"'[^']*'|\?", lambda found: f"${next(numbers)}" if found[0] == "?" else found[0], sql)
+    return postgres_message(b"P", b"\0", numbered.encode(), b"\0\0\0")
+
+
+EXECUTE = postgres_message(b"D", b"P\0") + postgres_message(b"E", b"\0\0\0\0\0")  # with the types of its columns
+SYNC = postgres_message(b"S")
+
+
+def bind_message(values: Sequence[Any]) -> bytes:
+    return postgres_message(b"B", b"\0\0\0\0", struct.pack("!h", len(values)), *map(encode_value, values), b"\0\0")
+
+
+def take_message(data: bytearray) -> tuple[bytes, bytes] | None:
+    """The first whole message (kind, body), taken out of what has arrived."""
+    if len(data) < 5:
+        return None
+    size: int = struct.unpack_from("!i", data, 1)[0]
+    if not 4 <= size <= MAX_MESSAGE_BYTES:
+        raise PostgresError("08P01", f"it sent a message of {size} bytes")
+    if len(data) <= size:
+        return None
+    kind, body = bytes(data[:1]), bytes(data[5:size + 1])
+    del data[:size + 1]
+    return kind, body
+
+
+def read_error(body: bytes) -> PostgresError:
+    fields = {part[:1]: part[1:].decode("utf-8", "replace") for part in body.split(b"\0")}
+    return PostgresError(fields.get(b"C", "XX000"), sanitize(fields.get(b"M", ""), 200))
+
+
+def read_number(data: bytes) -> float:
+    """A sum is numeric, and whole."""
+    number = decimal.Decimal(data.decode())
+    return int(number) if number == int(number) else float(number)
+
+
+VALUE_READERS: dict[int, Callable[[bytes], Any]] = {  # by the OID of a type; all others are text
+    16: lambda data: int(data == b"t"), 20: int, 21: int, 23: int, 700: float, 701: float, 1700: read_number}
+
+
+def read_columns(body: bytes) -> list[Callable[[bytes], Any]]:
+    """The reader of each column of a RowDescription."""
+    (count,), at = struct.unpack_from("!h", body), 2
+    readers = []
+    for _ in range(count):
+        at = body.index(b"\0", at) + 1
+        readers.append(VALUE_READERS.get(struct.unpack_from("!i", body, at + 6)[0], bytes.decode))
+        at += 18
+    return readers
+
+
+def read_row(body: bytes, readers: Sequence[Callable[[bytes], Any]]) -> Row:
+    """Of a DataRow."""
+    at, row = 2, []
+    for reader in readers:
+        size, = struct.unpack_from("!i", body, at)
+        at += 4
+        row.append(None if size < 0 else reader(body[at:at + size]))
+        at += max(size, 0)
+    if at != len(body):
+        raise PostgresError("08P01", "it sent a row that is longer than its columns")
+    return tuple(row)
+
+
+def prepare_password(password: str) -> bytes:
+    """SASLprep (RFC 4013), or as it is where that forbids it, as PostgreSQL does."""
+    kept = (" " if stringprep.in_table_c12(char) else char for char in password if not stringprep.in_table_b1(char))
+    text = unicodedata.normalize("NFKC", "".join(kept))
+    forbidden = (
+        stringprep.in_table_a1, stringprep.in_table_c12, stringprep.in_table_c21_c22, stringprep.in_table_c3,
+        stringprep.in_table_c4, stringprep.in_table_c5, stringprep.in_table_c6, stringprep.in_table_c7,
+        stringprep.in_table_c8, stringprep.in_table_c9)
+    wrong = any(is_forbidden(char) for char in text for is_forbidden in forbidden)
+    if any(map(stringprep.in_table_d1, text)):  # written from right to left: wholly
+        wrong = wrong or any(map(stringprep.in_table_d2, text)) or not all(map(stringprep.in_table_d1, (text[0], text[-1])))
+    return (password if wrong or not text else text).encode()
+
+
+def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
+    """Yields the client's messages for the server's (RFC 5802, RFC 7677), and ends when the server has proved that it knows the
+    password, too. PostgresError: it does not."""
+    def fields(data: bytes) -> dict[str, str]:
+        return dict(part.split("=", 1) for part in data.decode("ascii").split(","))
+
+    def sign(key: bytes, data: bytes) -> bytes:
+        return hmac.digest(key, data, "sha256")
+    bare = f"n=,r={nonce}".encode()
+    first = yield b"n,," + bare
+    asked = fields(first)
+    rounds = int(asked["i"])
+    if not asked["r"].startswith(nonce) or len(asked["r"]) == len(nonce) or rounds not in SCRAM_ROUNDS:
+        raise PostgresError("28P01", f"it asks for {rounds} rounds of SCRAM, or for another client's nonce")
+    salted = hashlib.pbkdf2_hmac("sha256", prepare_password(password), base64.b64decode(asked["s"], validate=True), rounds)
+    client_key = sign(salted, b"Client Key")
+    final = f"c=biws,r={asked['r']}".encode()
+    messages = b",".join((bare, first, final))
+    signature = sign(hashlib.sha256(client_key).digest(), messages)
+    proof = bytes(map(operator.xor, client_key, signature))
+    last = fields((yield final + b",p=" + base64.b64encode(proof)))
+    expected = sign(sign(salted, b"Server Key"), messages)
+    if not hmac.compare_digest(base64.b64decode(last.get("v", "")), expected):
+        raise PostgresError("28P01", "it does not know the password itself: is it the right server?")
+
+
+# --- 8.6 PostgreSQL ---
+
+ROUND_TRIP_S = 10.0  # then what a writer asked is cancelled
+READ_S = 60.0  # the sums of a year
+SETTINGS_OF_A_TRANSACTION = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+TIMEOUTS_MS = 8000, 5000, 3000  # the last: a process that stands still lets the others go on
+BEGIN_VALUES = (f"SELECT {', '.join(f'set_config({name!r}, ?, true)' for name in SETTINGS_OF_A_TRANSACTION)}, "
+                "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT) * 1000")
+LOCK_SPACE = APPLICATION_ID << 32  # of ours, among the database's advisory locks
+MIGRATION = 1 << 31  # a lock beside CHANGES and lock_of()
+TRIES = 6
+
+
+@dataclass(eq=False)
+class Statement:
+    """Sent with others; its result is awaited when it is asked for."""
+    connection: PostgresConnection
+    rows: list[Row] = field(default_factory=list)
+    tag = b""  # "UPDATE 3"
+
+    @property
+    def rowcount(self) -> int:
+        self.connection.flush()
+        count = self.tag.rpartition(b" ")[2]
+        return int(count) if count.isdigit() else 0
+
+    def fetchall(self) -> list[Row]:
+        self.connection.flush()
+        return self.rows
+
+
+class PostgresConnection:
+    """A session, for one thread at a time, with the methods of a sqlite3.Connection that Transaction needs."""
+    in_transaction = True  # it can go on: no answer is outstanding, no error spoiled it
+    committing = False  # COMMIT was sent and not answered
+    limit_s = ROUND_TRIP_S
+    key = b""  # of the session, to cancel what it does
+
+    def __init__(self, address: PostgresAddress, host: str, port: int) -> None:
+        self.address, self.place = address, (host, port)
+        self.data, self.asked, self.statements = bytearray(), bytearray(), list[Statement]()
+        self.connect_s = float(address.parameters.get("connect_timeout", "5"))
+        self.deadline = time.monotonic() + self.connect_s
+        self.socket = self.open_socket()
+        try:
+            with self.protocol_errors():
+                self.log_in()
+            read_only, encoding = self.execute(
+                "SELECT current_setting('transaction_read_only'), current_setting('server_encoding')").fetchall()[0]
+            if read_only == "on":
+                raise PostgresError("25006", "it takes no writes")
+            if encoding != "UTF8":
+                raise PostgresError("22P05", f"its encoding is {encoding}, not UTF8")
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def protocol_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (struct.error, ValueError, LookupError) as error:
+            raise PostgresError("08P01", "it sent what is not PostgreSQL's protocol") from error
+
+    def open_socket(self) -> socket.socket:
+        host, port = self.place
+        if host.startswith("/"):
+            made = socket.socket(socket.AF_UNIX)
+            made.settimeout(self.connect_s)
+            made.connect(f"{host}/.s.PGSQL.{port}")
+            return made
+        made = socket.create_connection((host, port), self.connect_s)
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made if self.address.sslmode == "disable" else self.use_tls(made)
+        except BaseException:
+            made.close()
+            raise
+
+    def use_tls(self, made: socket.socket) -> socket.socket:
+        words, mode = self.address.parameters, self.address.sslmode
+        made.sendall(struct.pack("!ii", 8, SSL_REQUEST))
+        if made.recv(1) != b"S":
+            raise PostgresError("08P01", f"it offers no TLS, and sslmode is {mode}")
+        try:
+            context = ssl.create_default_context(cafile=words.get("sslrootcert", "system").replace("system", "") or None)
+            if "sslcert" in words:
+                context.load_cert_chain(words["sslcert"], words.get("sslkey"))
+        except OSError as error:
+            raise PostgresError("08001", f"sslrootcert or sslcert: {error.strerror}") from error
+        context.check_hostname = mode == "verify-full"
+        if mode == "require" and "sslrootcert" not in words:
+            context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(made, server_hostname=self.place[0])
+
+    def log_in(self) -> None:
+        self.socket.sendall(startup_message(self.address))
+        scram = None
+        while True:
+            kind, body = self.receive()
+            if kind == b"E":
+                raise read_error(body)
+            if kind == b"K":
+                self.key = body
+            if kind == b"Z":
+                return
+            if kind not in b"RKNS":
+                raise ValueError
+            if kind != b"R":
+                continue
+            asked, = struct.unpack_from("!i", body)
+            if asked == 10 and b"SCRAM-SHA-256" in body[4:].split(b"\0"):
+                if not self.address.password:
+                    raise PostgresError("28P01", "it asks for a password: put it into the URL, or into PGPASSWORD")
+                scram = scram_sha_256(self.address.password, secrets.token_urlsafe(18))
+                first = next(scram)
+                self.socket.sendall(postgres_message(b"p", b"SCRAM-SHA-256\0", struct.pack("!i", len(first)), first))
+            elif asked == 11 and scram is not None:
+                self.socket.sendall(postgres_message(b"p", scram.send(body[4:])))
+            elif asked == 12 and scram is not None:
+                with contextlib.suppress(StopIteration):
+                    scram.send(body[4:])
+                scram = None
+            elif asked != 0 or scram is not None:
+                raise PostgresError("28000", "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in "
+                                    "the clear (see password_encryption, when the password was set, and pg_hba.conf)")
+
+    def receive(self) -> tuple[bytes, bytes]:
+        while (message := take_message(self.data)) is None:
+            self.socket.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise ConnectionError(errno.ECONNRESET, "it closed the connection")
+            self.data += data
+        return message
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Statement:
+        if sql.startswith("ROLLBACK"):  # an error before it, in the same round trip, would pass over it
+            with contextlib.suppress(PostgresError):
+                self.flush()
+        self.executemany(sql, [values])
+        return self.statements[-1]
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        for values in rows:
+            if len(self.statements) >= MAX_UNANSWERED:
+                self.flush()
+            self.asked += parse_message(sql) + bind_message(values) + EXECUTE
+            self.statements.append(Statement(self))
+
+    def flush(self) -> None:
+        """Sends what was asked, and reads the results. After an error the server passes over the rest."""
+        if not self.statements:
+            return
+        asked, statements = self.asked + SYNC, self.statements
+        self.asked, self.statements, self.in_transaction = bytearray(), [], False
+        self.deadline = time.monotonic() + self.limit_s
+        try:
+            self.socket.settimeout(self.limit_s)
+            self.socket.sendall(asked)
+            with self.protocol_errors():
+                error = self.read_results(iter(statements))
+        except TimeoutError:
+            self.cancel()
+            raise
+        self.committing = False
+        self.in_transaction = error is None or error.sqlstate[:2] in SAFE_ROW_ERRORS
+        if error is not None:
+            raise error
+
+    def read_results(self, statements: Iterator[Statement]) -> PostgresError | None:
+        """Until the server is ready again; the first error."""
+        error, rows, readers, size = None, list[Row](), list[Callable[[bytes], Any]](), 0
+        while True:
+            try:
+                kind, body = self.receive()
+            except ConnectionError:
+                raise error or ConnectionError(errno.ECONNRESET, "it closed the connection") from None
+            size += len(body)
+            if size > MAX_RESULT_BYTES:
+                raise PostgresError("08P01", f"it sent more than {MAX_RESULT_BYTES} bytes")
+            if kind == b"T":
+                readers = read_columns(body)
+            elif kind == b"D":
+                rows.append(read_row(body, readers))
+            elif kind in b"CI":
+                statement = next(statements, None)
+                if statement is None:
+                    raise ValueError
+                statement.rows, statement.tag, rows = rows, body[:-1], []
+            elif kind == b"E":
+                error = error or read_error(body)
+            elif kind == b"Z":
+                return error
+            elif kind not in b"12nNSA":
+                raise ValueError
+
+    def cancel(self) -> None:
+        """What takes too long."""
+        with contextlib.suppress(OSError, PostgresError), self.open_socket() as other:
+            other.sendall(struct.pack("!ii", 8 + len(self.key), CANCEL_REQUEST) + self.key)
+
+    def begin(self, snapshot: bool) -> None:
+        self.execute("BEGIN ISOLATION LEVEL " + ("REPEATABLE READ" if snapshot else "READ COMMITTED"))
+        self.first = self.execute(BEGIN_VALUES, [0] * len(TIMEOUTS_MS) if snapshot else TIMEOUTS_MS)
+
+    def commit(self) -> None:
+        self.flush()
+        ended = self.execute("COMMIT")
+        self.committing = True
+        ended.fetchall()
+        if ended.tag != b"COMMIT":
+            raise PostgresError("25P02", "it rolled back")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.in_transaction:
+                self.socket.sendall(postgres_message(b"X"))
+            self.socket.close()
+
+
+class PostgresTransaction(Transaction):
+    """Between its statements others commit; what must not change meanwhile is locked."""
+    connection: PostgresConnection
+
+    def lock(self, names: Iterable[int]) -> None:
+        """In one order for all, so that no two wait for each other."""
+        self.execute_many("SELECT pg_advisory_xact_lock(?)", [(LOCK_SPACE + name,) for name in sorted(set(names))])
+
+    def now_ns(self) -> int:
+        """Of the database, when the transaction began."""
+        return int(self.connection.first.fetchall()[0][-1])
+
+    def continue_ids(self, table: str, key: str) -> None:
+        if key == "id":
+            self.read(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), coalesce(max(id), 0) + 1, false) FROM {table}")
+
+
+class PostgreSQL(Database):
+    """One for all gateways."""
+    patience_s = 2.0
+    on_this_host = False
+    own_check = "SELECT 'ok'"
+
+    def __init__(self, url: str) -> None:
+        self.address = read_postgres_url(url)
+        self.connections: dict[str, PostgresConnection] = {}
+        super().__init__(url, self.address.name)
+
+    def trouble(self, error: Exception) -> LedgerError:
+        state, reason = getattr(error, "sqlstate", ""), str(error)
+        if isinstance(error, OSError):
+            reason = getattr(error, "verify_message", "") or error.strerror or reason
+        if isinstance(error, TimeoutError):
+            reason = "no answer in time"
+        words = next((words for start, words in SQLSTATES.items() if state.startswith(start)),
+                     "cannot be used" if state else "cannot be reached")
+        return LedgerError(f"The database {self.name} {words}: {reason}{f' (SQLSTATE {state})' if state else ''}.")
+
+    def connect(self) -> PostgresConnection:
+        """To the first host that takes writes."""
+        failures: list[Exception] = []
+        for host, port in self.address.hosts:
+            try:
+                return PostgresConnection(self.address, host, port)
+            except (OSError, PostgresError) as error:
+                failures.append(error)
+        raise failures[-1]
+
+    def use(self, kind: str, work: Callable[[PostgresConnection], Written]) -> Written:
+        """On a kept connection, or a new one. Again, if another transaction won, or the kept one had been lost."""
+        for tries in itertools.count(1):
+            kept = self.connections.pop(kind, None)
+            connection = kept or self.connect()
+            try:
+                result = work(connection)
+            except BaseException as error:
+                if connection.in_transaction:
+                    self.connections[kind] = connection
+                else:
+                    connection.close()
+                if connection.committing:
+                    raise PostgresError("08007", "the connection was lost while it committed, so that it is not known "
+                                        "whether the change was made") from error
+                state = getattr(error, "sqlstate", "")
+                lost = kept and (state.startswith(LOST) or isinstance(error, OSError) and not isinstance(error, TimeoutError))
+                if tries == TRIES or not lost and state not in RESTARTED:
+                    raise
+                time.sleep(random.uniform(0, 0.02 * tries))  # noqa: S311 - jitter, no secret
+            else:
+                self.connections[kind] = connection
+                return result
+        raise AssertionError
+
+    def fetch(self, sql: str, values: Row) -> list[Row]:
+        def run(connection: PostgresConnection) -> list[Row]:
+            connection.limit_s = READ_S
+            return connection.execute(sql, values).fetchall()
+        return self.use("reader", run)
+
+    def transact(self, run: Callable[[Transaction], Written], snapshot: bool) -> Written:
+        def work(connection: PostgresConnection) -> Written:
+            connection.begin(snapshot)
+            try:
+                result = run(PostgresTransaction(connection))
+                connection.commit()
+                return result
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK").fetchall()
+                raise
+        return self.use("writer", work)
+
+    def migrate(self) -> None:
+        """Only ever adds, so that an older version goes on beside a newer one."""
+        def run(tx: Transaction) -> None:
+            tx.lock([MIGRATION])
+            found = ", ".join(f"to_regclass('{table}')" for table in TABLE_KEYS)
+            (comment, any_table), = tx.read(f"SELECT obj_description(to_regclass('settings'), 'pg_class'), coalesce({found})")
+            ours = re.fullmatch("Pomex schema ([0-9]+)", comment or "")
+            if any_table and not ours:
+                raise LedgerError(f"The database {self.name} has tables of another program. Give Pomex one of its own.")
+            if ours and int(ours[1]) >= SCHEMA_VERSION:
+                return
+            for statement in SCHEMA:
+                for word, other in POSTGRES_WORDS.items():
+                    statement = statement.replace(word, other)
+                tx.execute(statement)
+            if not ours:
+                insert_first_rows(tx)
+            tx.execute(f"COMMENT ON TABLE settings IS 'Pomex schema {SCHEMA_VERSION}'")
+        self.commit(run)
+
+    def copy(self, path: str) -> None:
+        raise BadRequest(f"PostgreSQL makes its own backups: pg_dump --format=custom --file={shlex.quote(path)} "
+                         f"{shlex.quote(self.name)}. (A copy in SQLite: python pomex.py db copy FROM TO)", param="file")
+
+    def close(self) -> None:
+        for connection in self.connections.values():
+            connection.close()
+
+
+# --- 8.7 prices ---
 #
 # A price is a text: USD per million tokens of input, output, cache read, cache write, cache write kept long, then USD per
 # thousand searches; "-" where there is none.
@@ -8453,7 +9164,7 @@ def parse_decimal(text: str, unit: int, least: int = 0) -> int:
     return int(number)
 
 
-# --- 8.5 usage rows ---
+# --- 8.8 usage rows ---
 
 INSERT_USAGE = insertion("usage", USAGE_COLUMNS)
 INSERT_OPEN = insertion("open_requests", ("process", "reserved", *USAGE_COLUMNS)) + " ON CONFLICT (response_id) DO NOTHING"
@@ -8488,8 +9199,9 @@ def upsert_rollups(tx: Transaction, rows: Sequence[UsageRow], sign: int = 1) -> 
         if row.cost_nanos:
             meters += [(sign * row.cost_nanos, owner, row.started_ms // DAY_MS)
                        for owner in (f"key {row.key_id}", f"account {row.account_id}")]
-    tx.execute_many(ADD_TO_ROLLUPS, rollups)
-    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?", meters)
+    tx.execute_many(ADD_TO_ROLLUPS, sorted(rollups))
+    tx.execute_many("UPDATE meters SET spent = spent + ? WHERE owner = ? AND since_day <= ?",
+                    sorted(meters, key=operator.itemgetter(1, 2)))
     if sign < 0:
         tx.execute_many("DELETE FROM usage_rollups WHERE requests = 0 AND estimated = 0 AND input + output + cost_nanos = 0 "
                         "AND started_ms = ?", {place[:1] for place in rollups})
@@ -8511,24 +9223,25 @@ def settle_requests(tx: Transaction, requests: Iterable[Sequence[UsageRow]]) -> 
     """The ids whose rows were inserted. A request's first settlement counts, unless it was a guess: the true one replaces
     `interrupted`."""
     by_id = {rows[-1].response_id: rows for rows in requests if rows}
-    for response_id, rows in [*by_id.items()]:
-        found = tx.read("SELECT error_code FROM usage WHERE final = 1 AND response_id = ?", (response_id,))
-        if found and found[0][0] == "interrupted" != rows[-1].error_code:
+    found: dict[str, str] = dict(tx.read(f"SELECT response_id, error_code FROM usage WHERE final = 1 AND response_id IN "
+                                         f"{placeholders(by_id)}", [*by_id]))
+    for response_id, error_code in found.items():
+        if error_code == "interrupted" != by_id[response_id][-1].error_code:
             upsert_rollups(tx, read_rows(tx, "usage WHERE response_id = ?", response_id), -1)
             tx.execute("DELETE FROM usage WHERE response_id = ?", (response_id,))
-        elif found:
+        else:
             del by_id[response_id]
     insert_rows(tx, itertools.chain.from_iterable(by_id.values()))
     return by_id
 
 
-def close_requests(tx: Transaction, response_ids: Iterable[str]) -> None:
+def close_requests(tx: Transaction, response_ids: Collection[str]) -> None:
     """Releases what they had reserved."""
-    for response_id in response_ids:
-        for reserved, in tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,)):
-            tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
-                            json.loads(reserved or "[]"))
-            tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+    these = f"FROM open_requests WHERE response_id IN {placeholders(response_ids)}"
+    reserved = tx.read(f"SELECT reserved {these}", [*response_ids])
+    tx.execute_many("UPDATE meters SET granted = granted - ? WHERE owner = ? AND since_day = ?",
+                    [amount for text, in reserved for amount in json.loads(text or "[]")])
+    tx.execute_many(f"DELETE {these}", [[*response_ids]])
 
 
 def interrupted(row: UsageRow) -> UsageRow:
@@ -8537,17 +9250,30 @@ def interrupted(row: UsageRow) -> UsageRow:
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
-def recover_open_requests(tx: Transaction, dead: Collection[str]) -> None:
-    """Of dead or unregistered processes."""
-    tx.execute_many("DELETE FROM processes WHERE process = ?", [(process,) for process in dead])
-    rows = read_rows(tx, "open_requests WHERE process NOT IN (SELECT process FROM processes)")
+def lock_of(owner: str, number: int) -> int:
+    """Of a key's or an account's meters, rates and rollups: so many numbers are apart before two share a lock."""
+    return 1 + 2 * (number % 2**29) + (owner == "account")
+
+
+def locks_of(rows: Iterable[UsageRow]) -> set[int]:
+    return {lock for row in rows for lock in (lock_of("key", row.key_id), lock_of("account", row.account_id))}
+
+
+def recover_open_requests(tx: Transaction, dead: Iterable[Row]) -> None:
+    """Of processes that have not beaten since (id, beats), and of unregistered ones."""
+    for process in dead:
+        tx.execute("DELETE FROM processes WHERE process = ? AND beats = ?", process)
+    ended = "open_requests WHERE process NOT IN (SELECT process FROM processes)"
+    rows = read_rows(tx, ended)
     if rows:
+        tx.lock(locks_of(rows))
+        rows = read_rows(tx, ended)  # those that no other process has settled meanwhile
         settle_requests(tx, [[interrupted(row)] for row in rows])
         close_requests(tx, [row.response_id for row in rows])
         log.warning("ledger: %d requests of an ended process are marked as interrupted", len(rows))
 
 
-# --- 8.6 limits ---
+# --- 8.9 limits ---
 #
 # A limit of money, or of open requests, is a row of `meters`: spent, and granted. A request reserves its estimated input and
 # some output, extends that while output streams, and releases it with its settlement, or by `open_requests` if its process
@@ -8633,31 +9359,34 @@ def acquire(tx: Transaction, limit: Limit, amount: int, now_ns: int) -> tuple[in
         if need_ns > left_ns:
             raise LimitExceeded(limit, left_ns // each_ns, amount, (need_ns - left_ns) / 10**9)
         left_ns -= need_ns
-        tx.execute("INSERT INTO rates VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET full_ns = excluded.full_ns",
-                   (limit.owner, end_ns - left_ns))
+        tx.execute_many("INSERT INTO rates VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET full_ns = excluded.full_ns",
+                        [(limit.owner, end_ns - left_ns)])
         return left_ns // each_ns, (WINDOW_NS - left_ns) / 10**9
     maximum = limit.maximum
     if limit.kind == "credit":
         maximum = tx.read(f"SELECT coalesce(sum(nanos), 0) FROM credits WHERE {is_owner(limit.owner)}")[0][0]
-    spent, granted = spent_and_granted(tx, limit)
-    taken = tx.execute("UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?",
-                       (amount, limit.owner, limit.since_day, amount, maximum))
-    if not taken:
-        raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
+    take = "UPDATE meters SET granted = granted + ? WHERE owner = ? AND since_day = ? AND spent + granted + ? <= ?"
+    values = amount, limit.owner, limit.since_day, amount, maximum
+    if not tx.execute(take, values):  # it is used up, or there is no meter yet
+        spent, granted = spent_and_granted(tx, limit)
+        if not tx.execute(take, values):
+            raise LimitExceeded(limit, maximum - spent - granted, amount, 1.0, spent)
     return 0, 0.0
 
 
-# --- 8.7 the ledger ---
+# --- 8.10 the ledger ---
 
 KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
 GATHER_S = 0.005  # between two commits, while requests are open: more join
 RETRY_S = 0.25  # between two attempts of a failing ledger to write
 SETTLE_WAIT_S = 2.0  # how long an answer waits for it
-BEAT_S = 10.0  # how often a process says that it lives
+BEAT_S = 4.0  # how often a process says that it lives
 KEYS_AT_ONCE = 100  # per step of the loop: half a millisecond
-DEAD_S = 60.0  # without a beat a process of another host is dead
+DEAD_S = 16.0  # without a beat a process is dead: its requests are settled within half a minute
+UNSAVED_AT_ONCE = 10_000  # values of a statement: SQLite takes 32,766
 REFUSALS_KEPT, REFUSALS_AT_ONCE = 1000, 8
+SELECT_PROCESSES = "SELECT process, host, pid, start, beats FROM processes"
 ADD_TO_COUNTERS = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = counters.value + excluded.value"
 OpenRow: TypeAlias = Callable[[], UsageRow]  # makes the row when it is written
 Settlement: TypeAlias = tuple[Sequence[UsageRow], Sequence[tuple[int, str]]]  # rows, and corrections of rates (ns, owner)
@@ -8694,6 +9423,8 @@ class Ledger:
     settled rows are kept in memory and tried again."""
     healthy = True
     trouble = ""  # why the keys could not be read last time
+    skew_s = 0.0  # of the database's clock, which all share
+    beaten = steady_since = -math.inf  # the newest beat; since when they had no gap
     secret = b""  # authenticates what clients carry for us
     disabled: frozenset[str] = frozenset()  # providers, by an administrator
     revision = 0  # of the keys
@@ -8711,7 +9442,7 @@ class Ledger:
         self.pending: dict[str, OpenRow] = {}  # begun, not settled
         # what the next commit writes
         self.unsaved: dict[str, Unsaved] = {}
-        self.writes: list[Callable[[Transaction], None]] = []
+        self.writes: list[tuple[Collection[int], Callable[[Transaction], None]]] = []  # each with its locks
         # what one commit of each half second writes
         self.counters = collections.Counter[tuple[str, ...]]()  # of /metrics
         self.refusals: dict[Row, JSON] = {}
@@ -8719,10 +9450,10 @@ class Ledger:
         self.beats: dict[tuple[str, int], float] = {}  # of other processes: when first seen
 
     @classmethod
-    def open(cls, path: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
-        """Creates or upgrades the file; LedgerError: it cannot be used."""
-        with contextlib.ExitStack() as opened, database_errors(path):
-            db = Database(path, durability)
+    def open(cls, place: str, durability: str = "process", max_unsaved: int = 10_000) -> Ledger:
+        """Creates or upgrades the database; LedgerError: it cannot be used."""
+        with contextlib.ExitStack() as opened:
+            db = open_database(place, durability)
             opened.callback(db.close)
             db.migrate()
             ledger = cls(db, max_unsaved)
@@ -8749,7 +9480,7 @@ class Ledger:
             self.trouble = ""
         except LedgerError as error:
             if self.trouble != str(error):
-                log.error("%s The keys stay as they were. New requests get 503. Restart on a sound file.", error)
+                log.error("%s The keys stay as they were. New requests get 503 until it can be read.", error)
             self.trouble = str(error)
 
     async def authorise(self, header: str, now_s: float) -> Key:
@@ -8757,6 +9488,8 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
+            if not self.available():
+                raise self.unavailable()
             await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
@@ -8768,6 +9501,9 @@ class Ledger:
         else:
             return key
         raise unauthorized(reason)
+
+    def now_s(self) -> float:
+        return time.time() + self.skew_s
 
     def list_keys(self) -> list[Key]:
         """Oldest first, revoked ones too."""
@@ -8797,10 +9533,10 @@ class Ledger:
 
     async def is_written(self, response_id: str) -> bool:
         """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
-        if response_id in self.unsaved:
-            await asyncio.shield(self.schedule_flush())
-        if response_id in self.unsaved:
-            with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.db.patience_s):
+                if response_id in self.unsaved:
+                    await asyncio.shield(self.schedule_flush())
                 async with asyncio.timeout(SETTLE_WAIT_S):
                     while response_id in self.unsaved:
                         await asyncio.shield(self.schedule_flush())
@@ -8813,7 +9549,7 @@ class Ledger:
             raise self.unavailable()
 
         def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
-            now_ns, meters = time.time_ns(), [each for each in held.items() if each[0].kind != "rate"]
+            now_ns, meters = tx.now_ns(), [each for each in held.items() if each[0].kind != "rate"]
             known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
             # unknown: this process was taken for dead and what it held was released
             states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
@@ -8822,7 +9558,7 @@ class Ledger:
             return states
         self.pending[response_id] = row
         try:
-            return await self.commit(run)
+            return await self.commit(run, locks_of([row()]))
         except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
@@ -8855,17 +9591,22 @@ class Ledger:
         self.unsaved[response_id] = rows, rates
         await self.is_written(response_id)
 
-    async def commit(self, run: Callable[[Transaction], Written]) -> Written:
-        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
+    async def commit(self, run: Callable[[Transaction], Written], locks: Collection[int] = ()) -> Written:
+        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing. LedgerError: it failed, or
+        has not answered in time and may still be done."""
         attempts: list[Attempted] = []
-        self.writes.append(lambda tx: attempts.append(tx.attempt(run)))
-        failure = await asyncio.shield(self.schedule_flush())
+        self.writes.append((locks, lambda tx: attempts.append(tx.attempt(run))))
+        try:
+            async with asyncio.timeout(self.db.patience_s):
+                failure = await asyncio.shield(self.schedule_flush())
+        except TimeoutError:
+            raise self.unavailable() from None
         if failure is not None:
             raise failure
         written: Written
-        written, error = attempts[0]
+        written, error = attempts[-1]
         if error is not None:
-            raise database_trouble(self.db.path, error) if is_database_failure(error) else error
+            raise self.db.trouble(error) if is_database_failure(error) else error
         return written
 
     def schedule_flush(self) -> asyncio.Future[LedgerError | None]:
@@ -8888,29 +9629,42 @@ class Ledger:
                     if self.flushed is None:  # the ledger was closed
                         return
                 self.flushed_at = time.monotonic()
-                flushed, writes, unsaved = self.flushed, self.writes, dict(self.unsaved)
+                flushed, writes = self.flushed, self.writes
+                unsaved = dict(itertools.islice(self.unsaved.items(), UNSAVED_AT_ONCE))
                 self.flushed, self.writes = None, []
-                failure = None
+                failure, slow = None, None
+                if self.db.patience_s is not None:
+                    reason = f"The database {self.db.name} does not answer."
+                    slow = asyncio.get_running_loop().call_later(self.db.patience_s, self.fail, reason)
                 try:
                     await self.db.write(functools.partial(self.write_batch, writes, unsaved))
                 except LedgerError as error:
                     failure = error
-                    if self.healthy and unsaved:
-                        log.error("%s New requests get 503 until it can be written.", error)
-                        self.healthy = False
+                    if unsaved:
+                        self.fail(str(error))
                 else:
                     if not self.healthy:
-                        log.warning("The database %s can be written again.", os.path.basename(self.db.path))
+                        log.warning("The database %s can be written again.", self.db.name)
                     self.healthy = True
                     # what has changed meanwhile has been settled since
                     self.unsaved = {name: each for name, each in self.unsaved.items() if unsaved.get(name) is not each}
+                finally:
+                    if slow is not None:
+                        slow.cancel()
                 flushed.set_result(failure)
         finally:
             self.flushing = None
 
-    def write_batch(self, writes: Iterable[Callable[[Transaction], None]], unsaved: Mapping[str, Unsaved], tx: Transaction
-                    ) -> None:
-        for write in writes:  # first: what a request reserves goes before its settlement
+    def fail(self, reason: str) -> None:
+        if self.healthy:
+            log.error("%s New requests get 503 until it can be written.", reason)
+        self.healthy = False
+
+    def write_batch(self, writes: Iterable[tuple[Collection[int], Callable[[Transaction], None]]],
+                    unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
+        settled = [row for each in unsaved.values() if not callable(each) for row in each[0]]
+        tx.lock(locks_of(settled).union(*(locks for locks, _ in writes)))
+        for _, write in writes:  # first: what a request reserves goes before its settlement
             write(tx)
         self.write_requests(unsaved, tx)
 
@@ -8930,9 +9684,11 @@ class Ledger:
     def write_all(self, unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
         self.insert_open(tx, [each() for each in unsaved.values() if callable(each)])
         settling = {response_id: each for response_id, each in unsaved.items() if not callable(each)}
+        if not settling:
+            return
         settled = settle_requests(tx, [rows for rows, _ in settling.values()])
         close_requests(tx, settling)
-        most_ns = time.time_ns() + 2 * WINDOW_NS
+        most_ns = tx.now_ns() + 2 * WINDOW_NS
         tx.execute_many("UPDATE rates SET full_ns = CASE WHEN full_ns + ? < ? THEN full_ns + ? ELSE ? END WHERE owner = ?", [
             (change, most_ns, change, most_ns, owner) for response_id in settled for change, owner in settling[response_id][1]])
 
@@ -8966,13 +9722,15 @@ class Ledger:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
         self.disabled = frozenset(name for name, in tx.read(SELECT_DISABLED))
-        processes = tx.read("SELECT process, pid, start FROM processes WHERE host = ?", (self.host,))
-        recover_open_requests(tx, [process for process, pid, start in processes if has_ended(pid, start)])
+        self.skew_s = tx.now_ns() / 10**9 - time.time()
+        if self.db.on_this_host:
+            recover_open_requests(tx, [(process, beats) for process, host, pid, start, beats in tx.read(SELECT_PROCESSES)
+                                       if host == self.host and has_ended(pid, start)])
 
     def end_process(self, tx: Transaction) -> None:
         self.write_batch(self.writes, self.unsaved, tx)
         self.write_counts(self.counters, self.refusals, self.notes, tx)
-        recover_open_requests(tx, [self.process])
+        recover_open_requests(tx, tx.read("SELECT process, beats FROM processes WHERE process = ?", (self.process,)))
 
     async def maintain(self) -> None:
         """The background work of a running server."""
@@ -8991,23 +9749,29 @@ class Ledger:
             await asyncio.sleep(KEYS_POLL_S)
 
     async def beat(self) -> None:
-        """Says that this process lives, if it has open requests, and settles those of dead ones."""
+        """Says that this process lives, and settles the open requests of dead ones. Whoever had a gap himself judges nobody by
+        silence: perhaps the database was away from all."""
         def run(tx: Transaction) -> None:
+            self.skew_s = tx.now_ns() / 10**9 - time.time()
             self.register(tx)
-            recover_open_requests(tx, dead)
-        now, dead, seen = time.monotonic(), list[str](), self.beats
-        self.beats = {}
-        for process, host, pid, start, count in await self.db.read("SELECT * FROM processes WHERE process <> ?", self.process):
-            since = self.beats[process, count] = seen.get((process, count), now)
-            if has_ended(pid, start) if host == self.host else now - since > DEAD_S:
-                dead.append(process)
-        if dead or self.pending:
-            await self.commit(run)
+        if self.pending or not self.db.on_this_host:
+            await self.db.write(run)
+        now, dead, seen = time.monotonic(), list[Row](), self.beats
+        if now - self.beaten > 2 * BEAT_S:
+            self.steady_since = now
+        self.beaten, self.beats = now, {}
+        for process, host, pid, start, beats in await self.db.read(SELECT_PROCESSES):
+            since = self.beats[process, beats] = seen.get((process, beats), now)
+            silent = min(now - since, now - self.steady_since) > DEAD_S
+            if has_ended(pid, start) if self.db.on_this_host and host == self.host else silent:
+                dead.append((process, beats))
+        if dead:
+            await self.db.write(lambda tx: recover_open_requests(tx, dead))
 
     def register(self, tx: Transaction) -> None:
-        tx.execute("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
-                   "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
-                   (self.process, self.host, os.getpid(), self.began))
+        tx.execute_many("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
+                        "ON CONFLICT (process) DO UPDATE SET beats = processes.beats + 1",
+                        [(self.process, self.host, os.getpid(), self.began)])
 
     # counters and refusals
 
@@ -9032,12 +9796,12 @@ class Ledger:
 
     def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
                      tx: Transaction) -> None:
-        tx.execute_many(ADD_TO_COUNTERS, [(dumps(name), count) for name, count in counters.items()])
+        tx.execute_many(ADD_TO_COUNTERS, sorted((dumps(name), count) for name, count in counters.items()))
         tx.execute_many("INSERT INTO refusals (time_ms, key_id, code, count, data) VALUES (?, ?, ?, ?, ?)", [
             (each["time_ms"], key_id, code, each["count"], dumps(each)) for (key_id, code, _), each in refusals.items()])
-        tx.execute("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (REFUSALS_KEPT,))
+        tx.execute_many("DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", [(REFUSALS_KEPT,)])
         tx.execute_many("INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                        notes.items())
+                        sorted(notes.items()))
 
     async def counted(self) -> dict[tuple[str, ...], int]:
         """Of all processes together."""
@@ -9053,9 +9817,9 @@ class Ledger:
         def audited(tx: Transaction) -> None:
             run(tx)
             tx.insert("audit", {
-                "time_ms": int(time.time() * 1000), "who": to_storable(who), "action": action, "name": to_storable(name),
+                "time_ms": tx.now_ns() // 10**6, "who": to_storable(who), "action": action, "name": to_storable(name),
                 "before": dumps(in_usd(before or {})), "after": dumps(in_usd(after))})
-        await self.commit(audited)
+        await self.commit(audited, [CHANGES])  # in whose order revisions are seen
         await self.refresh()
 
     async def create(self, kind: str, name: str, now_s: float, who: str, settings: JSON, **columns: Any) -> None:
@@ -9068,7 +9832,7 @@ class Ledger:
             tx.execute(f"UPDATE keys SET revision = {NEXT_REVISION} WHERE revision = 0")  # of a new key
         try:
             await self.change(who, f"{kind} created", name, run, settings)
-        except sqlite3.IntegrityError:
+        except (sqlite3.IntegrityError, PostgresError):
             hint = f" Revoke it first with: python pomex.py keys revoke {name}" if kind == "key" else ""
             raise BadRequest(f"There is an active {kind} named {name} already.{hint}", param="name") from None
 
@@ -9106,7 +9870,7 @@ def in_usd(values: JSON) -> JSON:
             if "nanos" in name and value is not None else value for name, value in values.items()}
 
 
-# --- 8.8 what one request may use, and what it costs ---
+# --- 8.11 what one request may use, and what it costs ---
 
 @dataclass(eq=False)
 class Reservation:
@@ -9275,7 +10039,7 @@ def limit_error(key: Key, no: LimitExceeded, now_s: float, to_codex: bool) -> Ga
     return error
 
 
-# --- 8.9 accounts and credit ---
+# --- 8.12 accounts and credit ---
 
 async def list_accounts(db: Database, now_s: float) -> list[JSON]:
     """With the limit a month (None: none), the multiplier in millionths, `prepaid` (1: refused when the credit is used up), and
@@ -9306,7 +10070,7 @@ async def add_credit(ledger: Ledger, name: str, nanos: int, reason: str, now_s: 
         "credits", {"account_id": account_id, "created_s": int(now_s), **entry}), entry)
 
 
-# --- 8.10 reports and care ---
+# --- 8.13 reports and care ---
 
 KEY_NAME_OF, ACCOUNT_NAME_OF = (f"coalesce((SELECT name FROM {table}s WHERE {table}s.id = {table}_id), '')"
                                 for table in ("key", "account"))
@@ -9388,7 +10152,7 @@ async def rows_in_pages(db: Database, since_ms: int = 0) -> AsyncIterator[JSON]:
 
 async def verify(db: Database) -> tuple[int, list[str]]:
     """(rows checked, problems) of costs against prices, rollups against rows, meters against rollups."""
-    wrong = [row[0] for row in await db.read("PRAGMA integrity_check") if row[0] != "ok"]
+    wrong = [found for found, in await db.read(db.own_check) if found != "ok"]
     checked = 0
     async for row in rows_in_pages(db):
         checked += 1
@@ -9580,10 +10344,6 @@ class Endpoint(NamedTuple):
     origin: Origin
     prefix: str                    # of the request target: the path, and before a proxy the whole URL
     fields: list[tuple[str, str]]  # headers
-
-
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or bool(re.fullmatch(r".*\.localhost|127(\.\d+){3}", host))
 
 
 def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
@@ -10165,13 +10925,6 @@ class ModelCatalog:
         near = difflib.get_close_matches(wanted, self.names[:2000], 1, 0.7) or [
             by_tail[tail] for tail in difflib.get_close_matches(wanted.rpartition("/")[2], list(by_tail)[:2000], 1, 0.7)]
         return near[0] if near else ""
-
-
-def sanitize(text: str, limit: int = 100) -> str:
-    """One short line for an error or the log, without control and writing direction characters."""
-    if len(text) <= limit and text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else "?" for each in text[:limit])
 
 
 def header_value(text: str, limit: int = 1000) -> str:
@@ -10894,7 +11647,8 @@ class Gateway:
         self.config, self.ledger, self.upstream = config, ledger, upstream
         self.catalogue = ModelCatalog(config, found)
         self.prices = PriceTable(config)
-        upstream.secrets = secret_pattern(config.providers.values(), *config.server.admin_token)
+        passwords = [address.password] if (address := config.database.postgres) else []
+        upstream.secrets = secret_pattern(config.providers.values(), *config.server.admin_token, *passwords)
         self.known_models = frozenset(self.catalogue.names)
         self.overviews: dict[tuple[int, ...], JSON] = {}      # by second and what was asked
         if old is None:
@@ -10908,6 +11662,7 @@ class Gateway:
 
     async def handle(self, client: Client) -> None:
         """Answers one request. The server turns GatewayErrors into answers."""
+        client.started_s += self.ledger.skew_s
         head = client.head
         try:
             answer = await self.route(head)(self, client)
@@ -11633,11 +12388,12 @@ NEWEST_IDS = "SELECT " + ", ".join(f"(SELECT coalesce(max(id), 0) FROM {table})"
 OPEN_COLUMNS = ("response_id", "started_ms", "key_id", "model", "provider", "status", "session", "client")
 
 
-async def live_news(db: Database, seen: Sequence[int], running: Collection[str], key_id: int
-                    ) -> tuple[Row, Collection[str], bytes]:
-    """What any process has written since a watcher's last look: what it has `seen` now and what is `running`, and the events
-    since as SSE."""
-    newest, = await db.read(NEWEST_IDS)
+async def live_news(db: Database, seen: Sequence[int], known: Sequence[int], running: Collection[str], key_id: int
+                    ) -> tuple[Row, Row, Collection[str], bytes]:
+    """What any process has written since a watcher's last look: what it has `seen` now, what is there, what is `running`, and
+    the events since as SSE. Another machine's row may come after one with a higher id: the newest wait for the next look."""
+    there, = await db.read(NEWEST_IDS)
+    newest = there if db.on_this_host else tuple(map(min, there, known))
     in_flight = await open_requests(db, key_id)
     mine = key_condition(key_id)
     usage, refusals, changes = zip(seen, newest)
@@ -11651,7 +12407,7 @@ async def live_news(db: Database, seen: Sequence[int], running: Collection[str],
         events += [("provider" if action.startswith("provider") else "key", {"name": name}) for action, name in changed]
     # a browser that reconnects sends the id as last-event-id
     frames = [(b"id: %d\n" % data["id"] if kind == "usage" else b"") + sse_frame(kind, dumps(data)) for kind, data in events]
-    return newest, [item["response_id"] for item in in_flight], b"".join(frames)
+    return newest, there, [item["response_id"] for item in in_flight], b"".join(frames)
 
 
 async def open_requests(db: Database, key_id: int) -> list[JSON]:
@@ -11840,7 +12596,7 @@ def session_cookie(client: Client) -> tuple[str, str]:
 async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, str]:
     """(the key whose holder asks, ""), or (None, the administrator for the audit log)."""
     header = client.head.headers.get("authorization")
-    now_s = time.time()         # of a live feed the start is long ago
+    now_s = gateway.ledger.now_s()         # of a live feed the start is long ago
     if header:
         key = await check_token(gateway, client, header[7:].strip(" \t"), link=False)
         return key, "" if key else f"admin_token from {client.peer}"
@@ -11859,7 +12615,7 @@ async def authenticate(gateway: Gateway, client: Client) -> tuple[Key | None, st
 
 async def check_token(gateway: Gateway, client: Client, token: str, link: bool = True) -> Key | None:
     """The API key that a token is; None if it is the administrator's, or that of a login `link`."""
-    now_s, digest, failures = time.time(), key_digest(token), gateway.login_failures
+    now_s, digest, failures = gateway.ledger.now_s(), key_digest(token), gateway.login_failures
     if any(hmac.compare_digest(digest, key_digest(each)) for each in gateway.config.server.admin_token) \
             or link and await use_login_link(gateway.ledger.db, token, now_s):
         return None
@@ -11985,7 +12741,7 @@ async def key_settings(ledger: Ledger, values: JSON) -> dict[str, Any]:
 
 async def create_key(ledger: Ledger, who: str, values: JSON) -> JSON:
     settings = await key_settings(ledger, values)
-    return {"token": await ledger.create_key(values["name"], time.time(), who, **settings)}
+    return {"token": await ledger.create_key(values["name"], ledger.now_s(), who, **settings)}
 
 
 async def edit_key(ledger: Ledger, who: str, values: JSON) -> JSON:
@@ -11995,19 +12751,19 @@ async def edit_key(ledger: Ledger, who: str, values: JSON) -> JSON:
 
 
 async def revoke_key(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await ledger.revoke_key(values["name"], time.time(), who)
+    await ledger.revoke_key(values["name"], ledger.now_s(), who)
     return {}
 
 
 async def new_account(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await ledger.create("account", values["name"], time.time(), who, {
+    await ledger.create("account", values["name"], ledger.now_s(), who, {
         "prepaid": int(values.get("prepaid", False)), "limit_nanos": values.get("limit"),
         "multiplier": values.get("multiplier", ONE)})
     return {}
 
 
 async def enter_credit(ledger: Ledger, who: str, values: JSON) -> JSON:
-    await add_credit(ledger, values["name"], values["amount"], values.get("reason", ""), time.time(), who)
+    await add_credit(ledger, values["name"], values["amount"], values.get("reason", ""), ledger.now_s(), who)
     return {}
 
 
@@ -12120,7 +12876,7 @@ async def set_cookie(gateway: Gateway, client: Client, token: str, life_s: int) 
 
 async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
     """What the frame around the pages shows. A holder learns nothing of the other keys."""
-    now_s, ledger = time.time(), gateway.ledger
+    now_s, ledger = gateway.ledger.now_s(), gateway.ledger
     host, port = request.client.connection.server.address
     counts, own = {"models": len(model_names(gateway, request.key))}, None
     if request.key:
@@ -12132,13 +12888,13 @@ async def show_session(gateway: Gateway, request: AdminRequest) -> JSON:
 
 
 def count_active_keys(ledger: Ledger) -> int:
-    now_s = time.time()
+    now_s = ledger.now_s()
     return sum(key.state(now_s) == "active" for key in ledger.keys.values())
 
 
 async def show_overview(gateway: Gateway, request: AdminRequest) -> JSON:
     """Every open page asks after each request: within a second all get the same answer."""
-    now_s, db, key_id = time.time(), gateway.ledger.db, request.key_id
+    now_s, db, key_id = gateway.ledger.now_s(), gateway.ledger.db, request.key_id
     since_ms = request.number("since", int(now_s) * 1000 - DAY_MS, MAX_NUMBER)
     slots = request.number("slots", 25, 400)
     step_ms = max(request.number("step", 3_600_000, 366 * DAY_MS), HALF_HOUR_MS)
@@ -12211,7 +12967,7 @@ def cost_parts(line: JSON) -> list[JSON]:
 
 
 async def show_keys(gateway: Gateway, request: AdminRequest) -> JSON:
-    now_s, ledger = time.time(), gateway.ledger
+    now_s, ledger = gateway.ledger.now_s(), gateway.ledger
     return {"keys": await key_rows(ledger, now_s), "accounts": await list_accounts(ledger.db, now_s), "now_s": int(now_s)}
 
 
@@ -12271,7 +13027,7 @@ async def show_providers(gateway: Gateway, request: AdminRequest) -> JSON:
 async def provider_views(gateway: Gateway) -> list[JSON]:
     """Each with its last hour, by minutes ([requests, failed] each), and its last error."""
     db, providers = gateway.ledger.db, gateway.config.providers
-    since_ms = (int(time.time()) // 60 - 59) * 60_000
+    since_ms = (int(gateway.ledger.now_s()) // 60 - 59) * 60_000
     minutes = {name: [[0, 0] for _ in range(60)] for name in providers}
     for (name, minute), sums in await usage_sums(db, ["provider", f"(started_ms - {since_ms}) / 60000"], since_ms,
                                                  since_ms + 3_600_000, table="usage"):
@@ -12369,7 +13125,7 @@ async def playground(gateway: Gateway, request: AdminRequest) -> None:
     ledger = gateway.ledger
     key = request.key or next((each for each in ledger.keys.values() if each.name == PLAY_KEY and not each.revoked_s), None)
     if key is None:
-        await ledger.create_key(PLAY_KEY, time.time(), request.who)
+        await ledger.create_key(PLAY_KEY, ledger.now_s(), request.who)
         key = ledger.list_keys()[-1]
     await generate("responses", gateway, request.client, key)
 
@@ -12381,14 +13137,15 @@ async def live_events(gateway: Gateway, request: AdminRequest) -> None:
         raise overloaded(f"{FEEDS_A_KEY} live feeds are open already. Try again in a moment.", 429)
     gateway.watchers[key_id] += 1
     try:
-        seen, running, _ = await live_news(db, [MAX_NUMBER] * 3, (), key_id)        # what exists already is no news
+        none = [MAX_NUMBER] * 3
+        seen, known, running, _ = await live_news(db, none, none, (), key_id)        # what exists already is no news
         if re.fullmatch("[0-9]{1,15}", last := client.head.headers.get("last-event-id")):
             seen = int(last), *seen[1:]
         await client.start(200, STREAM_HEADERS)
         await client.write(b"retry: 2000\n\n: hello\n\n")
         checked = time.monotonic()
         while not client.connection.server.draining:
-            seen, running, news = await live_news(db, seen, running, key_id)
+            seen, known, running, news = await live_news(db, seen, known, running, key_id)
             if time.monotonic() - checked >= FEED_HEARTBEAT_S:
                 checked = time.monotonic()
                 await authenticate(gateway, client)     # the session may have ended
@@ -13242,6 +13999,8 @@ def config_warnings(config: Config) -> list[str]:
         warnings.append(f"{config.path} holds a key and others can read it; chmod 600 {config.path}")
     if config.providers.keys() <= {"demo"}:
         warnings.append("no provider is configured")
+    if (address := config.database.postgres) and "disable" in address.parameters.get("sslmode", ""):
+        warnings.append("[database] sslmode=disable: keys, usage and their secret go to the database in the clear")
     return warnings
 
 
@@ -13485,14 +14244,15 @@ async def announce(config: Config, found: Mapping[str, Sequence[str]], detected:
     with contextlib.suppress(LedgerError):
         await ledger.save_counts()
     said = f"Config {home_short(config.path)}." if config.path else "No config file; using defaults."
-    path = home_short(config.database.place)
+    shared = config.database.postgres
+    path = shared.name if shared else home_short(config.database.place)
     say(f"Pomex {VERSION} on Python {sys.version.split()[0]}. {said}", "",
         "Providers", *provider_lines(config, found, detected),
         f"Database      {path}{' (created, only you can read it)' if is_new else ''}")
-    if ledger.list_keys():
+    if ledger.list_keys() or shared:
         say(f"Keys          {count_active_keys(ledger)} active. New one: {command('keys create NAME')}")
     else:
-        say("", *first_key_lines(await ledger.create_key("first", time.time(), command_line_user()), config.database.place),
+        say("", *first_key_lines(await ledger.create_key("first", ledger.now_s(), command_line_user()), config.database.place),
             "", f"Codex: put this into ~/.codex/config.toml, or run: {command('codex --write')}",
             re.sub("(?m)^(?=.)", "  ", agent_settings(CODEX_AGENT, url, best_model(ModelCatalog(config, found)))),
             "", 'Then, in another terminal: codex "What is 2 + 2?"', f"Other agents: {command('connect AGENT')}")
@@ -13535,7 +14295,7 @@ def run_serve(args: Args) -> int:
             raise ConfigError("it is gone.")
         return await with_detected(dataclasses.replace(fresh, server=with_address(fresh.server, handed)), args.no_detect)
 
-    is_new = not os.path.exists(config.database.place)
+    is_new = not config.database.postgres and not os.path.exists(config.database.place)
     detected = not config.path and not args.no_detect
     config, found = asyncio.run(reread())
     tls_context(config.server)
@@ -13791,7 +14551,7 @@ async def show_credit(ledger: Ledger, args: Args, result: JSON) -> None:
 @of_ledger
 async def run_accounts_list(ledger: Ledger, args: Args) -> None:
     rows = [{**row, "balance_usd": format_usd(row["credit_nanos"] - row["spent_nanos"], 9)}
-            for row in await list_accounts(ledger.db, time.time())]
+            for row in await list_accounts(ledger.db, ledger.now_s())]
     print_rows(args, rows, lambda row: {
         "NAME": row["name"], "KIND": "prepaid" if row["prepaid"] else "open" if row["limit_nanos"] is None else "monthly",
         "THIS MONTH": format_usd(row["month_nanos"]), "LIMIT": format_limit(row["limit_nanos"]),
@@ -13887,10 +14647,24 @@ async def run_backup(ledger: Ledger, args: Args) -> None:
     say(f"Copied to {args.file} (only you can read it).")
 
 
+def run_db_copy(args: Args) -> None:
+    """With the gateways stopped: what they write meanwhile stays behind."""
+    source = ConfigFile("", "db copy", os.environ, read_text)
+    places = [database_url(source, url).removeprefix("sqlite:") for url in (args.source, args.target)]
+    if not POSTGRES_URL.fullmatch(places[0]):
+        os.stat(places[0])
+    with contextlib.closing(open_database(places[0])) as old, contextlib.closing(open_database(places[1])) as new:
+        for db in (old, new):
+            db.migrate()
+        counts = copy_database(old, new)
+    print(*table_lines([(table, spaced(count)) for table, count in counts.items()]), sep="\n")
+    say(f"Copied from {old.name} to {new.name}, and compared row by row. Now set [database] url.")
+
+
 # --- 13.7 the first five minutes ---
 
 async def login_link(ledger: Ledger, url: str) -> str:
-    return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, time.time())}"
+    return f"{url}/admin#login={await open_session(ledger.db, 'link', 0, LOGIN_LINK_S, ledger.now_s())}"
 
 
 def run_admin_url(args: Args) -> None:
@@ -13914,8 +14688,9 @@ def run_init(args: Args) -> None:
     config, _ = asyncio.run(with_detected(load_config("", "", os.environ, read_text)))
     if os.path.lexists(args.file):
         raise BadRequest(f"{args.file} already exists; nothing was written.")
+    url = "env:POMEX_DATABASE_URL" if config.database.postgres else config.database.url  # with a password in it, perhaps
     lines = ["# Every key with its meaning and default: pomex.toml.example. A provider is a table like [providers.openai].", "",
-             "[database]", f"url = {json.dumps(config.database.url)}"]
+             "[database]", f"url = {json.dumps(url)}"]
     providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
     for provider in providers:
         keys = ("env_key",) if provider.env_key else ("base_url", "wire_api", "free")
@@ -14429,7 +15204,7 @@ async def run_reload(ledger: Ledger, args: Args) -> int:
     running = [(name, int(pid)) for name, value in rows for pid, start in [value.split(" ")] if not has_ended(int(pid), start)]
     if HANG_UP is None or not running:
         say("Windows knows no such signal: restart the gateway." if HANG_UP is None else
-            f"No gateway that uses {home_short(ledger.db.path)} runs on this machine. Start it: {command('serve')}")
+            f"No gateway that uses {home_short(ledger.db.name)} runs on this machine. Start it: {command('serve')}")
         return UNAVAILABLE
     for name, pid in running:
         os.kill(pid, HANG_UP)
@@ -14703,7 +15478,11 @@ COMMANDS = {
             SINCE._replace(name="older", field=SINCE.field._replace(meaning="delete rows older than this"), metavar="90d|DATE",
                            more={"required": True})]),
         "backup": Command(run_backup, "copy the database while gateways run", "pomex-copy.db", [
-            Argument("file", metavar="FILE", required=True)])},
+            Argument("file", metavar="FILE", required=True)]),
+        "db copy": Command(run_db_copy, "move everything into another, empty database",
+                           "sqlite:pomex.db postgresql://pomex@db.example.com/pomex", [
+            Argument("source", Field(meaning="sqlite:FILE, postgresql://..., env:NAME or file:PATH"), "FROM", required=True),
+            Argument("target", Field(meaning="the same"), "TO", required=True)])},
     "Help": {
         "help": Command(run_help, "explain a command", "keys create", [
             Argument("topic", metavar="COMMAND", required=True, more={"nargs": "*"})])},

@@ -14,13 +14,25 @@ COUNTS = ("requests", "input", "cached", "cache_write", "output", "reasoning", "
 
 @contextlib.contextmanager
 def opened_file(ledger, mode):
-    uri = f"file:{urllib.parse.quote(ledger.db.path)}?mode={mode}"
+    uri = f"file:{urllib.parse.quote(ledger.db.place)}?mode={mode}"
     with contextlib.closing(sqlite3.connect(uri, timeout=10, isolation_level=None, uri=True)) as db:
         yield db
 
 
+def transact(ledger, run):
+    """On a connection of its own."""
+    if ledger.db.on_this_host:
+        with opened_file(ledger, "rw") as db, db:
+            db.execute("BEGIN IMMEDIATE")
+            return run(pomex.Transaction(db))
+    with contextlib.closing(pomex.open_database(ledger.db.place)) as db:
+        return db.commit(run)
+
+
 def read(ledger, sql, *values):
     """All rows, as they are committed."""
+    if not ledger.db.on_this_host:
+        return transact(ledger, lambda tx: tx.read(sql, values))
     with opened_file(ledger, "ro") as db:
         return db.execute(sql, values).fetchall()
 
@@ -63,16 +75,12 @@ def audited(ledger):
 
 def change(ledger, sql, *values):
     """Writes past the ledger, as another program may: how many rows it changed."""
-    with opened_file(ledger, "rw") as db:
-        return db.execute(sql, values).rowcount
+    return transact(ledger, lambda tx: tx.execute(sql, values))
 
 
 def insert(ledger, rows):
     """Rows and their sums, in a transaction of their own; none of them may be there."""
-    with opened_file(ledger, "rw") as db:
-        db.execute("BEGIN IMMEDIATE")
-        pomex.insert_rows(pomex.Transaction(db), rows)
-        db.execute("COMMIT")
+    transact(ledger, lambda tx: pomex.insert_rows(tx, rows))
 
 
 def run(coroutine):

@@ -511,7 +511,7 @@ async def test_the_log_has_a_next_page_only_where_there_are_more_rows(gateway):
 
 @gateway_test
 async def test_what_another_process_began_is_open_until_that_process_has_ended(gateway):
-    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.place)) as other:
         begun = entry(gateway.ledger, 1, time.time(), status="in flight")._replace(response_id="resp_other")
         other.begin("resp_other", lambda: begun)
         await other.recorded("resp_other")
@@ -605,7 +605,7 @@ async def test_a_disabled_provider_is_not_asked_by_any_process_until_it_is_enabl
     assert status == 400 and error["code"] == "provider_disabled" and "disabled demo" in error["message"]
     assert (await gateway.get("providers"))[1]["providers"][0]["state"] == "disabled"
     assert {model["state"] for model in (await gateway.get("models"))[1]["models"]} == {"disabled"}
-    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:     # another process, or after a restart
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.place)) as other:     # another process, or after a restart
         assert other.disabled == {"demo"}
         await other.use_provider("demo", True)
     await asyncio.sleep(1)
@@ -846,7 +846,7 @@ async def test_the_audit_log_is_read_in_pages_by_the_administrator_alone(gateway
 async def test_the_live_feed_tells_of_changes_that_another_process_made(gateway):
     reader, writer = await gateway.feed()
     holder, holder_writer = await gateway.feed({"authorization": f"Bearer {gateway.key}"})
-    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.path)) as other:
+    with contextlib.closing(pomex.Ledger.open(gateway.ledger.db.place)) as other:
         await other.create_key("late", time.time())
         await account_made(other, "team", False, None, pomex.ONE, time.time())
         await pomex.add_credit(other, "team", 10**9, "", time.time())

@@ -1051,7 +1051,8 @@ def test_what_a_killed_process_held_is_given_back_and_its_rows_count_first(path,
 
 async def taken_for_dead(ledger, other):
     """As another server does with one whose signs of life have not come."""
-    await other.db.write(lambda tx: pomex.recover_open_requests(tx, [ledger.process]))
+    dead = await other.db.read("SELECT process, beats FROM processes WHERE process = ?", ledger.process)
+    await other.db.write(lambda tx: pomex.recover_open_requests(tx, dead))
 
 
 def test_a_process_that_was_taken_for_dead_and_goes_on_takes_its_reservation_again(path):

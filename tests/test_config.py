@@ -77,7 +77,7 @@ COMPLAINTS = {
     "a price factor below nothing": ('[prices."a/b"]\ntiers = { flex = -1 }\n', "['flex']: its value must be between 0 and 999999999."),
     "a price factor too exact": ('[prices."a/b"]\ntiers = { flex = 0.1234567 }\n', "must be a table of numbers, like { priority = 2 }."),
     "another database": ('[database]\nurl = "mysql://me:secret@host/db"\n',
-                         'pomex.toml: [database] url = (hidden): must be like "sqlite:pomex.db".'),
+                         'pomex.toml: [database] url = (hidden): must be like "sqlite:pomex.db" or "postgresql://user@host/name".'),
     # of providers
     "a name in capitals": ("[providers.OpenAI]\n", 'pomex.toml: provider name "OpenAI": use small letters, '
                                                    'digits, "_", "." and "-".'),

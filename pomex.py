@@ -7796,8 +7796,8 @@ def read_postgres_url(url: str) -> PostgresAddress:
     local = all(host.startswith("/") or is_loopback(host) for host, _ in hosts)
     sslmode = given.get("sslmode", "disable" if local else "verify-full")
     if sslmode not in SSL_MODES:
-        raise ValueError("sslmode must be verify-full, verify-ca, require or disable. (allow and prefer would "
-                         "go on in the clear without a word.)")
+        raise ValueError("sslmode must be verify-full, verify-ca, require or disable. (allow and prefer "
+                         "would go on in the clear without a word.)")
     if given.get("target_session_attrs", "read-write") not in ("any", "read-write", "primary"):
         raise ValueError("target_session_attrs must be read-write: Pomex writes.")
     if not re.fullmatch("[1-9][0-9]{0,2}", given.get("connect_timeout", "5")):

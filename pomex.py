@@ -11837,6 +11837,8 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
         refused.headers += tuple(down.reservation.headers())
     except BadRequest as error:         # not of the router: it raises none
         refused = error
+    except LedgerError:                 # nothing was sent
+        raise
     except BaseException:               # the client left; the output so far is billed
         down.attempt.finish(GatewayError("The client left.", code="client_gone"), notify_client=False)
         down.attempt.status = "cancelled"

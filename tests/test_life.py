@@ -119,7 +119,7 @@ class Gateway:
     @property
     def ledger(self):
         """What helpers read the database of: they only look, nothing is settled by this test."""
-        return types.SimpleNamespace(db=types.SimpleNamespace(path=str(self.folder / "pomex.db")))
+        return types.SimpleNamespace(db=types.SimpleNamespace(on_this_host=True, place=str(self.folder / "pomex.db")))
 
     @property
     def settings_changed(self):

@@ -8317,7 +8317,9 @@ FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
 
 
 def is_database_failure(error: Exception) -> bool:
-    """False for a fault of the statement it was given."""
+    """False for a fault of the values it was given."""
+    if isinstance(error, PostgresError):
+        return not error.sqlstate.startswith(("22", "23"))
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -8498,7 +8500,7 @@ MAX_RESULT_BYTES = 1 << 28
 MAX_UNANSWERED = 500  # statements sent before their answers are read: neither side may wait until the other reads
 SCRAM_ROUNDS = range(1, 1_000_001)  # PostgreSQL's own are 4096; a million take a second
 PROTOCOL_3, SSL_REQUEST, CANCEL_REQUEST = 196608, 80877103, 80877102
-SAFE_ROW_ERRORS = ("22", "23")  # SQLSTATE classes of a value's own fault; all others are the database's
+STATEMENT_ERRORS = ("22", "23", "42")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
 RESTARTED = ("40001", "40P01")  # lost against another transaction
 LOST = ("08", "250", "25P", "57P")  # beginnings of what a kept connection is told when its server goes
 SQLSTATES = {  # beginning -> for the operator
@@ -8818,7 +8820,7 @@ class PostgresConnection:
             self.cancel()
             raise
         self.committing = False
-        self.in_transaction = error is None or error.sqlstate[:2] in SAFE_ROW_ERRORS
+        self.in_transaction = error is None or error.sqlstate.startswith(STATEMENT_ERRORS)
         if error is not None:
             raise error
 
@@ -10107,8 +10109,8 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
     """The sums by one column, the dearest first (days in order)."""
-    found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, "? IN (0, account_id)",
-                             [account_id])
+    where = f"account_id = {account_id}" if account_id else "1 = 1"
+    found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, where)
     rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
     return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
 

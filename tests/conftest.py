@@ -1,13 +1,16 @@
 """What all tests share: a quiet environment, so that no key or setting of this machine changes a result."""
+import contextlib
 import os
 import pathlib
 
+import postgres
 import pytest
 
 import pomex
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-QUIET = ("POMEX_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "NO_COLOR")
+REQUIRED = os.environ.get("POMEX_REQUIRE_TOOLS")        # a skip is a failure
+QUIET = ("POMEX_", "PGPASSWORD", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "NO_COLOR")
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,30 @@ def quiet_environment(monkeypatch, tmp_path):
         if name.upper().startswith(QUIET) or name in keys:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A PostgreSQL for all tests of a run."""
+    if reason := postgres.missing():
+        assert not REQUIRED, reason
+        pytest.skip(reason)
+    with postgres.Cluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def template(cluster):
+    """The name of a database with Pomex's tables, to make others of."""
+    place = cluster.create()
+    with contextlib.closing(pomex.open_database(place)) as db:
+        db.migrate()
+    return pomex.read_postgres_url(place).database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request, tmp_path):
+    """An empty database: a file's path or a URL."""
+    if request.param == "sqlite":
+        return str(tmp_path / "state" / "pomex.db")
+    return request.getfixturevalue("cluster").create(request.getfixturevalue("template"))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+import threading
 import time
 import urllib.parse
 
@@ -104,13 +105,55 @@ def key_of(ledger, name):
     return next(key for key in ledger.list_keys() if key.name == name)
 
 
+def dumped(ledger):
+    """All that is in the database."""
+    return {table: read(ledger, f"SELECT * FROM {table} ORDER BY {key}") for table, key in pomex.TABLE_KEYS.items()}
+
+
 @contextlib.contextmanager
 def statements(ledger):
     """What is asked of the database in the meantime, without the values."""
     said = []
-    ledger.db.writer.set_trace_callback(said.append)
-    yield said
-    ledger.db.writer.set_trace_callback(None)
+    if ledger.db.on_this_host:
+        ledger.db.writer.set_trace_callback(said.append)
+        yield said
+        ledger.db.writer.set_trace_callback(None)
+        return
+    send = pomex.PostgresConnection.executemany
+
+    def note(connection, sql, rows):
+        rows = list(rows)
+        if threading.current_thread().name.startswith("writer"):        # not what a helper looks up meanwhile
+            said.extend([sql] * len(rows))
+        send(connection, sql, rows)
+    pomex.PostgresConnection.executemany = note
+    try:
+        yield said
+    finally:
+        pomex.PostgresConnection.executemany = send
+
+
+@contextlib.contextmanager
+def locked(place):
+    """As long as another program writes."""
+    if not pomex.POSTGRES_URL.fullmatch(place):
+        with contextlib.closing(sqlite3.connect(place, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    with contextlib.closing(pomex.open_database(place).connect()) as other:
+        other.execute("BEGIN")
+        other.execute("LOCK TABLE usage, meters, rates, open_requests IN EXCLUSIVE MODE").fetchall()
+        yield
+
+
+async def beats(ledger):
+    """As a running server beats, until it must have noticed who is dead."""
+    dead_s, pomex.DEAD_S = pomex.DEAD_S, 0.25
+    for _ in range(4):
+        await ledger.beat()
+        await asyncio.sleep(0.1)
+    pomex.DEAD_S = dead_s
 
 
 @contextlib.asynccontextmanager

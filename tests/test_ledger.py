@@ -16,7 +16,9 @@ import pytest
 from ledgers import (
     account_made,
     audited,
+    beats,
     change,
+    dumped,
     key_made,
     key_of,
     read,
@@ -34,9 +36,12 @@ NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
 PRICE = "1 1 - - - -"
 
 
+of_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)          # about SQLite's own, or this host's processes
+
+
 @pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "state" / "pomex.db")
+def path(place):
+    return place
 
 
 @pytest.fixture
@@ -59,6 +64,8 @@ def begin(ledger, *response_ids):
 def rows(path):
     """The requests as they are after whoever had the file open is gone: (response_id, status, error_code), in order."""
     with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        if not ledger.db.on_this_host:          # there nobody is asked whether he lives: he beats or not
+            run(beats(ledger))
         assert under_way(ledger) == [] and run(pomex.verify(ledger.db))[1] == []
         return sorted((each["response_id"], each["status"], each["error_code"]) for each in recent(ledger, 10**6))
 
@@ -70,6 +77,7 @@ def child(code, *arguments, **options):
 
 # --- keys -----------------------------------------------------------------------------------------
 
+@of_a_file
 def test_a_key_is_random_has_a_checksum_and_is_stored_as_its_digest_only(ledger, path):
     tokens = {key_made(ledger, f"k{n}", NOW) for n in range(20)}
     assert len(tokens) == 20
@@ -256,12 +264,13 @@ REFUSED_CHANGES = {
 @pytest.mark.parametrize("change", REFUSED_CHANGES.values(), ids=REFUSED_CHANGES)
 def test_a_change_that_is_refused_leaves_nothing_behind(ledger, change):
     key_made(ledger, "laptop", NOW)
-    before = [*ledger.db.writer.iterdump()]
+    before = dumped(ledger)
     with pytest.raises(pomex.BadRequest):
         run(change(ledger))
-    assert [*ledger.db.writer.iterdump()] == before
+    assert dumped(ledger) == before
 
 
+@of_a_file
 def test_no_secret_of_a_key_or_session_is_anywhere_in_the_files(ledger, path):
     secrets = [key_made(ledger, "laptop", NOW, who="ana"), run(pomex.open_session(ledger.db, "link", 0, 600, NOW))]
     run(ledger.edit_key("laptop", "ana", rpm=9))
@@ -279,6 +288,7 @@ def test_no_secret_of_a_key_or_session_is_anywhere_in_the_files(ledger, path):
 
 # --- the file -------------------------------------------------------------------------------------
 
+@of_a_file
 def test_all_files_are_for_their_user_alone(path):
     old = os.umask(0)
     try:
@@ -312,6 +322,7 @@ def test_processes_that_open_a_new_file_at_once_agree(path):
         assert read(ledger, "SELECT id, name FROM accounts") == [(1, "default")]
 
 
+@of_a_file
 @pytest.mark.parametrize("durability, synchronous", [("process", 1), ("power", 2)])
 def test_durability_power_waits_for_the_disk_at_every_commit(path, durability, synchronous):
     with contextlib.closing(pomex.Ledger.open(path, durability)) as ledger:
@@ -413,8 +424,8 @@ def fail(tx):
 
 
 FAILURES = {"an exception": (fail, LookupError, "its own"),
-            "an error of SQL": (lambda tx: tx.execute("SELECT * FROM nowhere"), pomex.LedgerError, "no such table"),
-            "a row that is there": (note("first"), sqlite3.IntegrityError, "UNIQUE constraint failed")}
+            "an error of SQL": (lambda tx: tx.execute("SELECT * FROM nowhere"), pomex.LedgerError, "nowhere"),
+            "a row that is there": (note("first"), (sqlite3.IntegrityError, pomex.PostgresError), "settings")}
 
 
 @pytest.mark.parametrize("then, kind, words", FAILURES.values(), ids=FAILURES)
@@ -424,7 +435,7 @@ def test_what_one_member_of_a_batch_raises_undoes_that_member_alone(ledger, then
             names = "first", "second", "third"
             first, second, third = await asyncio.gather(
                 *(ledger.commit(note(name, then if name == "second" else None)) for name in names), return_exceptions=True)
-        assert (first, third, type(second)) == ("first", "third", kind) and words in str(second)
+        assert (first, third) == ("first", "third") and isinstance(second, kind) and words in str(second)
         assert said.count("COMMIT") == 1
     asyncio.run(check())
     assert read(ledger, "SELECT name FROM settings WHERE value = '' ORDER BY name") == [("first",), ("third",)]
@@ -557,6 +568,7 @@ def test_a_fault_of_ours_in_one_request_does_not_stop_the_others(path, spoil):
     asyncio.run(check())
 
 
+@of_a_file
 def test_every_sum_is_stored_as_a_number(ledger):
     run(ledger.settle([row("r1"), row("r2", estimated="why")]))
     types = ", ".join(f"typeof({name})" for name in pomex.SUMS)
@@ -611,10 +623,11 @@ def test_what_was_begun_and_never_settled_is_interrupted_at_the_end_once(path):
             await ledger.recorded("r1")
             await ledger.settle([row("r2")])
     asyncio.run(check())
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        found = db.execute("SELECT response_id, error_code FROM usage ORDER BY id").fetchall()
+    with contextlib.closing(pomex.open_database(path)) as db:
+        found = db.commit(lambda tx: tx.read("SELECT response_id, error_code FROM usage ORDER BY id"))
         assert found == [("r2", ""), ("r1", "interrupted")]
-        assert [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in ("open_requests", "processes")] == [(0,)] * 2
+        left = [db.commit(lambda tx, table=table: tx.read(f"SELECT count(*) FROM {table}")) for table in ("open_requests", "processes")]
+        assert left == [[(0,)]] * 2
     assert rows(path) == rows(path) == [("r1", "failed", "interrupted"), ("r2", "completed", "")]
 
 
@@ -664,6 +677,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(pomex, "SETTLE_WAIT_S", 0.15)
 
 
+@of_a_file
 def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path, impatient, caplog):
     async def check():
         async with started(path) as (ledger,):
@@ -690,6 +704,7 @@ def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path,
     assert [each[0] for each in rows(path)] == ["new", *(f"r{n:03}" for n in range(200))]
 
 
+@of_a_file
 def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, impatient):
     async def check():
         async with started(path) as (ledger,):
@@ -708,6 +723,7 @@ def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, impatie
     assert rows(path) == []
 
 
+@of_a_file
 def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(path, impatient, caplog):
     async def check():
         async with started(path, max_unsaved=3) as (ledger,):
@@ -724,6 +740,7 @@ def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(pa
     assert rows(path) == [(f"r{n}", "completed", "") for n in range(3)] + [("r4", "failed", "interrupted")]
 
 
+@of_a_file
 def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, impatient, caplog):
     async def check():
         async with started(path, max_unsaved=1) as (ledger,):
@@ -737,6 +754,7 @@ def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, impati
     assert rows(path) == [("r1", "completed", "")]
 
 
+@of_a_file
 @pytest.mark.parametrize("heals", [True, False])
 def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(path, impatient, caplog, heals, monkeypatch):
     monkeypatch.setattr(pomex, "RETRY_S", 60)
@@ -753,6 +771,7 @@ def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(pa
     assert ("the disk is full. 1 rows are lost." in caplog.text) != heals
 
 
+@of_a_file
 def test_while_another_program_locks_the_file_everything_waits_and_nothing_fails(path):
     async def check():
         async with started(path) as (ledger,):
@@ -778,6 +797,7 @@ def test_while_another_program_locks_the_file_everything_waits_and_nothing_fails
     assert rows(path) == [("r1", "failed", "interrupted"), ("r2", "completed", ""), ("r3", "failed", "interrupted")]
 
 
+@of_a_file
 def test_a_lock_that_lasts_too_long_counts_as_a_failure_and_heals(path, impatient, monkeypatch):
     monkeypatch.setattr(pomex, "BUSY_S", 0.05)
 
@@ -835,8 +855,8 @@ def test_kill_9_at_any_moment_leaves_every_acknowledged_settlement_once(path):
     begun = set(said["recorded"]) - set(said["settled"])
     assert ("failed", "interrupted") in {ends[name] for name in begun} <= {("completed", ""), ("failed", "interrupted")}
     assert len(got) - len(said["settled"]) <= 3 * 2 * 8      # at most one a client was under way
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT count(*) FROM processes").fetchall() == [(0,)]
+    with contextlib.closing(pomex.open_database(path)) as db:        # the judge's own stays until another finds it gone
+        assert db.commit(lambda tx: tx.read("SELECT count(*) FROM processes")) == [(0 if db.on_this_host else 1,)]
 
 
 ONE_REQUEST = """
@@ -886,12 +906,14 @@ def test_a_server_that_runs_settles_what_a_killed_process_left(path, caplog):
             with one_request(path):
                 await ledger.beat()
                 assert end_of(ledger) == []
-            await ledger.beat()
-            assert end_of(ledger) == [("theirs", "interrupted")] and read(ledger, "SELECT pid FROM processes") == []
+            await beats(ledger)
+            assert end_of(ledger) == [("theirs", "interrupted")]
+            assert read(ledger, "SELECT pid FROM processes WHERE process <> ?", ledger.process) == []
             assert caplog.text.count("1 requests of an ended process are marked as interrupted") == 1
     asyncio.run(check())
 
 
+@of_a_file
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_a_process_of_this_host_that_is_stopped_is_not_taken_for_dead(path, monkeypatch):
     monkeypatch.setattr(pomex, "DEAD_S", 0.05)
@@ -978,6 +1000,7 @@ def test_a_guess_replaces_nothing(path):
 
 # --- a file that goes wrong while it is in use ----------------------------------------------------
 
+@of_a_file
 def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(path, caplog):
     async def check():
         async with started(path) as (ledger,):
@@ -1002,6 +1025,7 @@ def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(p
     assert rows(path) == [("r1", "completed", "")]
 
 
+@of_a_file
 def test_a_file_that_is_damaged_while_in_use_is_seen_and_said_once(path, caplog):
     async def check():
         async with started(path) as (ledger,):
@@ -1087,6 +1111,7 @@ def test_the_counters_of_all_processes_are_given_together_and_survive_them(path)
         assert run(ledger.counted()) == expected
 
 
+@of_a_file
 def test_counts_that_cannot_be_saved_are_kept_for_later(ledger):
     async def check():
         fill(ledger, True)

@@ -1,0 +1,198 @@
+"""A real PostgreSQL for tests: TLS and SCRAM-SHA-256 only, on a loopback port, in a temporary folder; and a pgbouncer before it.
+The server refuses to run as root: then it runs as the user `postgres` of Debian's package."""
+import contextlib
+import glob
+import itertools
+import os
+import pathlib
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.parse
+
+PASSWORD = "p@ss w/ü:#%"        # each of these must be quoted in a URL, and one is not ASCII
+USER, ADMIN = "pomex", "keeper"
+FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+numbers = itertools.count(1)
+
+
+def program(name):
+    """Where it is, or None: Debian has the server's programs beside PATH."""
+    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: int(path.split("/")[4]))
+    return next((f"{folder}/{name}" for folder in reversed(folders) if os.access(f"{folder}/{name}", os.X_OK)), shutil.which(name))
+
+
+def runner():
+    """The user that the server runs as; None: this one."""
+    return "postgres" if os.geteuid() == 0 else None
+
+
+def missing():
+    """Why no server can be started; "" if one can."""
+    if os.name != "posix" or any(program(name) is None for name in ("initdb", "postgres", "psql", "openssl")):
+        return "PostgreSQL's programs or openssl are not installed"
+    try:
+        return "" if runner() is None or pwd.getpwnam(runner()) else ""
+    except KeyError:
+        return "PostgreSQL does not run as root, and there is no user postgres"
+
+
+def free_port():
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+def run(*command, **options):
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=60, check=False, **options)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Cluster:
+    """`with Cluster() as cluster: cluster.create()`"""
+
+    def __init__(self, durable=False, settings=()):
+        self.settings = {"max_connections": "100", "ssl": "on", "password_encryption": "scram-sha-256",
+                         **({} if durable else FAST), **dict(settings)}
+
+    def __enter__(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="postgres-"))
+        if runner():
+            shutil.chown(self.folder, runner())
+        self.folder.chmod(0o755)
+        self.port, self.server = free_port(), None
+        self.data = self.folder / "data"
+        self.make_certificates()
+        secret = self.write("secret", PASSWORD)
+        run(program("initdb"), "-D", self.data, "-U", ADMIN, "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8",
+            f"--pwfile={secret}", "--no-sync", user=runner(), cwd=self.folder)
+        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
+                                               "hostssl replication all 127.0.0.1/32 scram-sha-256\n")
+        self.start()
+        quoted = PASSWORD.replace("'", "''")
+        self.psql(f"CREATE ROLE {USER} LOGIN PASSWORD '{quoted}'")
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, name, text):
+        path = self.folder / name
+        path.write_text(text)
+        if runner():
+            shutil.chown(path, runner())
+        path.chmod(0o600)
+        return path
+
+    def make_certificates(self):
+        """An authority, and the server's certificate for localhost and 127.0.0.1."""
+        self.authority, key = self.folder / "authority.pem", self.folder / "authority.key"
+        run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=Authority of a test",
+            "-keyout", key, "-out", self.authority)
+        run("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", self.folder / "server.key",
+            "-out", self.folder / "server.csr")
+        names = self.write("names", "subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        run("openssl", "x509", "-req", "-in", self.folder / "server.csr", "-CA", self.authority, "-CAkey", key, "-CAcreateserial",
+            "-days", "2", "-extfile", names, "-out", self.folder / "server.crt")
+        self.authority.chmod(0o644)
+        for name in ("server.crt", "server.key"):
+            self.write(name, (self.folder / name).read_text())
+
+    def start(self):
+        settings = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": self.folder,
+                    "ssl_cert_file": self.folder / "server.crt", "ssl_key_file": self.folder / "server.key", **self.settings}
+        flags = [flag for name, value in settings.items() for flag in ("-c", f"{name}={value}")]
+        with (self.folder / "log").open("a") as log:
+            self.server = subprocess.Popen([program("postgres"), "-D", str(self.data), *flags], user=runner(), cwd=self.folder,
+                                           stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(600):
+            with contextlib.suppress(AssertionError):
+                self.psql("SELECT 1")
+                return
+            assert self.server.poll() is None, (self.folder / "log").read_text()[-2000:]
+            time.sleep(0.05)
+        raise AssertionError((self.folder / "log").read_text()[-2000:])
+
+    def processes(self):
+        found = subprocess.run(["pgrep", "-P", str(self.server.pid)], capture_output=True, text=True, check=False).stdout
+        return [self.server.pid, *map(int, found.split())]
+
+    def signal(self, number):
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self):
+        """As by the kernel, with all that it had begun."""
+        if self.server is not None:
+            self.signal(signal.SIGKILL)
+            self.server.wait(20)
+            self.server = None
+
+    def stop(self):
+        """Fast: clients are told, and disconnected."""
+        self.server.send_signal(signal.SIGINT)
+        self.server.wait(30)
+        self.server = None
+
+    def pause(self):
+        self.signal(signal.SIGSTOP)
+
+    def resume(self):
+        self.signal(signal.SIGCONT)
+
+    def psql(self, sql, database="postgres"):
+        return run(program("psql"), "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", self.folder, "-p", self.port, "-U", ADMIN,
+                   "-d", database, "-c", sql, env={**os.environ, "PGPASSWORD": PASSWORD}).strip()
+
+    def url(self, name, **parameters):
+        words = {"sslmode": "verify-full", "sslrootcert": str(self.authority), **parameters}
+        return (f"postgresql://{USER}:{urllib.parse.quote(PASSWORD, safe='')}@localhost:{self.port}/{name}?"
+                + "&".join(f"{word}={urllib.parse.quote(value, safe='')}" for word, value in words.items()))
+
+    def create(self, template="template0"):
+        """The URL of a new database."""
+        name = f"test_{os.getpid()}_{next(numbers)}"
+        self.psql(f"CREATE DATABASE {name} OWNER {USER} TEMPLATE {template}")
+        return self.url(name)
+
+    @contextlib.contextmanager
+    def pgbouncer(self):
+        """In transaction mode, with TLS and SCRAM on both sides: gives its port."""
+        port = free_port()
+        self.write("users", f'"{USER}" "{PASSWORD}"\n')
+        self.write("pgbouncer.ini", f"""\
+[databases]
+* = host=localhost port={self.port}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = scram-sha-256
+auth_file = {self.folder}/users
+pool_mode = transaction
+default_pool_size = 5
+client_tls_sslmode = require
+client_tls_cert_file = {self.folder}/server.crt
+client_tls_key_file = {self.folder}/server.key
+server_tls_sslmode = verify-full
+server_tls_ca_file = {self.authority}
+""")
+        with (self.folder / "pgbouncer.log").open("a") as log:
+            started = subprocess.Popen(["/usr/sbin/pgbouncer", str(self.folder / "pgbouncer.ini")], user=runner(), cwd=self.folder,
+                                       stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            for _ in range(200):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.02)
+            yield port
+        finally:
+            started.terminate()
+            started.wait(20)

@@ -8869,10 +8869,9 @@ class PostgresConnection:
             raise PostgresError("25P02", "it rolled back")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.socket:
             if self.in_transaction:
                 self.socket.sendall(postgres_message(b"X"))
-            self.socket.close()
 
 
 class PostgresTransaction(Transaction):

@@ -1,0 +1,652 @@
+"""PostgreSQL's protocol: its pure functions by tables, hostile servers over loopback, and what only a real server shows."""
+import asyncio
+import base64
+import contextlib
+import gc
+import hashlib
+import hmac
+import itertools
+import os
+import socket
+import ssl
+import struct
+import threading
+import time
+import warnings
+
+import pomex
+import pytest
+from ledgers import read, started, until
+
+HERE = "postgresql://u:secret-word@127.0.0.1:%d/db"
+
+# --- the address ----------------------------------------------------------------------------------
+
+ADDRESSES = {  # URL -> hosts, user, password, database, sslmode
+    "postgresql://u@h/n": ((("h", 5432),), "u", "", "n", "verify-full"),
+    "postgres://u@h:6432/n": ((("h", 6432),), "u", "", "n", "verify-full"),
+    "postgresql://u:p%40%2F%3A%25@h": ((("h", 5432),), "u", "p@/:%", "u", "verify-full"),
+    "postgresql://u:a@b@h/n": ((("h", 5432),), "u", "a@b", "n", "verify-full"),
+    "postgresql://u@a,b:2,[::1]:3/n?target_session_attrs=read-write": (
+        (("a", 5432), ("b", 2), ("::1", 3)), "u", "", "n", "verify-full"),
+    "postgresql://u@127.0.0.1/n": ((("127.0.0.1", 5432),), "u", "", "n", "disable"),
+    "postgresql://u@localhost/n?sslmode=require": ((("localhost", 5432),), "u", "", "n", "require"),
+    "postgresql:///n?host=/run/postgresql&user=u&password=x": ((("/run/postgresql", 5432),), "u", "x", "n", "disable"),
+    "postgresql://u@/n?host=%2Frun%2Fpg&port=7": ((("/run/pg", 7),), "u", "", "n", "disable"),
+    "postgresql://u@h/?dbname=other&connect_timeout=3&application_name=x": ((("h", 5432),), "u", "", "other", "verify-full"),
+}
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_an_address_is_read_as_libpq_reads_it(url):
+    address = pomex.read_postgres_url(url)
+    assert (address.hosts, address.user, address.password, address.database, address.sslmode) == ADDRESSES[url]
+    assert not address.password or address.password not in address.name
+
+
+WRONG_ADDRESSES = {
+    "postgresql://h/n": "it names no user",
+    "postgresql://u@/n": "it names no host",
+    "postgresql://u@h:0/n": "a port that is none",
+    "postgresql://u@h:99999/n": "a port that is none",
+    "postgresql://u@h/n?port=x": "a port that is none",
+    "postgresql://u:pa/ss@h/n": "in a password @ : / ? # % are",
+    "postgresql://u@h/n?sslmode=prefer": "sslmode must be verify-full",
+    "postgresql://u@h/n?sslmode=allow": "sslmode must be verify-full",
+    "postgresql://u@h/n?options=-c%20x": "the parameter options is not known here",
+    "postgresql://u@h/n?ssl_mode=require": "Did you mean sslmode?",
+    "postgresql://u@h/n?target_session_attrs=standby": "target_session_attrs must be read-write",
+    "postgresql://u@h/n?connect_timeout=0": "connect_timeout is in seconds",
+}
+
+
+@pytest.mark.parametrize("url", WRONG_ADDRESSES)
+def test_a_wrong_address_is_refused_with_its_reason_and_never_shown(url):
+    with pytest.raises(pomex.ConfigError) as refused:
+        pomex.load_config(f'[database]\nurl = "{url}"\n', "/x/pomex.toml", {})
+    assert WRONG_ADDRESSES[url] in str(refused.value) and url not in str(refused.value) and "(hidden)" in str(refused.value)
+
+
+def test_the_url_and_its_password_may_stand_elsewhere():
+    def place(text, **environ):
+        files = {"/x/db": " postgresql://u:p1@h/n\n", "/x/short": "sqlite:other.db"}
+        return pomex.load_config(f"[database]\n{text}\n", "/x/pomex.toml", environ, files.__getitem__).database.place
+    assert place('url = "env:DB"', DB="postgresql://u@h/n") == "postgresql://u@h/n"
+    assert place('url = "file:db"') == "postgresql://u:p1@h/n" and place('url = "file:short"') == "/x/other.db"
+    for url in ("postgresql://u@h/n", "postgresql://u@h/n?sslmode=require"):
+        assert pomex.read_postgres_url(place(f'url = "{url}"', PGPASSWORD="a&b c")).password == "a&b c"
+    assert pomex.read_postgres_url(place('url = "postgresql://u:mine@h/n"', PGPASSWORD="other")).password == "mine"
+    config = pomex.load_config("", "", {"POMEX_DATABASE_URL": "postgresql://u:mine@h/n", "HOME": "/h"})
+    assert config.database.postgres.name == "postgresql://u@h:5432/n" and "mine" not in repr(config)
+    with pytest.raises(pomex.ConfigError, match="that variable is not set"):
+        place('url = "env:NOWHERE"')
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+def message(kind, body=b""):
+    return kind + struct.pack("!i", len(body) + 4) + body
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_messages_are_taken_whole_however_they_arrive(step):
+    stream = message(b"Z", b"I") + message(b"C", b"SELECT 1\0") + message(b"1") + message(b"D", bytes(300))
+    data, taken = bytearray(), []
+    for at in range(0, len(stream), step):
+        data += stream[at:at + step]
+        while found := pomex.take_message(data):
+            taken.append(found)
+    assert taken == [(b"Z", b"I"), (b"C", b"SELECT 1\0"), (b"1", b""), (b"D", bytes(300))] and not data
+
+
+@pytest.mark.parametrize("size", [-1, 0, 3, pomex.MAX_MESSAGE_BYTES + 1, 2**31 - 1])
+def test_a_message_of_an_impossible_length_is_refused_at_once(size):
+    with pytest.raises(pomex.PostgresError, match=f"a message of {size} bytes"):
+        pomex.take_message(bytearray(b"D" + struct.pack("!i", size)))
+
+
+def test_a_statement_numbers_its_values_and_leaves_texts_alone():
+    sent = pomex.parse_message("SELECT '?', a FROM b WHERE c = ? AND d LIKE 'x''?' AND e IN (?, ?)")
+    assert sent == message(b"P", b"\0SELECT '?', a FROM b WHERE c = $1 AND d LIKE 'x''?' AND e IN ($2, $3)\0\0\0")
+
+
+VALUES = {"none": (None, b"\xff\xff\xff\xff"), "true": (True, b"\0\0\0\x011"), "number": (-12, b"\0\0\0\x03-12"),
+          "text": ("ü?", b"\0\0\0\x03\xc3\xbc?"), "empty": ("", b"\0\0\0\0")}
+
+
+@pytest.mark.parametrize("value, sent", VALUES.values(), ids=VALUES)
+def test_a_value_is_sent_in_text_form_behind_its_length(value, sent):
+    assert pomex.encode_value(value) == sent
+    assert pomex.bind_message([value]) == message(b"B", b"\0\0\0\0\0\x01" + sent + b"\0\0")
+
+
+def columns(*types):
+    described = b"".join(b"name\0" + struct.pack("!ihihih", 0, 0, oid, -1, -1, 0) for oid in types)
+    return struct.pack("!h", len(types)) + described
+
+
+def data_row(*cells):
+    return struct.pack("!h", len(cells)) + b"".join(
+        struct.pack("!i", -1) if cell is None else struct.pack("!i", len(cell)) + cell for cell in cells)
+
+
+def test_each_type_of_a_row_is_read_as_sqlite_would_give_it():
+    readers = pomex.read_columns(columns(16, 20, 23, 25, 1043, 701, 1700, 1700, 25))
+    row = pomex.read_row(data_row(b"t", b"9007199254740993", b"-5", "ü".encode(), b"", b"1.5", b"12", b"1.25", None), readers)
+    assert row == (1, 9007199254740993, -5, "ü", "", 1.5, 12, 1.25, None)
+    assert [type(cell) for cell in row[:3]] == [int] * 3 and type(row[6]) is int
+
+
+@pytest.mark.parametrize("body", [data_row(b"1") + b"x", data_row(b"1")[:-1], data_row(b"one"), struct.pack("!hi", 1, 99) + b"1"],
+                         ids=["longer", "shorter", "no number", "beyond its end"])
+def test_a_row_that_does_not_fit_is_an_error(body):
+    with pytest.raises((pomex.PostgresError, ValueError, struct.error)):
+        pomex.read_row(body, pomex.read_columns(columns(20)))
+
+
+def test_an_error_says_its_state_and_its_sentence_without_control_characters():
+    error = pomex.read_error(b"SERROR\0C40001\0Mcould not\nserialize\0Dvalue of somebody\0\0")
+    assert (error.sqlstate, str(error)) == ("40001", "could not?serialize")
+    assert pomex.read_error(b"").sqlstate == "XX000" and "\ufffd" in str(pomex.read_error(b"M\xff\0"))
+
+
+# --- SCRAM ----------------------------------------------------------------------------------------
+
+FIRST = b"r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
+LAST = b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+
+
+def test_scram_follows_the_vectors_of_rfc_7677():
+    talk = pomex.scram_sha_256("pencil", "rOprNGfwEbeRWgbNEkqO")
+    assert next(talk) == b"n,,n=,r=rOprNGfwEbeRWgbNEkqO"          # PostgreSQL takes the user from the start-up message
+    sent = talk.send(FIRST)
+    assert sent.startswith(b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=")
+
+
+def exchange(password, first=None, last=None):
+    """With a server that knows "pencil"."""
+    talk = pomex.scram_sha_256(password, "mine")
+    bare = next(talk)[3:]
+    first = first if first is not None else b"r=minetheirs,s=" + base64.b64encode(b"salt") + b",i=4096"
+    final = talk.send(first)
+    without, _, proof = final.rpartition(b",p=")
+    salted = hashlib.pbkdf2_hmac("sha256", b"pencil", b"salt", 4096)
+    messages = b",".join((bare, first, without))
+    key = hmac.digest(salted, b"Client Key", "sha256")
+    signature = hmac.digest(hashlib.sha256(key).digest(), messages, "sha256")
+    right = bytes(a ^ b for a, b in zip(key, signature)) == base64.b64decode(proof)
+    signed = hmac.digest(hmac.digest(salted, b"Server Key", "sha256"), messages, "sha256")
+    with contextlib.suppress(StopIteration):
+        talk.send(last or b"v=" + base64.b64encode(signed))
+        raise AssertionError("it went on")
+    return right
+
+
+def test_scram_proves_the_password_to_the_server_and_lets_it_prove_that_it_knows_it():
+    assert exchange("pencil")
+    with pytest.raises(pomex.PostgresError, match="it does not know the password itself"):
+        exchange("other")
+
+
+WRONG_SCRAM = {
+    "another client's nonce": (b"r=yourstheirs,s=c2FsdA==,i=4096", None),
+    "no nonce of its own": (b"r=mine,s=c2FsdA==,i=4096", None),
+    "no rounds": (b"r=minetheirs,s=c2FsdA==,i=0", None),
+    "rounds for hours": (b"r=minetheirs,s=c2FsdA==,i=2147483647", None),
+    "rounds in words": (b"r=minetheirs,s=c2FsdA==,i=many", None),
+    "no salt": (b"r=minetheirs,i=4096", None),
+    "a salt that is no base64": (b"r=minetheirs,s=*,i=4096", None),
+    "nothing": (b"", None),
+    "not ASCII": (b"r=mine\xff,s=c2FsdA==,i=4096", None),
+    "an error instead of a proof": (None, b"e=other-error"),
+    "a proof of nothing": (None, b"v="),
+    "a proof of another password": (None, LAST),
+}
+
+
+@pytest.mark.parametrize("first, last", WRONG_SCRAM.values(), ids=WRONG_SCRAM)
+def test_a_server_that_does_scram_wrong_is_refused(first, last):
+    begun = time.monotonic()
+    with pytest.raises((pomex.PostgresError, ValueError, KeyError)):
+        exchange("pencil", first, last)
+    assert time.monotonic() - begun < 2
+
+
+PASSWORDS = {  # RFC 4013 section 3, and what PostgreSQL does with a password that SASLprep forbids
+    "I\u00adX": b"IX", "user": b"user", "USER": b"USER", "\u00aa": b"a", "\u2168": b"IX", "a\u00a0b": b"a b",
+    "\u0007": b"\x07", "\u0627\u0031": "\u06271".encode(), "\u0627\u0031\u0628": "\u0627\u0031\u0628".encode(), "p\u0308": "p\u0308".encode(),
+    "u\u0308": "ü".encode(), "\u00ad": "\u00ad".encode(), "\u0221": "\u0221".encode(),
+}
+
+
+@pytest.mark.parametrize("password", PASSWORDS, ids=ascii)
+def test_a_password_is_prepared_as_the_server_prepared_it(password):
+    assert pomex.prepare_password(password) == PASSWORDS[password]
+
+
+# --- hostile servers ------------------------------------------------------------------------------
+
+READY = message(b"R", struct.pack("!i", 0)) + message(b"K", struct.pack("!ii", 7, 8)) + message(b"Z", b"I")
+CHECKED = (message(b"1") + message(b"2") + message(b"T", columns(25, 25)) + message(b"D", data_row(b"off", b"UTF8"))
+           + message(b"C", b"SELECT 1\0") + message(b"Z", b"I"))
+ASKED = {"md5": 5, "a password in the clear": 3, "GSS": 7}
+AUTH = "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in the clear (see password_encryption, " \
+       "when the password was set, and pg_hba.conf) (SQLSTATE 28000)."
+PROTOCOL = "cannot be used: it sent what is not PostgreSQL's protocol (SQLSTATE 08P01)."
+LONGER = "cannot be used: it sent a row that is longer than its columns (SQLSTATE 08P01)."
+CLOSED = "cannot be reached: it closed the connection."
+SCRAM = message(b"R", struct.pack("!i", 10) + b"SCRAM-SHA-256\0\0")
+HOSTILE = {  # what is sent for each thing that the client sends; None: the connection is closed, ...: silence -> the sentence
+    "nobody speaks": ([...], "cannot be reached: no answer in time."),
+    "it closes": ([None], CLOSED),
+    "half a message, then closed": ([b"R\0\0\0\x08\0", None], CLOSED),
+    "half a message, then silence": ([b"R\0\0\0\x08\0", ...], "cannot be reached: no answer in time."),
+    "a web server": ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "cannot be used: it sent a message of 1414811695 bytes (SQLSTATE 08P01)."),
+    "garbage": ([b"\0\0\0\0\x08garbage!"], PROTOCOL),
+    "a giant message": ([b"R\x7f\xff\xff\xff"], "cannot be used: it sent a message of 2147483647 bytes (SQLSTATE 08P01)."),
+    **{what: ([message(b"R", struct.pack("!i", code) + b"salt")], "refuses this user or password: " + AUTH)
+       for what, code in ASKED.items()},
+    "an unknown mechanism": ([message(b"R", struct.pack("!i", 10) + b"SCRAM-SHA-1\0\0")], "refuses this user or password: " + AUTH),
+    "welcome in the middle of SCRAM": ([SCRAM, READY], "refuses this user or password: " + AUTH),
+    "a proof of nothing": ([SCRAM, message(b"R", struct.pack("!i", 11) + b"r=x,s=c2FsdA==,i=4096")],
+                           "refuses this user or password: it asks for 4096 rounds of SCRAM, or for another client's nonce "
+                           "(SQLSTATE 28P01)."),
+    "SCRAM without words": ([SCRAM, message(b"R", struct.pack("!i", 11) + b"hello")], PROTOCOL),
+    "a refusal": ([message(b"E", b"SFATAL\0C53300\0Msorry, too many clients already\0\0")],
+                  "has no connection left: sorry, too many clients already (SQLSTATE 53300)."),
+    "an error without fields": ([message(b"E", b"\0")], "cannot be used:  (SQLSTATE XX000)."),
+    "no database of that name": ([message(b"E", b'C3D000\0Mdatabase "db" does not exist\0\0')],
+                                 'is not there: database "db" does not exist (SQLSTATE 3D000).'),
+    "a standby": ([READY, message(b"T", columns(25, 25)) + message(b"D", data_row(b"on", b"UTF8")) + message(b"C", b"SELECT 1\0")
+                   + message(b"Z", b"I")], "is a standby, which cannot be written: it takes no writes (SQLSTATE 25006)."),
+    "another encoding": ([READY, message(b"T", columns(25, 25)) + message(b"D", data_row(b"off", b"LATIN1"))
+                          + message(b"C", b"SELECT 1\0") + message(b"Z", b"I")],
+                         "cannot be used: its encoding is LATIN1, not UTF8 (SQLSTATE 22P05)."),
+    "rows without their columns": ([READY, message(b"D", data_row(b"on")) + message(b"Z", b"I")], LONGER),
+    "results of what nobody asked": ([READY, message(b"C", b"SELECT 0\0") * 5 + message(b"Z", b"I")], PROTOCOL),
+    "a copy": ([READY, message(b"G", b"\0\0\0") + message(b"Z", b"I")], PROTOCOL),
+    "rows without end": ([READY, message(b"T", columns(25)) + message(b"D", data_row(bytes(60_000))) * 100],
+                         "cannot be used: it sent more than 1000000 bytes (SQLSTATE 08P01)."),
+    "it closes before it is ready": ([READY, CHECKED[:-6], None], CLOSED),
+    "an error, then it closes": ([READY, message(b"E", b"C57P01\0Mterminating connection\0\0"), None],
+                                 "is stopping or starting: terminating connection (SQLSTATE 57P01)."),
+}
+
+
+@contextlib.contextmanager
+def playing(script, context=None, greeting=None):
+    """A server that answers each arrival with the next of the script: gives its port."""
+    def serve():
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), client:
+                client.settimeout(10)
+                if greeting is not None:
+                    client.recv(8)
+                    client.sendall(greeting)
+                if context is not None:
+                    client = context.wrap_socket(client, server_side=True)
+                for number, step in enumerate(script):
+                    if number == 0 or step is not None:
+                        client.recv(65536)
+                    if step is None:
+                        break
+                    if step is ...:
+                        ended.wait(10)
+                        break
+                    client.sendall(step)
+                else:
+                    ended.wait(10)
+                client.close()
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            ended.set()
+            listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def refused_by(url):
+    """The sentence; nothing is left open, and nothing secret is said."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with contextlib.closing(pomex.open_database(url)) as db:
+            with pytest.raises(pomex.LedgerError) as refused:
+                db.commit(lambda tx: tx.read("SELECT 1"))
+            db.stop()
+        gc.collect()
+    assert [each for each in said if issubclass(each.category, ResourceWarning)] == []
+    assert "secret-word" not in str(refused.value)
+    return str(refused.value).removeprefix(f"The database {db.name} ")
+
+
+@pytest.mark.parametrize("script, sentence", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_server_gets_a_sentence_and_no_patience(script, sentence, monkeypatch):
+    monkeypatch.setattr(pomex.PostgresConnection, "limit_s", 1.0)
+    monkeypatch.setattr(pomex, "MAX_RESULT_BYTES", 1_000_000)
+    begun = time.monotonic()
+    with playing(script) as port:
+        assert refused_by(HERE % port + "?connect_timeout=1") == sentence
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_trickles_does_not_hold_anybody(monkeypatch):
+    monkeypatch.setattr(pomex.PostgresConnection, "limit_s", 1.0)
+    pieces = [bytes([byte]) for byte in READY]
+
+    def serve():
+        client, _ = listening.accept()
+        with contextlib.suppress(OSError), client:
+            client.recv(65536)
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        begun = time.monotonic()
+        assert refused_by(HERE % listening.getsockname()[1] + "?connect_timeout=1") == "cannot be reached: no answer in time."
+        assert time.monotonic() - begun < 3
+        thread.join(20)
+
+
+def test_a_lost_commit_is_said_to_be_in_doubt(monkeypatch):
+    one = message(b"C", b"SELECT 1\0")
+    script = [READY, CHECKED, message(b"C", b"BEGIN\0") + one * 2 + message(b"Z", b"T"), None]
+    with playing(script) as port:
+        sentence = refused_by(HERE % port)
+    assert sentence == ("was lost: the connection was lost while it committed, so that it is not known whether the change was made "
+                        "(SQLSTATE 08007).")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """By name: (certificate, key) of one authority and of another."""
+    import shutil
+    import subprocess
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, cwd=folder)
+    for authority in ("ours", "other"):
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key",
+                "-out", f"{authority}.pem")
+    for name, authority, host, days in (("right", "ours", "127.0.0.1", 2), ("wrong-name", "ours", "127.0.0.2", 2),
+                                        ("expired", "ours", "127.0.0.1", 0), ("foreign", "other", "127.0.0.1", 2)):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=db", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        (folder / "names").write_text(f"subjectAltName=IP:{host}\n")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial",
+                "-days", days, "-extfile", "names", "-out", f"{name}.pem")
+    return folder
+
+
+TLS = {  # certificate, sslmode -> the sentence, "" where the connection is made
+    ("right", "verify-full"): "", ("wrong-name", "verify-ca"): "", ("foreign", "require"): "certificate verify failed",
+    ("wrong-name", "verify-full"): "IP address mismatch", ("foreign", "verify-full"): "unable to get local issuer certificate",
+    ("expired", "verify-full"): "certificate has expired", ("foreign", "verify-ca"): "unable to get local issuer certificate",
+}
+
+
+@pytest.mark.parametrize("name, mode", TLS, ids="-".join)
+def test_a_certificate_is_checked_as_far_as_sslmode_says(certificates, name, mode):
+    if name == "expired":
+        time.sleep(1.1)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+    with playing([message(b"E", b"C53300\0Mreached\0\0")], context, b"S") as port:
+        sentence = refused_by(HERE % port + f"?sslmode={mode}&sslrootcert={certificates}/ours.pem&connect_timeout=2")
+    if TLS[name, mode]:
+        assert sentence.startswith("cannot be reached: ") and (TLS[name, mode] in sentence or mode == "require")
+    else:
+        assert sentence == "has no connection left: reached (SQLSTATE 53300)."
+
+
+@pytest.mark.parametrize("greeting", [b"N", b"E", b"H"])
+def test_without_tls_nothing_is_sent_where_sslmode_asks_for_it(greeting):
+    with playing([...], None, greeting) as port:
+        assert refused_by(HERE % port + "?sslmode=require") == (
+            "cannot be used: it offers no TLS, and sslmode is require (SQLSTATE 08P01).")
+
+
+def test_a_root_certificate_that_is_not_there_is_said():
+    with playing([...], None, b"S") as port:
+        assert refused_by(HERE % port + "?sslmode=verify-full&sslrootcert=/nowhere.pem") == (
+            "cannot be used: sslrootcert or sslcert: No such file or directory (SQLSTATE 08001).")
+
+
+# --- a real server --------------------------------------------------------------------------------
+
+@pytest.fixture
+def url(cluster, template):
+    return cluster.create(template)
+
+
+@pytest.fixture
+def db(url):
+    with contextlib.closing(pomex.open_database(url)) as opened:
+        yield opened
+        opened.stop()
+
+
+def test_a_lost_connection_is_made_again_and_nothing_is_lost(cluster, db):
+    count = itertools.count()
+
+    def run(tx):
+        tx.insert("settings", {"name": f"n{next(count)}"})
+        if next(count) == 1:            # between its statements, the first time
+            cluster.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'pomex'")
+        return tx.read("SELECT count(*) FROM settings WHERE name LIKE 'n%'")
+    db.commit(lambda tx: None)
+    assert db.commit(run) == [(1,)]
+    cluster.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'pomex'")
+    assert db.fetch("SELECT 1", ()) == [(1,)]
+    cluster.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'pomex'")
+    assert db.fetch("SELECT 2", ()) == [(2,)] and db.commit(lambda tx: tx.read("SELECT 3")) == [(3,)]
+
+
+def test_what_takes_too_long_is_cancelled_on_the_server_and_the_next_works(cluster, db, monkeypatch):
+    monkeypatch.setattr(pomex, "READ_S", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(pomex.LedgerError, match=r"cannot be reached: no answer in time\."), db.errors():
+        db.fetch("SELECT pg_sleep(30)", ())
+    assert time.monotonic() - begun < 3
+    for _ in range(40):
+        running = cluster.psql("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(30)%' AND state = 'active' "
+                               "AND pid <> pg_backend_pid()")
+        if running == "0":
+            break
+        time.sleep(0.05)
+    assert running == "0" and db.fetch("SELECT 1", ()) == [(1,)]
+
+
+def test_a_transaction_that_loses_against_another_runs_again(url, db):
+    """Both change two rows in opposite order: one is told of a deadlock, and both changes are made."""
+    db.commit(lambda tx: tx.execute_many("INSERT INTO counters VALUES (?, 0)", [("a",), ("b",)]))
+    meet = threading.Barrier(2)
+
+    def both(first, second, other):
+        seen = []
+
+        def run(tx):
+            tx.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (first,))
+            if not seen:
+                meet.wait(10)
+            seen.append(first)
+            tx.execute("UPDATE counters SET value = value + 1 WHERE name = ?", (second,))
+        other.commit(run)
+        return len(seen)
+    with contextlib.closing(pomex.open_database(url)) as other:
+        ran = []
+        thread = threading.Thread(target=lambda: ran.append(both("b", "a", other)))
+        thread.start()
+        ran.append(both("a", "b", db))
+        thread.join(20)
+        other.stop()
+    assert sorted(ran) == [1, 2] and db.fetch("SELECT value FROM counters ORDER BY name", ()) == [(2,), (2,)]
+
+
+def test_locks_of_two_gateways_are_taken_in_one_order(url, db):
+    def both(database, names):
+        for _ in range(40):
+            database.commit(lambda tx: (tx.lock(names), tx.execute("UPDATE settings SET value = value WHERE name = 'secret'")))
+    begun = time.monotonic()
+    with contextlib.closing(pomex.open_database(url)) as other:
+        thread = threading.Thread(target=both, args=(other, [1, 2, 3]))
+        thread.start()
+        both(db, [3, 2, 1])
+        thread.join(20)
+        other.stop()
+    assert time.monotonic() - begun < 10           # a deadlock would be noticed after a second, each
+
+
+def test_five_processes_open_a_new_database_at_once(cluster):
+    url = cluster.create()
+    ledgers = []
+
+    def open_it():
+        ledgers.append(pomex.Ledger.open(url))
+    threads = [threading.Thread(target=open_it) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len({ledger.secret for ledger in ledgers}) == 1 and len(ledgers) == 5
+    assert read(ledgers[0], "SELECT name FROM accounts") == [("default",)]
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_another_programs_tables_are_left_alone(cluster):
+    url = cluster.create()
+    name = pomex.read_postgres_url(url).database
+    cluster.psql("CREATE TABLE keys (id int)", name)
+    with pytest.raises(pomex.LedgerError, match="has tables of another program"):
+        pomex.Ledger.open(url)
+    assert cluster.psql("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", name) == "1"
+
+
+def test_an_old_version_goes_on_beside_a_newer_one(cluster, url):
+    name = pomex.read_postgres_url(url).database
+    cluster.psql("ALTER TABLE usage ADD COLUMN later TEXT NOT NULL DEFAULT ''; ALTER TABLE settings ADD COLUMN later TEXT;"
+                 "ALTER TABLE processes ADD COLUMN later TEXT; COMMENT ON TABLE settings IS 'Pomex schema 99'", name)
+
+    async def check():
+        async with started(url) as (ledger,):
+            token = await ledger.create_key("k", 1)
+            row = pomex.UsageRow("r", "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0")
+            ledger.begin("r", lambda: row)
+            await ledger.settle([row])
+            await ledger.beat()
+            assert (await ledger.authorise(f"Bearer {token}", 2)).name == "k" and (await pomex.verify(ledger.db))[0] == 1
+    asyncio.run(check())
+
+
+def test_the_clock_is_the_databases(url, monkeypatch):
+    monkeypatch.setattr(pomex.time, "time", lambda real=time.time: real() - 3600)
+
+    async def check():
+        async with started(url) as (ledger,):
+            assert abs(ledger.now_s() - pomex.time.time() - 3600) < 5
+    asyncio.run(check())
+
+
+def test_a_gateway_that_had_a_gap_itself_calls_nobody_dead(url, monkeypatch):
+    monkeypatch.setattr(pomex, "DEAD_S", 0.3)
+    monkeypatch.setattr(pomex, "BEAT_S", 0.1)
+
+    async def check():
+        async with started(url, 2) as (ledger, other):
+            row = pomex.UsageRow("theirs", "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0")
+            other.begin("theirs", lambda: row)
+            await other.recorded("theirs")
+            await ledger.beat()
+            for _ in range(4):              # what it has seen is old whenever it wakes
+                await asyncio.sleep(0.4)
+                await ledger.beat()
+            assert read(ledger, "SELECT error_code FROM usage") == []
+            for _ in range(6):
+                await asyncio.sleep(0.1)
+                await ledger.beat()
+            assert read(ledger, "SELECT error_code FROM usage") == [("interrupted",)]
+            await other.settle([row])
+            assert read(ledger, "SELECT error_code, result FROM usage") == [("", "")] and (await pomex.verify(ledger.db))[1] == []
+    asyncio.run(check())
+
+
+def test_everything_is_copied_there_and_back(cluster, tmp_path):
+    file, again, url = str(tmp_path / "a.db"), str(tmp_path / "b.db"), cluster.create()
+
+    async def use(place, token=""):
+        async with started(place) as (ledger,):
+            token = token or await ledger.create_key("k", 1, budget_nanos=10**9)
+            key = await ledger.authorise(f"Bearer {token}", 2)
+            number = len(await ledger.db.read("SELECT 1 FROM usage"))
+            row = pomex.UsageRow(f"r{number}", "q", 1, key.id, "responses", "ü/m", price="1 1 - - - -", input=5, cost_nanos=5000)
+            ledger.begin(f"r{number}", lambda: row)
+            await ledger.settle([row])
+            await ledger.create_key(f"k{number}", 1)
+            assert (await pomex.verify(ledger.db))[1] == []
+            return token, ledger.secret
+    token, secret = asyncio.run(use(file))
+    for source, target in ((file, url), (url, again)):
+        with contextlib.closing(pomex.open_database(source)) as old, contextlib.closing(pomex.open_database(target)) as new:
+            new.migrate()
+            counts = pomex.copy_database(old, new)
+            assert counts["usage"] >= 1 <= counts["usage_rollups"] and counts["keys"] > 1 and counts["settings"] >= 1
+            with pytest.raises(pomex.BadRequest, match="is not empty: nothing was copied"):
+                pomex.copy_database(old, new)
+            for each in (old, new):
+                each.stop()
+        assert asyncio.run(use(target, token)) == (token, secret)
+
+
+def test_a_password_that_is_not_ascii_and_a_socket_work(cluster):
+    url = cluster.create()
+    address = pomex.read_postgres_url(url)
+    assert not address.password.isascii()
+    login = url[len("postgresql://"):].partition("@")[0]
+    with contextlib.closing(pomex.open_database(f"postgresql://{login}@/{address.database}?host={cluster.folder}&port={cluster.port}")) as db:
+        assert db.commit(lambda tx: tx.read("SELECT current_user")) == [("pomex",)]
+    wrong = url.replace(login, "pomex:wrong")
+    assert refused_by(wrong).startswith("refuses this user or password: password authentication failed")
+
+
+def test_behind_pgbouncer_in_transaction_mode(cluster, template):
+    url = cluster.create(template)
+    with cluster.pgbouncer() as port:
+        async def check():
+            async with started(url.replace(f":{cluster.port}/", f":{port}/"), 2) as ledgers:
+                await ledgers[0].create_key("k", 1)
+                rows = [pomex.UsageRow(f"r{n}", "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0") for n in range(100)]
+                await asyncio.gather(*(ledgers[n % 2].settle([row]) for n, row in enumerate(rows)))
+                await until(lambda: ledgers[1].list_keys() != [])
+                assert await pomex.verify(ledgers[0].db) == (100, [])
+        asyncio.run(check())
+
+
+def test_the_commands_of_postgresql(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    url = cluster.create()
+    (tmp_path / "pomex.toml").write_text('[database]\nurl = "env:DB"\n')
+    monkeypatch.setenv("DB", url)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pomex.main(["keys", "create", "ana"]) == 0 and pomex.main(["ledger", "verify"]) == 0
+    assert pomex.main(["backup", "x.db"]) == 1
+    said = capsys.readouterr()
+    assert "pg_dump --format=custom --file=x.db postgresql://pomex@localhost" in said.err
+    assert pomex.main(["db", "copy", "env:DB", "sqlite:there.db"]) == 0 and pomex.main(["db", "copy", "sqlite:none.db", "env:DB"]) == 1
+    assert pomex.main(["db", "copy", "sqlite:there.db", "env:DB"]) == 1
+    said_too = capsys.readouterr()
+    assert "compared row by row" in said_too.err and "is not empty" in said_too.err
+    password = pomex.read_postgres_url(url).password
+    assert all(password not in text and "%C3%BC" not in text for text in (*said, *said_too))
+    assert not os.path.exists("none.db") and not os.path.exists("x.db")

@@ -9474,8 +9474,10 @@ class Ledger:
         """What any process changed of keys, and which providers are disabled."""
         try:
             self.db.check()
-            rows = await self.db.read(SELECT_KEYS, self.revision)
-            self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
+            with self.db.errors():
+                async with asyncio.timeout(self.db.patience_s):
+                    rows = await self.db.read(SELECT_KEYS, self.revision)
+                    self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -9661,7 +9663,7 @@ class Ledger:
     def fail(self, reason: str) -> None:
         if self.healthy:
             log.error("%s New requests get 503 until it can be written.", reason)
-            self.healthy, self.failed_s = False, time.monotonic()
+            self.healthy, self.failed_s = False, self.flushed_at
 
     def write_batch(self, writes: Iterable[tuple[Collection[int], Callable[[Transaction], None]]],
                     unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:
@@ -12183,7 +12185,8 @@ async def root(gateway: Gateway, client: Client) -> JSON | None:
 
 async def ready(gateway: Gateway, client: Client) -> None:
     """Whether requests should be sent here: one word a check, since no key is needed."""
-    await gateway.ledger.refresh()
+    if gateway.ledger.available():
+        await gateway.ledger.refresh()
     checks = {"ledger": gateway.ledger.available(), "providers": bool(gateway.config.providers),
               "accepting": not client.connection.server.draining}
     words = {name: "ok" if ok else "failed" for name, ok in checks.items()}

@@ -20,6 +20,7 @@ import http.client
 import http.server
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import re
@@ -626,9 +627,63 @@ def measure_ledger(bench):
     return True
 
 
+def measure_database(bench, repeat):
+    """The same requests of a key with a budget on SQLite and on PostgreSQL, taking turns: CPU of the gateway, and how long it took.
+    And a first key on an empty database: how long the command takes."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    import postgres
+    if reason := postgres.missing():
+        print(f"PostgreSQL beside SQLite: not measured. {reason}")
+        return True
+    figures = {(kind, at_once): [] for kind in ("SQLite", "PostgreSQL") for at_once in (1, 16)}
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(postgres.Cluster(durable=True))
+        gateways = {}
+        for kind, url in (("SQLite", f"sqlite:{bench.folder}/beside.db"), ("PostgreSQL", cluster.create())):
+            port, config = free_port(), bench.folder / f"{kind}.toml"
+            config.write_text(f'[server]\nport = {port}\n[database]\nurl = "{url}"\n')
+            environ = {"PATH": os.environ["PATH"], "HOME": str(bench.folder), "POMEX_CONFIG": str(config)}
+            begun = time.perf_counter()
+            key = subprocess.run([*bench.program, "keys", "create", "k", "--budget", "1000/month"], env=environ, check=True,
+                                 capture_output=True, text=True).stdout.strip()
+            took_s = time.perf_counter() - begun
+            log = stack.enter_context((bench.folder / f"{kind}.log").open("w"))         # a pipe would fill
+            process = stack.enter_context(running([*bench.program, "serve"], env=environ, stderr=log))
+            wait_for(port, process, "Pomex")
+            begun = time.perf_counter()
+            ask_echo(port, key, 1)
+            gateways[kind] = process.pid, port, key
+            print(f"{f'a first key on {kind}':36}{took_s * 1000:8.0f}         ms with the program's start; its first request "
+                  f"{(time.perf_counter() - begun) * 1000:.0f} ms")
+        for _ in range(repeat):
+            for (kind, at_once), found in figures.items():
+                pid, port, key = gateways[kind]
+                before, begun = cpu_us([pid]), time.perf_counter()
+                with concurrent.futures.ThreadPoolExecutor(at_once) as clients:
+                    list(clients.map(lambda _, port=port, key=key, at_once=at_once: ask_echo(port, key, 320 // at_once), range(at_once)))
+                time.sleep(SETTLE_S)
+                found.append(((cpu_us([pid]) - before) / 320, (time.perf_counter() - begun) / 320 * 1e3))
+    kept = True
+    for at_once in (1, 16):
+        (ours, ours_ms), (theirs, theirs_ms) = (map(statistics.median, zip(*figures[kind, at_once])) for kind in ("PostgreSQL", "SQLite"))
+        kept &= row(f"PostgreSQL x SQLite, {at_once} at once", ours / theirs, 1.4, f"{ours:.0f} and {theirs:.0f} us of CPU a request, "
+                    f"{ours_ms:.2f} and {theirs_ms:.2f} ms")
+    return kept
+
+
+def ask_echo(port, key, count):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    body = json.dumps({"model": "demo/echo", "stream": True, "input": "word " * 5})
+    for _ in range(count):
+        connection.request("POST", "/v1/responses", body, {"authorization": f"Bearer {key}", "content-type": "application/json"})
+        if b"response.completed" not in connection.getresponse().read():
+            sys.exit("an answer is missing")
+    connection.close()
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python3 tests/bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; clients, rest, start, latency, ledger")
+    parser.add_argument("only", nargs="*", help="parts of names: codex (codex-passed, codex-chat ...) json big sse paced chat; clients, rest, start, latency, ledger, database")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="pairs of runs a scenario (default 3)")
     parser.add_argument("-t", "--seconds", type=int, default=2, help="of one run (default 2)")
     parser.add_argument("--program", default=REPOSITORY / "pomex.py", help="the pomex.py to measure")
@@ -641,7 +696,7 @@ def main():
         print(f"{'':36}{'figure':>8}{'at most':>8}")
         lacking, words = missing(), set(args.only)
         turns = {word for word in words if word.startswith("codex")}
-        loads = words - turns - {"rest", "start", "latency", "ledger", "clients"}
+        loads = words - turns - {"rest", "start", "latency", "ledger", "clients", "database"}
         if lacking:
             print("CPU beside nginx: not measured. Missing: " + "; ".join(lacking))
         elif turns or loads or not words or "clients" in words:
@@ -656,6 +711,8 @@ def main():
             kept &= measure_start(bench, 2 * args.repeat + 1)
         if not words or "latency" in words:
             kept &= measure_latency(bench, args.repeat)
+        if not words or "database" in words:
+            kept &= measure_database(bench, args.repeat)
         if not words or "ledger" in words:
             kept &= measure_ledger(bench)
         if not lacking and (loads or not words):

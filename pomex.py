@@ -8209,14 +8209,16 @@ class Transaction:
 
 
 class Database:
-    """What all processes share: one thread reads, another writes. Values stand for `?` in SQL."""
+    """What all processes share: one thread writes, others read. Values stand for `?` in SQL."""
+    readers = 1
     patience_s: float | None = None  # how long answers wait for a commit; None: a busy one is waited for
     on_this_host = True  # so that its processes can be asked whether they live
     own_check = "PRAGMA integrity_check"
 
     def __init__(self, place: str, name: str) -> None:
         self.place, self.name = place, name
-        self.reading, self.writing = (concurrent.futures.ThreadPoolExecutor(1, each) for each in ("reader", "writer"))
+        self.reading = concurrent.futures.ThreadPoolExecutor(self.readers, "reader")
+        self.writing = concurrent.futures.ThreadPoolExecutor(1, "writer")
 
     def trouble(self, error: Exception) -> LedgerError:
         raise NotImplementedError
@@ -8657,7 +8659,7 @@ def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
 # --- 8.6 PostgreSQL ---
 
 ROUND_TRIP_S = 10.0  # then what a writer asked is cancelled
-READ_S = 60.0  # the sums of a year
+READ_S = 20.0  # the sums of a year
 SETTINGS_OF_A_TRANSACTION = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
 TIMEOUTS_MS = 8000, 5000, 3000  # the last: a process that stands still lets the others go on
 BEGIN_VALUES = (f"SELECT {', '.join(f'set_config({name!r}, ?, true)' for name in SETTINGS_OF_A_TRANSACTION)}, "
@@ -8689,7 +8691,7 @@ class PostgresConnection:
     """A session, for one thread at a time, with the methods of a sqlite3.Connection that Transaction needs."""
     in_transaction = True  # it can go on: no answer is outstanding, no error spoiled it
     committing = False  # COMMIT was sent and not answered
-    limit_s = ROUND_TRIP_S
+    limit_s = ROUND_TRIP_S  # of what is sent and answered at once
     key = b""  # of the session, to cancel what it does
 
     def __init__(self, address: PostgresAddress, host: str, port: int) -> None:
@@ -8892,14 +8894,15 @@ class PostgresTransaction(Transaction):
 
 
 class PostgreSQL(Database):
-    """One for all gateways."""
+    """One for all gateways. Each thread has a connection of its own."""
+    readers = 3  # the sums of a year must not hold up a look for revoked keys
     patience_s = 2.0
     on_this_host = False
     own_check = "SELECT 'ok'"
 
     def __init__(self, url: str) -> None:
         self.address = read_postgres_url(url)
-        self.connections: dict[str, PostgresConnection] = {}
+        self.connections: dict[int, PostgresConnection] = {}  # by thread
         super().__init__(url, self.address.name)
 
     def trouble(self, error: Exception) -> LedgerError:
@@ -8922,18 +8925,18 @@ class PostgreSQL(Database):
                 failures.append(error)
         raise failures[-1]
 
-    def use(self, kind: str, work: Callable[[PostgresConnection], Written]) -> Written:
+    def use(self, limit_s: float, work: Callable[[PostgresConnection], Written]) -> Written:
         """On a kept connection, or a new one. Again, if another transaction won, or the kept one had been lost."""
+        thread = threading.get_ident()
         for tries in itertools.count(1):
-            kept = self.connections.pop(kind, None)
-            connection = kept or self.connect()
+            kept = self.connections.get(thread)
+            connection = self.connections[thread] = kept or self.connect()
+            connection.limit_s = limit_s
             try:
-                result = work(connection)
+                return work(connection)
             except BaseException as error:
-                if connection.in_transaction:
-                    self.connections[kind] = connection
-                else:
-                    connection.close()
+                if not connection.in_transaction:
+                    self.connections.pop(thread).close()
                 if connection.committing:
                     raise PostgresError("08007", "the connection was lost while it committed, so that it is not known "
                                         "whether the change was made") from error
@@ -8942,16 +8945,10 @@ class PostgreSQL(Database):
                 if tries == TRIES or not lost and state not in RESTARTED:
                     raise
                 time.sleep(random.uniform(0, 0.02 * tries))  # noqa: S311 - jitter, no secret
-            else:
-                self.connections[kind] = connection
-                return result
         raise AssertionError
 
     def fetch(self, sql: str, values: Row) -> list[Row]:
-        def run(connection: PostgresConnection) -> list[Row]:
-            connection.limit_s = READ_S
-            return connection.execute(sql, values).fetchall()
-        return self.use("reader", run)
+        return self.use(READ_S, lambda connection: connection.execute(sql, values).fetchall())
 
     def transact(self, run: Callable[[Transaction], Written], snapshot: bool) -> Written:
         def work(connection: PostgresConnection) -> Written:
@@ -8964,7 +8961,7 @@ class PostgreSQL(Database):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK").fetchall()
                 raise
-        return self.use("writer", work)
+        return self.use(ROUND_TRIP_S, work)
 
     def migrate(self) -> None:
         """Only ever adds, so that an older version goes on beside a newer one."""

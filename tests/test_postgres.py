@@ -330,6 +330,7 @@ def refused_by(url):
 
 @pytest.mark.parametrize("script, sentence", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_server_gets_a_sentence_and_no_patience(script, sentence, monkeypatch):
+    monkeypatch.setattr(pomex, "ROUND_TRIP_S", 1.0)
     monkeypatch.setattr(pomex.PostgresConnection, "limit_s", 1.0)
     monkeypatch.setattr(pomex, "MAX_RESULT_BYTES", 1_000_000)
     begun = time.monotonic()
@@ -339,6 +340,7 @@ def test_a_hostile_server_gets_a_sentence_and_no_patience(script, sentence, monk
 
 
 def test_a_server_that_trickles_does_not_hold_anybody(monkeypatch):
+    monkeypatch.setattr(pomex, "ROUND_TRIP_S", 1.0)
     monkeypatch.setattr(pomex.PostgresConnection, "limit_s", 1.0)
     pieces = [bytes([byte]) for byte in READY]
 

@@ -9594,15 +9594,10 @@ class Ledger:
         await self.is_written(response_id)
 
     async def commit(self, run: Callable[[Transaction], Written], locks: Collection[int] = ()) -> Written:
-        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing. LedgerError: it failed, or
-        has not answered in time and may still be done."""
+        """Together with all that waits; an exception undoes `run` alone, a cancelled caller nothing."""
         attempts: list[Attempted] = []
         self.writes.append((locks, lambda tx: attempts.append(tx.attempt(run))))
-        try:
-            async with asyncio.timeout(self.db.patience_s):
-                failure = await asyncio.shield(self.schedule_flush())
-        except TimeoutError:
-            raise self.unavailable() from None
+        failure = await asyncio.shield(self.schedule_flush())
         if failure is not None:
             raise failure
         written: Written

@@ -9,7 +9,7 @@ import pytest
 import pomex
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-REQUIRED = os.environ.get("POMEX_REQUIRE_TOOLS")        # a skip is a failure
+REQUIRED = os.environ.get("POMEX_REQUIRE_TOOLS") == "1"         # then what is not installed is a failure
 QUIET = ("POMEX_", "PGPASSWORD", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "NO_COLOR")
 
 
@@ -22,12 +22,16 @@ def quiet_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
+def need_postgres(*more):
+    """Skips the test where it, or one of these programs, is not installed; or fails, if POMEX_REQUIRE_TOOLS=1."""
+    if reason := postgres.missing(*more):
+        (pytest.fail if REQUIRED else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A PostgreSQL for all tests of a run."""
-    if reason := postgres.missing():
-        assert not REQUIRED, reason
-        pytest.skip(reason)
+    need_postgres()
     with postgres.Cluster() as started:
         yield started
 

@@ -16,6 +16,7 @@ import warnings
 
 import pomex
 import pytest
+from conftest import need_postgres
 from ledgers import read, started, until
 
 HERE = "postgresql://u:secret-word@127.0.0.1:%d/db"
@@ -621,10 +622,11 @@ def test_a_password_that_is_not_ascii_and_a_socket_work(cluster):
 
 
 def test_behind_pgbouncer_in_transaction_mode(cluster, template):
+    need_postgres("pgbouncer")
     url = cluster.create(template)
-    with cluster.pgbouncer() as port:
+    with cluster.pgbouncer() as address:
         async def check():
-            async with started(url.replace(f":{cluster.port}/", f":{port}/"), 2) as ledgers:
+            async with started(address(pomex.read_postgres_url(url).database), 2) as ledgers:
                 await ledgers[0].create_key("k", 1)
                 rows = [pomex.UsageRow(f"r{n}", "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0") for n in range(100)]
                 await asyncio.gather(*(ledgers[n % 2].settle([row]) for n, row in enumerate(rows)))

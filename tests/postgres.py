@@ -207,7 +207,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def pgbouncer(self):
-        """In transaction mode, with TLS and SCRAM on both sides: gives what makes a URL of a database's name."""
+        """In transaction mode, with TLS and SCRAM on both sides: gives its port."""
         port = free_port()
         self.write("users", f'"{USER}" "{PASSWORD}"\n')
         self.write("pgbouncer.ini", f"""\
@@ -236,7 +236,7 @@ server_tls_ca_file = {self.authority}
                     break
                 assert started.poll() is None, (self.folder / "pgbouncer.log").read_text()[-2000:]
                 time.sleep(0.02)
-            yield lambda name, **parameters: self.url(name, **parameters).replace(f":{self.port}/", f":{port}/")
+            yield port
         finally:
             started.terminate()
             started.wait(20)

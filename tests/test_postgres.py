@@ -624,9 +624,9 @@ def test_a_password_that_is_not_ascii_and_a_socket_work(cluster):
 def test_behind_pgbouncer_in_transaction_mode(cluster, template):
     need_postgres("pgbouncer")
     url = cluster.create(template)
-    with cluster.pgbouncer() as address:
+    with cluster.pgbouncer() as port:
         async def check():
-            async with started(address(pomex.read_postgres_url(url).database), 2) as ledgers:
+            async with started(url.replace(f":{cluster.port}/", f":{port}/"), 2) as ledgers:
                 await ledgers[0].create_key("k", 1)
                 rows = [pomex.UsageRow(f"r{n}", "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0") for n in range(100)]
                 await asyncio.gather(*(ledgers[n % 2].settle([row]) for n, row in enumerate(rows)))

@@ -9423,6 +9423,7 @@ class Ledger:
     """Called on the loop's thread; the database has its own. While rows cannot be written `healthy` is False: `begin` refuses,
     settled rows are kept in memory and tried again."""
     healthy = True
+    failed_s = 0.0  # since when it has not been
     trouble = ""  # why the keys could not be read last time
     skew_s = 0.0  # of the database's clock, which all share
     beaten = steady_since = -math.inf  # the newest beat; since when they had no gap
@@ -9534,11 +9535,12 @@ class Ledger:
 
     async def is_written(self, response_id: str) -> bool:
         """Waits until it is, or until the ledger has failed for SETTLE_WAIT_S."""
+        left_s = SETTLE_WAIT_S if self.healthy else self.failed_s + SETTLE_WAIT_S - time.monotonic()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.db.patience_s):
+            async with asyncio.timeout(self.db.patience_s if self.healthy else left_s):
                 if response_id in self.unsaved:
                     await asyncio.shield(self.schedule_flush())
-                async with asyncio.timeout(SETTLE_WAIT_S):
+                async with asyncio.timeout(left_s):
                     while response_id in self.unsaved:
                         await asyncio.shield(self.schedule_flush())
         return response_id not in self.unsaved
@@ -9659,7 +9661,7 @@ class Ledger:
     def fail(self, reason: str) -> None:
         if self.healthy:
             log.error("%s New requests get 503 until it can be written.", reason)
-        self.healthy = False
+            self.healthy, self.failed_s = False, time.monotonic()
 
     def write_batch(self, writes: Iterable[tuple[Collection[int], Callable[[Transaction], None]]],
                     unsaved: Mapping[str, Unsaved], tx: Transaction) -> None:

@@ -89,8 +89,8 @@ class Cluster:
         secret = self.write("secret", PASSWORD)
         run(program("initdb"), "-D", self.data, "-U", ADMIN, "-A", "scram-sha-256", "-E", "UTF8", *self.order_of_words(),
             f"--pwfile={secret}", "--no-sync", user=runner(), cwd=self.folder)
-        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
-                                               "hostssl replication all 127.0.0.1/32 scram-sha-256\n")
+        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\nlocal replication all scram-sha-256\n"
+                                               "hostssl all all 127.0.0.1/32 scram-sha-256\nhostssl replication all 127.0.0.1/32 scram-sha-256\n")
         self.start()
         quoted = PASSWORD.replace("'", "''")
         self.psql(f"CREATE ROLE {USER} LOGIN PASSWORD '{quoted}'")
@@ -204,6 +204,28 @@ class Cluster:
         name = f"test_{os.getpid()}_{next(numbers)}"
         self.psql(f"CREATE DATABASE {name} OWNER {USER} TEMPLATE {template}")
         return self.url(name)
+
+    @contextlib.contextmanager
+    def standby(self):
+        """A streaming replica, ready to be promoted; with the same certificates and users."""
+        other = object.__new__(Cluster)
+        other.__dict__.update(self.__dict__, folder=pathlib.Path(tempfile.mkdtemp(prefix="postgres-")), port=free_port(), server=None, guard=None)
+        if runner():
+            shutil.chown(other.folder, runner())
+        other.folder.chmod(0o755)
+        other.data = other.folder / "data"
+        run(program("pg_basebackup"), "-D", other.data, "-R", "-X", "stream", "-c", "fast", "-h", self.folder, "-p", self.port, "-U", ADMIN,
+            user=runner(), cwd=other.folder, env={**os.environ, "PGPASSWORD": PASSWORD})
+        for name in ("server.crt", "server.key"):
+            other.write(name, (self.folder / name).read_text())
+        try:
+            other.start()
+            yield other
+        finally:
+            other.__exit__()
+
+    def promote(self):
+        self.psql("SELECT pg_promote(true, 30)")
 
     @contextlib.contextmanager
     def pgbouncer(self):

@@ -3,6 +3,7 @@ import contextlib
 import os
 import pathlib
 
+import ledgers
 import postgres
 import pytest
 
@@ -47,7 +48,30 @@ def template(cluster):
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request, tmp_path):
-    """An empty database: a file's path or a URL."""
+    """A database that is empty, of PostgreSQL with Pomex's tables, which is quicker: a file's path or a URL."""
     if request.param == "sqlite":
         return str(tmp_path / "state" / "pomex.db")
     return request.getfixturevalue("cluster").create(request.getfixturevalue("template"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_place(request, tmp_path):
+    """A database that is not there, or has no tables."""
+    return str(tmp_path / "pomex.db") if request.param == "sqlite" else request.getfixturevalue("cluster").create()
+
+
+@pytest.fixture
+def outage(request, place):
+    made = ledgers.Outage(request.param, place, None if ledgers.OUTAGES[request.param][0] == "sqlite" else request.getfixturevalue("cluster"))
+    yield made
+    made.end()
+
+
+def outages(*but):
+    """All, but these."""
+    return pytest.mark.parametrize("place, outage", [(row[0], kind) for kind, row in ledgers.OUTAGES.items() if kind not in but],
+                                   indirect=True, ids=[kind for kind in ledgers.OUTAGES if kind not in but])
+
+
+of_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)           # what only SQLite has, or this host's processes
+of_a_server = pytest.mark.parametrize("place", ["postgresql"], indirect=True)      # what only PostgreSQL has

@@ -17,7 +17,7 @@ import urllib.parse
 PASSWORD = "p@ss w/ü:#%"        # each of these must be quoted in a URL, and one is not ASCII
 USER, ADMIN = "pomex", "keeper"         # with the same password
 NEEDED = "initdb", "postgres", "psql", "pg_dump", "openssl", "ps"
-FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+FAST = {"fsync": "off", "full_page_writes": "off"}        # survives a kill of its processes, not of the machine
 numbers = itertools.count(1)
 
 
@@ -193,6 +193,10 @@ class Cluster:
     def psql(self, sql, database="postgres"):
         return run(program("psql"), "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", self.folder, "-p", self.port, "-U", ADMIN,
                    "-d", database, "-c", sql, env={**os.environ, "PGPASSWORD": PASSWORD}).strip()
+
+    def disconnect(self, database):
+        """Ends all that is under way there."""
+        self.psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
 
     def url(self, name, **parameters):
         words = {"sslmode": "verify-full", "sslrootcert": str(self.authority), **parameters}

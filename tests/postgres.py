@@ -15,6 +15,7 @@ import time
 import urllib.parse
 
 PASSWORD = "p@ss w/ü:#%"        # each of these must be quoted in a URL, and one is not ASCII
+QUOTED = urllib.parse.quote(PASSWORD, safe="")
 USER, ADMIN = "pomex", "keeper"         # with the same password
 NEEDED = "initdb", "postgres", "psql", "pg_dump", "openssl", "ps"
 FAST = {"fsync": "off", "full_page_writes": "off"}        # survives a kill of its processes, not of the machine
@@ -200,7 +201,7 @@ class Cluster:
 
     def url(self, name, **parameters):
         words = {"sslmode": "verify-full", "sslrootcert": str(self.authority), **parameters}
-        return (f"postgresql://{USER}:{urllib.parse.quote(PASSWORD, safe='')}@localhost:{self.port}/{name}?"
+        return (f"postgresql://{USER}:{QUOTED}@localhost:{self.port}/{name}?"
                 + "&".join(f"{word}={urllib.parse.quote(value, safe='')}" for word, value in words.items()))
 
     def create(self, template="template0"):

@@ -1,6 +1,7 @@
 """Layer 8, money: prices, costs, limits that hold over processes, the bill, and what clients and operators are told."""
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import sinks
-from conftest import REPOSITORY, of_a_file
+from conftest import REPOSITORY, of_a_file, of_a_server
 from ledgers import (
     account_made,
     beats,
@@ -979,6 +980,53 @@ def test_a_caller_who_cannot_reserve_since_the_database_stays_locked_leaves_noth
             await until(lambda: ledger.available() and granted(ledger) == 0 and under_way(ledger) == [] and not ledger.pending)
             await reserve(reservation_for(ledger, "k", "r2"))
     run(check())
+
+
+@of_a_server
+def test_a_server_that_is_killed_while_requests_reserve_and_settle_leaves_nothing_granted_and_every_sum_right(path, cluster, monkeypatch):
+    """What was being committed may have been, or not."""
+    monkeypatch.setattr(pomex, "RETRY_S", 0.05)
+    served, refused = {}, []
+
+    async def client(ledger, number):
+        for count in itertools.count():
+            reservation = reservation_for(ledger, "k", f"{number}-{count}")
+            try:
+                await reserve(reservation, 1000, 0, 1000)
+            except pomex.LedgerError:
+                refused.append(reservation.response_id)
+                await asyncio.sleep(0.02)
+                continue
+            await asyncio.sleep(0.002)
+            await settle(reservation, Usage(1000, output=count))
+            served[reservation.response_id] = 1_000_000 + 10_000 * count
+
+    async def check():
+        async with started(path, 2) as ledgers:
+            await ledgers[0].create_key("k", NOW, budget_nanos=1000 * NANO, concurrent=100)
+            await everywhere(ledgers)
+            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
+            for _ in range(3):
+                count = len(served)
+                await until(lambda count=count: len(served) > count + 50)
+                await asyncio.to_thread(cluster.kill)
+                count = len(refused)
+                await until(lambda count=count: len(refused) > count)
+                await asyncio.to_thread(cluster.start)
+                await until(lambda: all(ledger.available() for ledger in ledgers))
+            for each in clients:
+                each.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+            begun = [name for ledger in ledgers for name in ledger.pending]
+            await until(lambda: under_way(ledgers[0]) == sorted(begun))
+            costs = {row["response_id"]: row["cost_nanos"] for row in recent(ledgers[0], 10**6)}
+            assert served.items() <= costs.items() and len(costs) - len(served) <= 16 and not costs.keys() & set(refused)
+            assert read(ledgers[0], "SELECT owner, spent FROM meters WHERE owner = 'key 1'") == [("key 1", sum(costs.values()))]
+            assert await pomex.verify(ledgers[0].db) == (len(costs), [])
+        return len(costs) + len(begun)
+    count = run(check())
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert granted(ledger) == 0 and under_way(ledger) == [] and sound(ledger, count)
 
 
 def test_a_caller_who_is_cancelled_while_it_extends_gives_back_all_of_it_when_it_settles(path):

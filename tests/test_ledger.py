@@ -1,6 +1,7 @@
 """Layer 8: keys, the database, group commit and open requests, over real files and real processes."""
 import asyncio
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 
 import pomex
+import postgres
 import pytest
 from conftest import of_a_file, of_a_server, outages
 from ledgers import (
@@ -404,6 +406,60 @@ def test_a_read_only_place_is_refused_with_a_sentence(file_mode, folder_mode, tm
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
+
+
+def owned_by_another(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} OWNER TO {postgres.ADMIN}; REVOKE CREATE ON DATABASE {name} FROM PUBLIC")
+    cluster.psql("REVOKE CREATE ON SCHEMA public FROM PUBLIC", name)
+    return cluster.url(name)
+
+
+def read_only(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    return cluster.url(name)
+
+
+def without_connections(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+    return cluster.url(name)
+
+
+def with_tables_of_another_program(cluster, name):
+    cluster.psql("CREATE TABLE keys (bookmark text)", name)
+    return cluster.url(name)
+
+
+UNUSABLE_SERVERS = {        # what makes it so, and gives the URL -> the sentence
+    "no such database": (lambda cluster, _: cluster.url("nowhere"), r'is not there: database "nowhere" does not exist \(SQLSTATE 3D000\)'),
+    "another user's": (owned_by_another, r"does not give this user the right: permission denied for schema public \(SQLSTATE 42501\)"),
+    "another program's": (with_tables_of_another_program, "has tables of another program. Give Pomex one of its own"),
+    "read-only": (read_only, r"is a standby, which cannot be written: it takes no writes \(SQLSTATE 25006\)"),
+    "no connection left": (without_connections,
+                           r'has no connection left: too many connections for database "\w+" \(SQLSTATE 53300\)'),
+    "another password": (lambda cluster, name: cluster.url(name).replace(postgres.QUOTED, "guessed"),
+                         r'refuses this user or password: password authentication failed for user "pomex" \(SQLSTATE 28P01\)'),
+    "no password": (lambda cluster, name: cluster.url(name).replace(":" + postgres.QUOTED, ""),
+                    r"refuses this user or password: it asks for a password: put it into the URL, or into PGPASSWORD \(SQLSTATE 28P01\)"),
+    "without TLS": (lambda cluster, name: cluster.url(name, sslmode="disable"),
+                    r'refuses this user or password: no pg_hba.conf entry for host .*, no encryption \(SQLSTATE 28000\)'),
+    "an unknown authority": (lambda cluster, name: cluster.url(name, sslrootcert="system"), "cannot be reached: unable to get local issuer .*|"
+                             "cannot be reached: self-signed certificate in certificate chain"),
+    "nobody there": (lambda cluster, name: cluster.url(name).replace(f":{cluster.port}/", f":{postgres.free_port()}/"),
+                     "cannot be reached: Connection refused"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", UNUSABLE_SERVERS.values(), ids=UNUSABLE_SERVERS)
+def test_an_unusable_server_is_refused_with_a_sentence_and_left_alone(cluster, spoil, words):
+    name = pomex.read_postgres_url(cluster.create()).database
+    url = spoil(cluster, name)
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    before = cluster.psql(tables, name)
+    with pytest.raises(pomex.LedgerError) as refused:
+        pomex.Ledger.open(url)
+    assert re.fullmatch(rf"The database postgresql://pomex@localhost:\d+/\w+ ({words})\.", str(refused.value))
+    assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
+    assert cluster.psql(tables, name) == before
 
 
 # --- group commit ---------------------------------------------------------------------------------
@@ -906,6 +962,24 @@ def test_a_server_that_runs_settles_what_a_killed_process_left(path, caplog):
     asyncio.run(check())
 
 
+@of_a_server
+def test_a_stopped_process_is_taken_for_dead_by_those_who_share_a_server_and_its_word_counts_when_it_wakes(path, caplog):
+    async def check():
+        async with started(path) as (ledger,):
+            with one_request(path) as process:
+                os.kill(process.pid, signal.SIGSTOP)
+                await ledger.beat()
+                assert end_of(ledger) == []
+                await beats(ledger)
+                assert end_of(ledger) == [("theirs", "interrupted")] and under_way(ledger) == []
+                os.kill(process.pid, signal.SIGCONT)
+                process.communicate(b"\n")
+                assert process.returncode == 0
+            assert end_of(ledger) == [("theirs", "completed")] and await pomex.verify(ledger.db) == (1, [])
+            assert totals(ledger)["requests"] == 1
+    asyncio.run(check())
+
+
 @of_a_file
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_a_process_of_this_host_that_is_stopped_is_not_taken_for_dead(path, monkeypatch):
@@ -1016,6 +1090,81 @@ def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(p
             await ledger.settle([row("r1")])
     asyncio.run(check())
     assert rows(path) == [("r1", "completed", "")]
+
+
+@of_a_server
+def test_a_database_that_is_renamed_or_replaced_while_in_use_is_seen_and_said_once(path, cluster, caplog):
+    name = pomex.read_postgres_url(path).database
+
+    def rename(old, new):
+        cluster.psql(f"ALTER DATABASE {old} ALLOW_CONNECTIONS false")
+        cluster.disconnect(old)
+        cluster.psql(f"ALTER DATABASE {old} RENAME TO {new}; ALTER DATABASE {new} ALLOW_CONNECTIONS true")
+
+    async def check():
+        async with started(path) as (ledger,):
+            token = await ledger.create_key("laptop", NOW)
+            assert ledger.available() and not caplog.records
+            rename(name, name + "_away")
+            await until(lambda: not ledger.available(), 1.0)
+            await ledger.refresh()
+            missing = f'The database {ledger.db.name} is not there: database "{name}" does not exist (SQLSTATE 3D000). The keys stay as they were'
+            assert caplog.text.count(missing) == 1
+            assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop"
+            with pytest.raises(pomex.LedgerError):
+                begin(ledger, "r1")
+            cluster.psql(f"CREATE DATABASE {name} OWNER {postgres.USER}")
+            await ledger.refresh()
+            assert not ledger.available() and 'cannot be used: relation "keys" does not exist (SQLSTATE 42P01)' in caplog.text
+            cluster.psql(f"DROP DATABASE {name} WITH (FORCE)")
+            rename(name + "_away", name)
+            await ledger.refresh()
+            assert ledger.available()
+            begin(ledger, "r1")
+            await ledger.settle([row("r1")])
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")]
+
+
+@of_a_server
+def test_a_server_that_is_killed_under_load_and_started_again_has_every_row_once(path, cluster, monkeypatch):
+    monkeypatch.setattr(pomex, "RETRY_S", 0.05)
+    names, refused = [], []
+
+    async def client(ledger, number):
+        for count in itertools.count():
+            name = f"{number}-{count}"
+            try:
+                begin(ledger, name)
+                if count % 2:
+                    await ledger.recorded(name)
+            except pomex.LedgerError:
+                ledger.abandon(name)
+                refused.append(name)
+                await asyncio.sleep(0.02)
+                continue
+            await asyncio.sleep(0.005)
+            await ledger.settle([row(name)])
+            names.append(name)
+
+    async def check():
+        async with started(path, 2) as ledgers:
+            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
+            for _ in range(2):
+                count = len(names)
+                await until(lambda count=count: len(names) > count + 100)
+                await asyncio.to_thread(cluster.kill)
+                count = len(refused)
+                await until(lambda count=count: len(refused) > count)
+                await asyncio.to_thread(cluster.start)
+                await until(lambda: all(ledger.available() for ledger in ledgers))
+            for each in clients:
+                each.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+    asyncio.run(check())
+    ends = rows(path)
+    assert len({name for name, *_ in ends}) == len(ends) and set(names) <= {name for name, status, _ in ends if status == "completed"}
+    assert not {name for name, *_ in ends} & set(refused)
 
 
 @of_a_file

@@ -3,10 +3,13 @@ loop, whatever the ledger is writing meanwhile; `run` and `key_made` are for tes
 import asyncio
 import contextlib
 import json
+import pathlib
 import sqlite3
 import threading
 import time
 import urllib.parse
+
+import postgres
 
 import pomex
 
@@ -26,8 +29,13 @@ def transact(ledger, run):
         with opened_file(ledger, "rw") as db, db:
             db.execute("BEGIN IMMEDIATE")
             return run(pomex.Transaction(db))
-    with contextlib.closing(pomex.open_database(ledger.db.place)) as db:
+    with contextlib.closing(pomex.open_database(as_keeper(ledger.db.place))) as db:
         return db.commit(run)
+
+
+def as_keeper(url):
+    """Of the same database, for whom no outage that a test makes keeps out."""
+    return url.replace(f"://{postgres.USER}:", f"://{postgres.ADMIN}:")
 
 
 def read(ledger, sql, *values):
@@ -110,6 +118,13 @@ def dumped(ledger):
     return {table: read(ledger, f"SELECT * FROM {table} ORDER BY {key}") for table, key in pomex.TABLE_KEYS.items()}
 
 
+def stored(ledger):
+    """All that a thief of the database gets."""
+    if ledger.db.on_this_host:
+        return b"".join(file.read_bytes() for file in pathlib.Path(ledger.db.place).parent.iterdir())
+    return postgres.run(postgres.program("pg_dump"), ledger.db.place).encode()
+
+
 @contextlib.contextmanager
 def statements(ledger):
     """What is asked of the database in the meantime, without the values."""
@@ -145,6 +160,58 @@ def locked(place):
         other.execute("BEGIN")
         other.execute("LOCK TABLE usage, meters, rates, open_requests IN EXCLUSIVE MODE").fetchall()
         yield
+
+
+FULL = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN RAISE ''could not extend file: No space left on device'' USING ERRCODE = ''disk_full''; END';
+DO 'DECLARE each text; BEGIN
+    FOR each IN SELECT tablename FROM pg_tables WHERE schemaname = ''public'' LOOP
+        EXECUTE ''CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON '' || each || '' EXECUTE FUNCTION refuse()'';
+    END LOOP; END'
+"""
+OUTAGES = {     # of which database, how it begins, how it ends, what is said of it
+    "a full disk": ("sqlite", "PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000", "cannot grow: the disk is full."),
+    "a server's full disk": ("postgresql", FULL, "DROP FUNCTION refuse CASCADE",
+                             "has no room left: could not extend file: No space left on device (SQLSTATE 53100)."),
+    "a standby in its place": ("postgresql", "ALTER DATABASE {0} SET default_transaction_read_only = on",
+                               "ALTER DATABASE {0} RESET default_transaction_read_only",
+                               "is a standby, which cannot be written: it takes no writes (SQLSTATE 25006)."),
+    "no connection left": ("postgresql", "ALTER DATABASE {0} CONNECTION LIMIT 0", "ALTER DATABASE {0} CONNECTION LIMIT -1",
+                           'has no connection left: too many connections for database "{0}" (SQLSTATE 53300).'),
+    "a stopped server": ("postgresql", "", "", "cannot be reached: Connection refused."),
+}
+
+
+class Outage:
+    """Keeps a ledger from writing; the helpers here still read, unless the server is stopped."""
+
+    def __init__(self, kind, place, cluster):
+        self.cluster, self.ledger = cluster, None
+        self.name = "" if cluster is None else pomex.read_postgres_url(place).database
+        _, self.first, self.last, self.words = (text.replace("{0}", self.name) for text in OUTAGES[kind])
+
+    def begin(self, ledger):
+        self.ledger = ledger
+        if self.cluster is None:            # what it has, it may keep
+            self.ledger.db.writer.execute(self.first)
+        elif self.first:
+            self.cluster.psql(self.first, self.name)
+            self.cluster.disconnect(self.name)
+        else:
+            self.cluster.stop()
+
+    def end(self):
+        if self.ledger is None:
+            return
+        if self.cluster is None:
+            with contextlib.suppress(sqlite3.ProgrammingError):         # closed
+                self.ledger.db.writer.execute(self.last)
+        elif self.last:
+            self.cluster.psql(self.last, self.name)
+        else:
+            self.cluster.start()
+        self.ledger = None
 
 
 async def beats(ledger):

@@ -5,7 +5,7 @@ import glob
 import itertools
 import os
 import pathlib
-import pwd
+import re
 import shutil
 import signal
 import socket
@@ -15,15 +15,17 @@ import time
 import urllib.parse
 
 PASSWORD = "p@ss w/ü:#%"        # each of these must be quoted in a URL, and one is not ASCII
-USER, ADMIN = "pomex", "keeper"
-FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+QUOTED = urllib.parse.quote(PASSWORD, safe="")
+USER, ADMIN = "pomex", "keeper"         # with the same password
+NEEDED = "initdb", "postgres", "psql", "pg_dump", "openssl", "ps"
+FAST = {"fsync": "off", "full_page_writes": "off"}        # survives a kill of its processes, not of the machine
 numbers = itertools.count(1)
 
 
 def program(name):
     """Where it is, or None: Debian has the server's programs beside PATH."""
-    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: int(path.split("/")[4]))
-    return next((f"{folder}/{name}" for folder in reversed(folders) if os.access(f"{folder}/{name}", os.X_OK)), shutil.which(name))
+    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: [*map(int, re.findall("[0-9]+", path))], reverse=True)
+    return shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/sbin"]))
 
 
 def runner():
@@ -31,14 +33,16 @@ def runner():
     return "postgres" if os.geteuid() == 0 else None
 
 
-def missing():
-    """Why no server can be started; "" if one can."""
-    if os.name != "posix" or any(program(name) is None for name in ("initdb", "postgres", "psql", "openssl")):
-        return "PostgreSQL's programs or openssl are not installed"
-    try:
-        return "" if runner() is None or pwd.getpwnam(runner()) else ""
-    except KeyError:
+def missing(*more):
+    """Why no server, or none of these programs, can be started; "" if they can."""
+    if os.name != "posix":
+        return "PostgreSQL is tested on POSIX systems"
+    absent = [name for name in (*NEEDED, *more) if program(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (on Debian and Ubuntu: apt install postgresql pgbouncer openssl procps)"
+    if runner() and subprocess.run(["id", runner()], capture_output=True, check=False).returncode:
         return "PostgreSQL does not run as root, and there is no user postgres"
+    return ""
 
 
 def free_port():
@@ -53,6 +57,13 @@ def run(*command, **options):
     return done.stdout
 
 
+def is_alive(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
 class Cluster:
     """`with Cluster() as cluster: cluster.create()`"""
 
@@ -62,23 +73,40 @@ class Cluster:
 
     def __enter__(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="postgres-"))
+        self.port, self.server, self.guard = free_port(), None, None
+        self.data = self.folder / "data"
+        try:
+            self.make()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def make(self):
         if runner():
             shutil.chown(self.folder, runner())
         self.folder.chmod(0o755)
-        self.port, self.server = free_port(), None
-        self.data = self.folder / "data"
         self.make_certificates()
         secret = self.write("secret", PASSWORD)
-        run(program("initdb"), "-D", self.data, "-U", ADMIN, "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8",
+        run(program("initdb"), "-D", self.data, "-U", ADMIN, "-A", "scram-sha-256", "-E", "UTF8", *self.order_of_words(),
             f"--pwfile={secret}", "--no-sync", user=runner(), cwd=self.folder)
-        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\nlocal replication all scram-sha-256\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
-                                               "hostssl replication all 127.0.0.1/32 scram-sha-256\n")
+        (self.data / "pg_hba.conf").write_text("local all all scram-sha-256\nlocal replication all scram-sha-256\n"
+                                               "hostssl all all 127.0.0.1/32 scram-sha-256\nhostssl replication all 127.0.0.1/32 scram-sha-256\n")
         self.start()
         quoted = PASSWORD.replace("'", "''")
         self.psql(f"CREATE ROLE {USER} LOGIN PASSWORD '{quoted}'")
-        return self
+        self.psql(f"ALTER ROLE {ADMIN} SET default_transaction_read_only = off")         # whatever a database says
+
+    def order_of_words(self):
+        """As of an operator's database, not of the bytes, where this PostgreSQL can: tests see what relies on an order."""
+        known = run(program("initdb"), "--help")
+        return ("--locale=C", *(("--locale-provider=icu", "--icu-locale=en-US") if "--icu-locale" in known else ()))
 
     def __exit__(self, *_):
+        if self.server is not None:             # so that it removes its shared memory
+            self.resume()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.stop("immediate")
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -111,49 +139,69 @@ class Cluster:
         with (self.folder / "log").open("a") as log:
             self.server = subprocess.Popen([program("postgres"), "-D", str(self.data), *flags], user=runner(), cwd=self.folder,
                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self.guard = subprocess.Popen(["sh", "-c", 'read _; kill -QUIT "$0"', str(self.server.pid)], stdin=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL, start_new_session=True)        # if this process is killed
         for _ in range(600):
             with contextlib.suppress(AssertionError):
                 self.psql("SELECT 1")
                 return
-            assert self.server.poll() is None, (self.folder / "log").read_text()[-2000:]
+            if self.server.poll() is not None:
+                break
             time.sleep(0.05)
         raise AssertionError((self.folder / "log").read_text()[-2000:])
 
     def processes(self):
-        found = subprocess.run(["pgrep", "-P", str(self.server.pid)], capture_output=True, text=True, check=False).stdout
-        return [self.server.pid, *map(int, found.split())]
+        """The server, stopped so that it makes no more of them, and its children."""
+        os.kill(self.server.pid, signal.SIGSTOP)
+        found = [line.split() for line in run("ps", "-A", "-o", "pid=,ppid=").splitlines()]
+        return [self.server.pid, *(int(pid) for pid, parent in found if int(parent) == self.server.pid)]
 
-    def signal(self, number):
-        for pid in self.processes():
+    def signal(self, pids, number):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def kill(self):
         """As by the kernel, with all that it had begun."""
-        if self.server is not None:
-            self.signal(signal.SIGKILL)
-            self.server.wait(20)
-            self.server = None
+        if self.server is None:
+            return
+        pids = self.processes() if self.server.poll() is None else []
+        self.signal(pids, signal.SIGKILL)
+        self.ended()
+        for pid in pids[1:]:            # nobody's children: another server would find them in its folder
+            for _ in range(400):
+                if not is_alive(pid):
+                    break
+                time.sleep(0.01)
 
-    def stop(self):
-        """Fast: clients are told, and disconnected."""
-        self.server.send_signal(signal.SIGINT)
+    def stop(self, mode="fast"):
+        """Smart waits for all clients, fast disconnects them, immediate leaves the rest to the next start."""
+        self.server.send_signal({"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
+        self.ended()
+
+    def ended(self):
         self.server.wait(30)
-        self.server = None
+        self.guard.kill()
+        self.guard.communicate()
+        self.server = self.guard = None
 
     def pause(self):
-        self.signal(signal.SIGSTOP)
+        self.signal(self.processes(), signal.SIGSTOP)
 
     def resume(self):
-        self.signal(signal.SIGCONT)
+        self.signal(self.processes()[::-1], signal.SIGCONT)
 
     def psql(self, sql, database="postgres"):
         return run(program("psql"), "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", self.folder, "-p", self.port, "-U", ADMIN,
                    "-d", database, "-c", sql, env={**os.environ, "PGPASSWORD": PASSWORD}).strip()
 
+    def disconnect(self, database):
+        """Ends all that is under way there."""
+        self.psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'")
+
     def url(self, name, **parameters):
         words = {"sslmode": "verify-full", "sslrootcert": str(self.authority), **parameters}
-        return (f"postgresql://{USER}:{urllib.parse.quote(PASSWORD, safe='')}@localhost:{self.port}/{name}?"
+        return (f"postgresql://{USER}:{QUOTED}@localhost:{self.port}/{name}?"
                 + "&".join(f"{word}={urllib.parse.quote(value, safe='')}" for word, value in words.items()))
 
     def create(self, template="template0"):
@@ -166,7 +214,7 @@ class Cluster:
     def standby(self):
         """A streaming replica, ready to be promoted; with the same certificates and users."""
         other = object.__new__(Cluster)
-        other.__dict__.update(self.__dict__, folder=pathlib.Path(tempfile.mkdtemp(prefix="postgres-")), port=free_port(), server=None)
+        other.__dict__.update(self.__dict__, folder=pathlib.Path(tempfile.mkdtemp(prefix="postgres-")), port=free_port(), server=None, guard=None)
         if runner():
             shutil.chown(other.folder, runner())
         other.folder.chmod(0o755)
@@ -207,12 +255,13 @@ server_tls_sslmode = verify-full
 server_tls_ca_file = {self.authority}
 """)
         with (self.folder / "pgbouncer.log").open("a") as log:
-            started = subprocess.Popen(["/usr/sbin/pgbouncer", str(self.folder / "pgbouncer.ini")], user=runner(), cwd=self.folder,
+            started = subprocess.Popen([program("pgbouncer"), str(self.folder / "pgbouncer.ini")], user=runner(), cwd=self.folder,
                                        stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            for _ in range(200):
+            for _ in range(500):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
+                assert started.poll() is None, (self.folder / "pgbouncer.log").read_text()[-2000:]
                 time.sleep(0.02)
             yield port
         finally:

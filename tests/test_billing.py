@@ -1,6 +1,7 @@
 """Layer 8, money: prices, costs, limits that hold over processes, the bill, and what clients and operators are told."""
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import sinks
-from conftest import REPOSITORY
+from conftest import REPOSITORY, of_a_file, of_a_server
 from ledgers import (
     account_made,
     beats,
@@ -39,9 +40,6 @@ NOW = 1_795_305_600.0       # 2026-11-22 00:00 UTC, a Sunday
 NOW_MS = int(NOW) * 1000
 NANO = 10**9
 SHARED_PRICES = REPOSITORY.parent / "shared" / "reference" / "prices.json"
-
-
-of_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)          # about SQLite's own
 
 
 @pytest.fixture
@@ -427,8 +425,7 @@ def test_a_statements_lines_add_up_to_the_cent(ledger):
         assert sum(pomex.round_preserving_sum(parts, 10)) == (sum(parts) + 5) // 10
 
 
-@of_a_file
-def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
+def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger):
     old, new = NOW_MS - 3 * pomex.DAY_MS, NOW_MS
     change(ledger, "UPDATE accounts SET prepaid = 1")
     key_made(ledger, "k", NOW, budget_nanos=NANO)
@@ -446,6 +443,11 @@ def test_pruning_removes_rows_and_keeps_every_sum_and_balance(ledger, path):
     assert shown() == before and sound(ledger, 1) and run(pomex.prune(ledger, old // pomex.DAY_MS)) == 0 and sound(ledger, 1)
     change(ledger, "DELETE FROM meters")            # one that is made after pruning is made of the sums
     assert [ledger.db.commit(lambda tx: pomex.spent_and_granted(tx, limit)) for limit in limits] == [(70_005, 0)] * 2
+
+
+@of_a_file
+def test_a_backup_is_a_whole_file_for_its_user_alone_and_overwrites_nothing(ledger, path):
+    insert(ledger, [used("r1"), used("r2")])
     copy = path + "-copy"
     ledger.db.copy(copy)
     assert os.stat(copy).st_mode & 0o777 == 0o600
@@ -980,6 +982,53 @@ def test_a_caller_who_cannot_reserve_since_the_database_stays_locked_leaves_noth
     run(check())
 
 
+@of_a_server
+def test_a_server_that_is_killed_while_requests_reserve_and_settle_leaves_nothing_granted_and_every_sum_right(path, cluster, monkeypatch):
+    """What was being committed may have been, or not."""
+    monkeypatch.setattr(pomex, "RETRY_S", 0.05)
+    served, refused = {}, []
+
+    async def client(ledger, number):
+        for count in itertools.count():
+            reservation = reservation_for(ledger, "k", f"{number}-{count}")
+            try:
+                await reserve(reservation, 1000, 0, 1000)
+            except pomex.LedgerError:
+                refused.append(reservation.response_id)
+                await asyncio.sleep(0.02)
+                continue
+            await asyncio.sleep(0.002)
+            await settle(reservation, Usage(1000, output=count))
+            served[reservation.response_id] = 1_000_000 + 10_000 * count
+
+    async def check():
+        async with started(path, 2) as ledgers:
+            await ledgers[0].create_key("k", NOW, budget_nanos=1000 * NANO, concurrent=100)
+            await everywhere(ledgers)
+            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
+            for _ in range(3):
+                count = len(served)
+                await until(lambda count=count: len(served) > count + 50)
+                await asyncio.to_thread(cluster.kill)
+                count = len(refused)
+                await until(lambda count=count: len(refused) > count)
+                await asyncio.to_thread(cluster.start)
+                await until(lambda: all(ledger.available() for ledger in ledgers))
+            for each in clients:
+                each.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+            begun = [name for ledger in ledgers for name in ledger.pending]
+            await until(lambda: under_way(ledgers[0]) == sorted(begun))
+            costs = {row["response_id"]: row["cost_nanos"] for row in recent(ledgers[0], 10**6)}
+            assert served.items() <= costs.items() and len(costs) - len(served) <= 16 and not costs.keys() & set(refused)
+            assert read(ledgers[0], "SELECT owner, spent FROM meters WHERE owner = 'key 1'") == [("key 1", sum(costs.values()))]
+            assert await pomex.verify(ledgers[0].db) == (len(costs), [])
+        return len(costs) + len(begun)
+    count = run(check())
+    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+        assert granted(ledger) == 0 and under_way(ledger) == [] and sound(ledger, count)
+
+
 def test_a_caller_who_is_cancelled_while_it_extends_gives_back_all_of_it_when_it_settles(path):
     async def check():
         async with started(path) as (ledger,):
@@ -1039,11 +1088,9 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("found_by", ["the next to open the file", "a server that runs"])
+@pytest.mark.parametrize("found_by", ["the next to open the database", "a server that runs"])
 def test_what_a_killed_process_held_is_given_back_and_its_rows_count_first(path, found_by):
-    if found_by == "the next to open the file" and pomex.POSTGRES_URL.fullmatch(path):
-        pytest.skip("whoever opens PostgreSQL knows nothing of processes: only those that beat judge")
-
+    """Who opens a file asks this host for the process; of a server's, only who hears the others for a while may judge."""
     async def check():
         async with started(path) as (ledger,):
             await ledger.create_key("k", NOW, budget_nanos=100_000_000, concurrent=1)
@@ -1058,6 +1105,9 @@ def test_what_a_killed_process_held_is_given_back_and_its_rows_count_first(path,
                 await beats(ledger)
             else:
                 pomex.Ledger.open(path).close()
+            if found_by != "a server that runs" and not ledger.db.on_this_host:
+                assert meters(ledger) == [("key 1", 25_000, 60_000_000), ("key 1 open", 0, 1)]
+                await beats(ledger)
             assert meters(ledger) == [("key 1", 1_025_000, 0), ("key 1 open", 0, 0)]
             shown = ("response_id", "key", "status", "error_code", "input", "cost_nanos")
             assert sorted([row[name] for name in shown] + [row["estimated"] != ""] for row in recent(ledger, 9)) == [

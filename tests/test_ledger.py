@@ -1,6 +1,7 @@
 """Layer 8: keys, the database, group commit and open requests, over real files and real processes."""
 import asyncio
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -12,7 +13,9 @@ import sys
 import time
 
 import pomex
+import postgres
 import pytest
+from conftest import of_a_file, of_a_server, outages
 from ledgers import (
     account_made,
     audited,
@@ -21,12 +24,14 @@ from ledgers import (
     dumped,
     key_made,
     key_of,
+    locked,
     read,
     recent,
     refusals,
     run,
     started,
     statements,
+    stored,
     totals,
     under_way,
     until,
@@ -34,9 +39,6 @@ from ledgers import (
 
 NOW = 1_763_629_920.0       # 2025-11-20 09:12 UTC
 PRICE = "1 1 - - - -"
-
-
-of_a_file = pytest.mark.parametrize("place", ["sqlite"], indirect=True)          # about SQLite's own, or this host's processes
 
 
 @pytest.fixture
@@ -77,13 +79,13 @@ def child(code, *arguments, **options):
 
 # --- keys -----------------------------------------------------------------------------------------
 
-@of_a_file
-def test_a_key_is_random_has_a_checksum_and_is_stored_as_its_digest_only(ledger, path):
+def test_a_key_is_random_has_a_checksum_and_is_stored_as_its_digest_only(ledger):
     tokens = {key_made(ledger, f"k{n}", NOW) for n in range(20)}
-    assert len(tokens) == 20
+    kept = stored(ledger)
+    assert len(tokens) == 20 and all(key.digest.encode() in kept for key in ledger.list_keys())
     for token in tokens:
         assert re.fullmatch(r"sk-rh-[0-9A-Za-z]{32}", token)
-        assert token[6:].encode() not in b"".join(p.read_bytes() for p in pathlib.Path(path).parent.iterdir())
+        assert token[6:].encode() not in kept
     key = ledger.list_keys()[0]
     assert (key.name, key.created_s, key.expires_s, key.revoked_s) == ("k0", int(NOW), 0, 0)
     assert key.hint in {f"{t[:10]}…{t[-4:]}" for t in tokens} and key.digest not in repr(key)
@@ -270,8 +272,7 @@ def test_a_change_that_is_refused_leaves_nothing_behind(ledger, change):
     assert dumped(ledger) == before
 
 
-@of_a_file
-def test_no_secret_of_a_key_or_session_is_anywhere_in_the_files(ledger, path):
+def test_no_secret_of_a_key_or_session_is_anywhere_in_the_database(ledger):
     secrets = [key_made(ledger, "laptop", NOW, who="ana"), run(pomex.open_session(ledger.db, "link", 0, 600, NOW))]
     run(ledger.edit_key("laptop", "ana", rpm=9))
     with pytest.raises(pomex.Unauthorized) as refused:
@@ -280,10 +281,10 @@ def test_no_secret_of_a_key_or_session_is_anywhere_in_the_files(ledger, path):
     run(ledger.save_counts())
     run(ledger.revoke_key("laptop", NOW, "ana"))
     assert len(audited(ledger)) == 3 and len(refusals(ledger)) == 1
-    stored = b"".join(file.read_bytes() for file in pathlib.Path(path).parent.iterdir())
-    assert b"key revoked" in stored
+    kept = stored(ledger)
+    assert b"key revoked" in kept
     for secret in secrets:
-        assert secret.encode() not in stored and secret.removeprefix("sk-rh-").encode() not in stored
+        assert secret.encode() not in kept and secret.removeprefix("sk-rh-").encode() not in kept
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -313,12 +314,12 @@ def test_the_secret_is_made_once_and_stays(path):
     second.close()
 
 
-def test_processes_that_open_a_new_file_at_once_agree(path):
+def test_processes_that_open_a_new_database_at_once_agree(new_place):
     code = "import pomex, sys; print(pomex.Ledger.open(sys.argv[1]).secret.hex())"
-    processes = [child(code, path, stdout=subprocess.PIPE) for _ in range(3)]
+    processes = [child(code, new_place, stdout=subprocess.PIPE) for _ in range(3)]
     assert len({process.communicate()[0] for process in processes}) == 1
     assert [process.returncode for process in processes] == [0] * 3
-    with contextlib.closing(pomex.Ledger.open(path)) as ledger:
+    with contextlib.closing(pomex.Ledger.open(new_place)) as ledger:
         assert read(ledger, "SELECT id, name FROM accounts") == [(1, "default")]
 
 
@@ -405,6 +406,60 @@ def test_a_read_only_place_is_refused_with_a_sentence(file_mode, folder_mode, tm
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
+
+
+def owned_by_another(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} OWNER TO {postgres.ADMIN}; REVOKE CREATE ON DATABASE {name} FROM PUBLIC")
+    cluster.psql("REVOKE CREATE ON SCHEMA public FROM PUBLIC", name)
+    return cluster.url(name)
+
+
+def read_only(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    return cluster.url(name)
+
+
+def without_connections(cluster, name):
+    cluster.psql(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+    return cluster.url(name)
+
+
+def with_tables_of_another_program(cluster, name):
+    cluster.psql("CREATE TABLE keys (bookmark text)", name)
+    return cluster.url(name)
+
+
+UNUSABLE_SERVERS = {        # what makes it so, and gives the URL -> the sentence
+    "no such database": (lambda cluster, _: cluster.url("nowhere"), r'is not there: database "nowhere" does not exist \(SQLSTATE 3D000\)'),
+    "another user's": (owned_by_another, r"does not give this user the right: permission denied for schema public \(SQLSTATE 42501\)"),
+    "another program's": (with_tables_of_another_program, "has tables of another program. Give Pomex one of its own"),
+    "read-only": (read_only, r"is a standby, which cannot be written: it takes no writes \(SQLSTATE 25006\)"),
+    "no connection left": (without_connections,
+                           r'has no connection left: too many connections for database "\w+" \(SQLSTATE 53300\)'),
+    "another password": (lambda cluster, name: cluster.url(name).replace(postgres.QUOTED, "guessed"),
+                         r'refuses this user or password: password authentication failed for user "pomex" \(SQLSTATE 28P01\)'),
+    "no password": (lambda cluster, name: cluster.url(name).replace(":" + postgres.QUOTED, ""),
+                    r"refuses this user or password: it asks for a password: put it into the URL, or into PGPASSWORD \(SQLSTATE 28P01\)"),
+    "without TLS": (lambda cluster, name: cluster.url(name, sslmode="disable"),
+                    r'refuses this user or password: no pg_hba.conf entry for host .*, no encryption \(SQLSTATE 28000\)'),
+    "an unknown authority": (lambda cluster, name: cluster.url(name, sslrootcert="system"), "cannot be reached: unable to get local issuer .*|"
+                             "cannot be reached: self-signed certificate in certificate chain"),
+    "nobody there": (lambda cluster, name: cluster.url(name).replace(f":{cluster.port}/", f":{postgres.free_port()}/"),
+                     "cannot be reached: Connection refused"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", UNUSABLE_SERVERS.values(), ids=UNUSABLE_SERVERS)
+def test_an_unusable_server_is_refused_with_a_sentence_and_left_alone(cluster, spoil, words):
+    name = pomex.read_postgres_url(cluster.create()).database
+    url = spoil(cluster, name)
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    before = cluster.psql(tables, name)
+    with pytest.raises(pomex.LedgerError) as refused:
+        pomex.Ledger.open(url)
+    assert re.fullmatch(rf"The database postgresql://pomex@localhost:\d+/\w+ ({words})\.", str(refused.value))
+    assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
+    assert cluster.psql(tables, name) == before
 
 
 # --- group commit ---------------------------------------------------------------------------------
@@ -568,12 +623,11 @@ def test_a_fault_of_ours_in_one_request_does_not_stop_the_others(path, spoil):
     asyncio.run(check())
 
 
-@of_a_file
 def test_every_sum_is_stored_as_a_number(ledger):
     run(ledger.settle([row("r1"), row("r2", estimated="why")]))
-    types = ", ".join(f"typeof({name})" for name in pomex.SUMS)
-    found, = read(ledger, f"SELECT DISTINCT {types} FROM usage_rollups")
-    assert dict(zip(pomex.SUMS, found)) == dict.fromkeys(pomex.SUMS, "integer")
+    kind, whole = ("typeof(%s)", "integer") if ledger.db.on_this_host else ("CAST(pg_typeof(%s) AS TEXT)", "bigint")
+    found, = read(ledger, f"SELECT DISTINCT {', '.join(kind % name for name in pomex.SUMS)} FROM usage_rollups")
+    assert dict(zip(pomex.SUMS, found)) == dict.fromkeys(pomex.SUMS, whole)
 
 
 def test_an_open_request_is_recorded_after_a_while_or_with_what_is_written_next_or_when_that_is_asked_for(path):
@@ -666,25 +720,20 @@ def test_what_is_still_to_be_written_at_the_end_is_written_once(path, behind):
 
 # --- when it cannot be written --------------------------------------------------------------------
 
-def fill(ledger, full):
-    pages = ledger.db.writer.execute("PRAGMA page_count").fetchone()[0]
-    ledger.db.writer.execute(f"PRAGMA max_page_count = {pages if full else 10 ** 6}")
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(pomex, "RETRY_S", 0.02)
     monkeypatch.setattr(pomex, "SETTLE_WAIT_S", 0.15)
 
 
-@of_a_file
-def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path, impatient, caplog):
+@outages("a stopped server")
+def test_a_database_that_cannot_be_written_refuses_new_requests_until_it_heals_and_loses_nothing(path, outage, impatient, caplog):
     async def check():
         async with started(path) as (ledger,):
             names = [f"r{n:03}" for n in range(200)]
             begin(ledger, *names)
             await ledger.recorded("r199")
-            fill(ledger, True)
+            outage.begin(ledger)
             begun = time.monotonic()
             await asyncio.gather(*(ledger.settle([row(name, model="m" * 300)]) for name in names))
             assert 0.1 < time.monotonic() - begun < 1 and not ledger.healthy and not ledger.available()
@@ -693,10 +742,11 @@ def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path,
                 begin(ledger, "new")
             assert (refused.value.status, refused.value.code) == (503, "ledger_unavailable")
             assert refused.value.headers == (("retry-after", "2"),)
-            assert len([each for each in caplog.messages if "the disk is full. New requests get 503 until" in each]) == 1
-            fill(ledger, False)
+            told = f"The database {ledger.db.name} {outage.words} New requests get 503 until it can be written."
+            assert caplog.messages.count(told) == 1
+            outage.end()
             await until(ledger.available)
-            assert "The database pomex.db can be written again." in caplog.text
+            assert f"The database {ledger.db.name} can be written again." in caplog.messages
             begin(ledger, "new")
             await ledger.settle([row("new")])
             assert not ledger.unsaved and totals(ledger)["requests"] == 201
@@ -704,17 +754,18 @@ def test_a_full_disk_refuses_new_requests_until_it_heals_and_loses_nothing(path,
     assert [each[0] for each in rows(path)] == ["new", *(f"r{n:03}" for n in range(200))]
 
 
-@of_a_file
-def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, impatient):
+@outages()
+def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, outage, impatient):
     async def check():
         async with started(path) as (ledger,):
-            fill(ledger, True)
+            outage.begin(ledger)
             ledger.begin("r1", lambda: row("r1", model="m" * 9000))
             with pytest.raises(pomex.LedgerError, match="cannot be written at the moment"):
                 await ledger.recorded("r1")
-            with pytest.raises(pomex.LedgerError, match=r"^The database pomex.db cannot grow: the disk is full\.$"):
+            with pytest.raises(pomex.LedgerError) as refused:
                 await ledger.create_key("ci", NOW, models="m" * 9000)
-            fill(ledger, False)
+            assert str(refused.value) == f"The database {ledger.db.name} {outage.words}"
+            outage.end()
             await until(ledger.available)
             assert under_way(ledger) == ["r1"] and ledger.list_keys() == []
             ledger.abandon("r1")
@@ -723,65 +774,66 @@ def test_what_cannot_be_recorded_is_not_sent_and_a_change_says_why(path, impatie
     assert rows(path) == []
 
 
-@of_a_file
-def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(path, impatient, caplog):
+@outages()
+def test_no_more_than_max_unsaved_rows_are_kept_and_each_that_is_lost_is_told(path, outage, impatient, caplog):
     async def check():
         async with started(path, max_unsaved=3) as (ledger,):
             begin(ledger, "r4")
             await ledger.recorded("r4")
-            fill(ledger, True)
+            outage.begin(ledger)
             await asyncio.gather(*(ledger.settle([row(f"r{n}", model="m" * 9000)]) for n in range(5)))
             assert [*ledger.unsaved] == ["r0", "r1", "r2"]
             assert [each for each in caplog.messages if "is lost" in each] == [
                 f"ledger: the row of r{n} is lost: [database] max_unsaved rows wait already" for n in (3, 4)]
-            fill(ledger, False)
+            outage.end()
             await until(ledger.available)
     asyncio.run(check())
     assert rows(path) == [(f"r{n}", "completed", "") for n in range(3)] + [("r4", "failed", "interrupted")]
 
 
-@of_a_file
-def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, impatient, caplog):
+@outages()
+def test_a_row_takes_the_place_of_its_open_request_among_those_kept(path, outage, impatient, caplog):
     async def check():
         async with started(path, max_unsaved=1) as (ledger,):
-            fill(ledger, True)
+            outage.begin(ledger)
             begin(ledger, "r1")
             await ledger.settle([row("r1", model="m" * 9000)])
             assert [*ledger.unsaved] == ["r1"] and "is lost" not in caplog.text
-            fill(ledger, False)
+            outage.end()
             await until(ledger.available)
     asyncio.run(check())
     assert rows(path) == [("r1", "completed", "")]
 
 
-@of_a_file
+@outages()
 @pytest.mark.parametrize("heals", [True, False])
-def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(path, impatient, caplog, heals, monkeypatch):
+def test_at_the_end_what_is_left_is_tried_once_more_and_told_where_it_is_lost(path, outage, impatient, caplog, heals, monkeypatch):
     monkeypatch.setattr(pomex, "RETRY_S", 60)
 
     async def check():
         async with started(path) as (ledger,):
-            fill(ledger, True)
+            outage.begin(ledger)
             await ledger.settle([row("r1", model="m" * 9000)])
             assert not ledger.healthy
             if heals:
-                fill(ledger, False)
+                outage.end()
     asyncio.run(check())
+    outage.end()
     assert rows(path) == [("r1", "completed", "")] * heals
-    assert ("the disk is full. 1 rows are lost." in caplog.text) != heals
+    assert (f"{outage.words} 1 rows are lost." in caplog.text) != heals
 
 
-@of_a_file
-def test_while_another_program_locks_the_file_everything_waits_and_nothing_fails(path):
+def test_while_another_program_locks_the_database_everything_waits_and_nothing_fails(path):
     async def check():
         async with started(path) as (ledger,):
             token = await ledger.create_key("laptop", NOW)
-            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-                other.execute("BEGIN IMMEDIATE")
+            with locked(path):
                 begin(ledger, "r1", "r2")
                 waiting = [asyncio.ensure_future(each) for each in (
-                    ledger.recorded("r1"), ledger.settle([row("r2")]), ledger.create_key("ci", NOW),
-                    asyncio.to_thread(lambda: pomex.Ledger.open(path).close()))]
+                    ledger.recorded("r1"), ledger.settle([row("r2")]), ledger.create_key("ci", NOW))]
+                opening = asyncio.create_task(asyncio.to_thread(lambda: pomex.Ledger.open(path).close()))
+                if ledger.db.on_this_host:          # there it writes
+                    waiting.append(opening)
                 begun, turns = time.monotonic(), 0
                 while time.monotonic() - begun < 0.4:
                     turns += 1
@@ -789,27 +841,24 @@ def test_while_another_program_locks_the_file_everything_waits_and_nothing_fails
                     await asyncio.sleep(0.005)
                 assert turns > 20 and not any(each.done() for each in waiting)
                 begin(ledger, "r3")
-                other.execute("COMMIT")
-            await asyncio.wait_for(asyncio.gather(*waiting), 1)
+            await asyncio.wait_for(asyncio.gather(*waiting, opening), 1)
             await ledger.recorded("r3")
             assert under_way(ledger) == ["r1", "r3"] and key_of(ledger, "ci") and ledger.healthy
     asyncio.run(check())
     assert rows(path) == [("r1", "failed", "interrupted"), ("r2", "completed", ""), ("r3", "failed", "interrupted")]
 
 
-@of_a_file
 def test_a_lock_that_lasts_too_long_counts_as_a_failure_and_heals(path, impatient, monkeypatch):
     monkeypatch.setattr(pomex, "BUSY_S", 0.05)
+    monkeypatch.setattr(pomex, "TIMEOUTS_MS", (8000, 50, 3000))
 
     async def check():
         async with started(path) as (ledger,):
-            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-                other.execute("BEGIN IMMEDIATE")
+            with locked(path):
                 await ledger.settle([row("r1")])
                 assert not ledger.available() and recent(ledger, 1) == []
                 with pytest.raises(pomex.LedgerError, match="is locked by another program"):
                     await ledger.create_key("ci", NOW)
-                other.execute("COMMIT")
             await until(ledger.available)
             assert len(recent(ledger, 9)) == 1
     asyncio.run(check())
@@ -910,6 +959,24 @@ def test_a_server_that_runs_settles_what_a_killed_process_left(path, caplog):
             assert end_of(ledger) == [("theirs", "interrupted")]
             assert read(ledger, "SELECT pid FROM processes WHERE process <> ?", ledger.process) == []
             assert caplog.text.count("1 requests of an ended process are marked as interrupted") == 1
+    asyncio.run(check())
+
+
+@of_a_server
+def test_a_stopped_process_is_taken_for_dead_by_those_who_share_a_server_and_its_word_counts_when_it_wakes(path, caplog):
+    async def check():
+        async with started(path) as (ledger,):
+            with one_request(path) as process:
+                os.kill(process.pid, signal.SIGSTOP)
+                await ledger.beat()
+                assert end_of(ledger) == []
+                await beats(ledger)
+                assert end_of(ledger) == [("theirs", "interrupted")] and under_way(ledger) == []
+                os.kill(process.pid, signal.SIGCONT)
+                process.communicate(b"\n")
+                assert process.returncode == 0
+            assert end_of(ledger) == [("theirs", "completed")] and await pomex.verify(ledger.db) == (1, [])
+            assert totals(ledger)["requests"] == 1
     asyncio.run(check())
 
 
@@ -1025,6 +1092,81 @@ def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(p
     assert rows(path) == [("r1", "completed", "")]
 
 
+@of_a_server
+def test_a_database_that_is_renamed_or_replaced_while_in_use_is_seen_and_said_once(path, cluster, caplog):
+    name = pomex.read_postgres_url(path).database
+
+    def rename(old, new):
+        cluster.psql(f"ALTER DATABASE {old} ALLOW_CONNECTIONS false")
+        cluster.disconnect(old)
+        cluster.psql(f"ALTER DATABASE {old} RENAME TO {new}; ALTER DATABASE {new} ALLOW_CONNECTIONS true")
+
+    async def check():
+        async with started(path) as (ledger,):
+            token = await ledger.create_key("laptop", NOW)
+            assert ledger.available() and not caplog.records
+            rename(name, name + "_away")
+            await until(lambda: not ledger.available(), 1.0)
+            await ledger.refresh()
+            missing = f'The database {ledger.db.name} is not there: database "{name}" does not exist (SQLSTATE 3D000). The keys stay as they were'
+            assert caplog.text.count(missing) == 1
+            assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop"
+            with pytest.raises(pomex.LedgerError):
+                begin(ledger, "r1")
+            cluster.psql(f"CREATE DATABASE {name} OWNER {postgres.USER}")
+            await ledger.refresh()
+            assert not ledger.available() and 'cannot be used: relation "keys" does not exist (SQLSTATE 42P01)' in caplog.text
+            cluster.psql(f"DROP DATABASE {name} WITH (FORCE)")
+            rename(name + "_away", name)
+            await ledger.refresh()
+            assert ledger.available()
+            begin(ledger, "r1")
+            await ledger.settle([row("r1")])
+    asyncio.run(check())
+    assert rows(path) == [("r1", "completed", "")]
+
+
+@of_a_server
+def test_a_server_that_is_killed_under_load_and_started_again_has_every_row_once(path, cluster, monkeypatch):
+    monkeypatch.setattr(pomex, "RETRY_S", 0.05)
+    names, refused = [], []
+
+    async def client(ledger, number):
+        for count in itertools.count():
+            name = f"{number}-{count}"
+            try:
+                begin(ledger, name)
+                if count % 2:
+                    await ledger.recorded(name)
+            except pomex.LedgerError:
+                ledger.abandon(name)
+                refused.append(name)
+                await asyncio.sleep(0.02)
+                continue
+            await asyncio.sleep(0.005)
+            await ledger.settle([row(name)])
+            names.append(name)
+
+    async def check():
+        async with started(path, 2) as ledgers:
+            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
+            for _ in range(2):
+                count = len(names)
+                await until(lambda count=count: len(names) > count + 100)
+                await asyncio.to_thread(cluster.kill)
+                count = len(refused)
+                await until(lambda count=count: len(refused) > count)
+                await asyncio.to_thread(cluster.start)
+                await until(lambda: all(ledger.available() for ledger in ledgers))
+            for each in clients:
+                each.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+    asyncio.run(check())
+    ends = rows(path)
+    assert len({name for name, *_ in ends}) == len(ends) and set(names) <= {name for name, status, _ in ends if status == "completed"}
+    assert not {name for name, *_ in ends} & set(refused)
+
+
 @of_a_file
 def test_a_file_that_is_damaged_while_in_use_is_seen_and_said_once(path, caplog):
     async def check():
@@ -1111,15 +1253,16 @@ def test_the_counters_of_all_processes_are_given_together_and_survive_them(path)
         assert run(ledger.counted()) == expected
 
 
-@of_a_file
-def test_counts_that_cannot_be_saved_are_kept_for_later(ledger):
+@outages()
+def test_counts_that_cannot_be_saved_are_kept_for_later(ledger, outage):
     async def check():
-        fill(ledger, True)
+        outage.begin(ledger)
         ledger.refuse(0, refusal("limit", message="m" * 9000))
-        with pytest.raises(pomex.LedgerError, match="the disk is full"):
+        with pytest.raises(pomex.LedgerError) as refused:
             await ledger.save_counts()
+        assert outage.words in str(refused.value)
         ledger.refuse(0, refusal("limit"))
-        fill(ledger, False)
+        outage.end()
         assert await ledger.counted() == {("pomex_refusals_total", "limit"): 2}
     asyncio.run(check())
 

@@ -16,6 +16,7 @@ import warnings
 
 import pomex
 import pytest
+from conftest import need_postgres
 from ledgers import read, started, until
 
 HERE = "postgresql://u:secret-word@127.0.0.1:%d/db"
@@ -624,6 +625,7 @@ def test_a_password_that_is_not_ascii_and_a_socket_work(cluster):
 
 
 def test_behind_pgbouncer_in_transaction_mode(cluster, template):
+    need_postgres("pgbouncer")
     url = cluster.create(template)
     with cluster.pgbouncer() as port:
         async def check():

@@ -8631,7 +8631,7 @@ def prepare_password(password: str) -> bytes:
 
 
 def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
-    """Yields the client's messages for the server's (RFC 5802, RFC 7677), and ends when the server has proved that it knows the
+    """Yields the client's messages for the server's (RFC 5802, RFC 7677), and b"" when the server has proved that it knows the
     password, too. PostgresError: it does not."""
     def fields(data: bytes) -> dict[str, str]:
         return dict(part.split("=", 1) for part in data.decode("ascii").split(","))
@@ -8654,6 +8654,7 @@ def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
     expected = sign(sign(salted, b"Server Key"), messages)
     if not hmac.compare_digest(base64.b64decode(last.get("v", "")), expected):
         raise PostgresError("28P01", "it does not know the password itself: is it the right server?")
+    yield b""
 
 
 # --- 8.6 PostgreSQL ---
@@ -8760,7 +8761,7 @@ class PostgresConnection:
                 raise read_error(body)
             if kind == b"K":
                 self.key = body
-            if kind == b"Z":
+            if kind == b"Z" and scram is None:
                 return
             if kind not in b"RKNS":
                 raise ValueError
@@ -8773,12 +8774,14 @@ class PostgresConnection:
                 scram = scram_sha_256(self.address.password, secrets.token_urlsafe(18))
                 first = next(scram)
                 self.socket.sendall(postgres_message(b"p", b"SCRAM-SHA-256\0", struct.pack("!i", len(first)), first))
-            elif asked == 11 and scram is not None:
-                self.socket.sendall(postgres_message(b"p", scram.send(body[4:])))
-            elif asked == 12 and scram is not None:
-                with contextlib.suppress(StopIteration):
-                    scram.send(body[4:])
-                scram = None
+            elif asked in (11, 12) and scram is not None:
+                answer = scram.send(body[4:])
+                if (asked == 11) != bool(answer):
+                    raise ValueError
+                if answer:
+                    self.socket.sendall(postgres_message(b"p", answer))
+                else:
+                    scram = None
             elif asked != 0 or scram is not None:
                 raise PostgresError("28000", "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in "
                                     "the clear (see password_encryption, when the password was set, and pg_hba.conf)")

@@ -8788,7 +8788,10 @@ class PostgresConnection:
 
     def receive(self) -> tuple[bytes, bytes]:
         while (message := take_message(self.data)) is None:
-            self.socket.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            left_s = self.deadline - time.monotonic()
+            if left_s <= 0:  # however busily it sends
+                raise TimeoutError
+            self.socket.settimeout(left_s)
             data = self.socket.recv(1 << 16)
             if not data:
                 raise ConnectionError(errno.ECONNRESET, "it closed the connection")

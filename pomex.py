@@ -8579,13 +8579,14 @@ def take_message(data: bytearray) -> tuple[bytes, bytes] | None:
 
 def read_error(body: bytes) -> PostgresError:
     fields = {part[:1]: part[1:].decode("utf-8", "replace") for part in body.split(b"\0")}
-    return PostgresError(fields.get(b"C", "XX000"), sanitize(fields.get(b"M", ""), 200))
+    state = fields.get(b"C", "")
+    return PostgresError(state if re.fullmatch("[0-9A-Z]{5}", state) else "XX000",
+                         sanitize(fields.get(b"M", "it does not say why"), 200))
 
 
 def read_number(data: bytes) -> float:
     """A sum is numeric, and whole."""
-    number = decimal.Decimal(data.decode())
-    return int(number) if number == int(number) else float(number)
+    return float(data) if b"." in data else int(data)
 
 
 VALUE_READERS: dict[int, Callable[[bytes], Any]] = {  # by the OID of a type; all others are text
@@ -8704,12 +8705,12 @@ class PostgresConnection:
         try:
             with self.protocol_errors():
                 self.log_in()
-            read_only, encoding = self.execute(
-                "SELECT current_setting('transaction_read_only'), current_setting('server_encoding')").fetchall()[0]
+                (read_only, encoding), = self.execute(
+                    "SELECT current_setting('transaction_read_only'), current_setting('server_encoding')").fetchall()
             if read_only == "on":
                 raise PostgresError("25006", "it takes no writes")
             if encoding != "UTF8":
-                raise PostgresError("22P05", f"its encoding is {encoding}, not UTF8")
+                raise PostgresError("22P05", f"its encoding is {sanitize(str(encoding))}, not UTF8")
         except BaseException:
             self.close()
             raise
@@ -8855,6 +8856,8 @@ class PostgresConnection:
             elif kind == b"E":
                 error = error or read_error(body)
             elif kind == b"Z":
+                if error is None and next(statements, None) is not None:
+                    raise ValueError
                 return error
             elif kind not in b"12nNSA":
                 raise ValueError

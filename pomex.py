@@ -8724,13 +8724,13 @@ class PostgresConnection:
 
     def open_socket(self) -> socket.socket:
         host, port = self.place
-        if host.startswith("/"):
-            made = socket.socket(socket.AF_UNIX)
-            made.settimeout(self.connect_s)
-            made.connect(f"{host}/.s.PGSQL.{port}")
-            return made
-        made = socket.create_connection((host, port), self.connect_s)
+        is_file = host.startswith("/")
+        made = socket.socket(socket.AF_UNIX) if is_file else socket.create_connection((host, port), self.connect_s)
         try:
+            if is_file:
+                made.settimeout(self.connect_s)
+                made.connect(f"{host}/.s.PGSQL.{port}")
+                return made
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return made if self.address.sslmode == "disable" else self.use_tls(made)
         except BaseException:
@@ -8743,7 +8743,8 @@ class PostgresConnection:
         if made.recv(1) != b"S":
             raise PostgresError("08P01", f"it offers no TLS, and sslmode is {mode}")
         try:
-            context = ssl.create_default_context(cafile=words.get("sslrootcert", "system").replace("system", "") or None)
+            authority = words.get("sslrootcert", "system")
+            context = ssl.create_default_context(cafile=None if authority == "system" else authority)
             if "sslcert" in words:
                 context.load_cert_chain(words["sslcert"], words.get("sslkey"))
         except OSError as error:

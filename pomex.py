@@ -7741,7 +7741,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 # --- 7.3 PostgreSQL's address ---
 
 POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:([^/?]*)@)?([^@/?]*)(?:/([^?]*))?(?:\?(.*))?")
-POSTGRES_HOST = re.compile(r"(/.*|\[[^\]]+\]|[^:\[]+)(?::([0-9]{1,5}))?")
+POSTGRES_HOST = re.compile(r"(/[^\0]*|\[[^\]\0]+\]|[\w-]{1,63}(?:\.[\w-]{1,63})*\.?)(?::([0-9]{1,5}))?")
 POSTGRES_PARAMETERS = (
     "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey",
     "connect_timeout", "application_name", "target_session_attrs")
@@ -7779,7 +7779,8 @@ def read_postgres_url(url: str) -> PostgresAddress:
     words = {name: value for name, _, value in (word.partition("=") for word in query.split("&") if word)}
     for name in words.keys() - {*POSTGRES_PARAMETERS}:
         hint = did_you_mean(name, POSTGRES_PARAMETERS)
-        raise ValueError(f"the parameter {name[:40]} is not known here.{hint} Known: "
+        shown = "(hidden)" if "@" in query else name[:40]  # of a password with a question mark
+        raise ValueError(f"the parameter {shown} is not known here.{hint} Known: "
                          f"{', '.join(POSTGRES_PARAMETERS)}.")
     given = {name: urllib.parse.unquote(value)
              for name, value in (words | {name: value for name, value in given.items() if value}).items()}

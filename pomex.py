@@ -8620,8 +8620,8 @@ def read_row(body: bytes, readers: Sequence[Callable[[bytes], Any]]) -> Row:
 
 def prepare_password(password: str) -> bytes:
     """SASLprep (RFC 4013), or as it is where that forbids it, as PostgreSQL does."""
-    kept = (" " if stringprep.in_table_c12(char) else char for char in password if not stringprep.in_table_b1(char))
-    text = unicodedata.normalize("NFKC", "".join(kept))
+    spaced = (" " if stringprep.in_table_c12(char) else char for char in password)
+    text = "".join(char for char in spaced if not stringprep.in_table_b1(char))
     forbidden = (
         stringprep.in_table_a1, stringprep.in_table_c12, stringprep.in_table_c21_c22, stringprep.in_table_c3,
         stringprep.in_table_c4, stringprep.in_table_c5, stringprep.in_table_c6, stringprep.in_table_c7,
@@ -8629,7 +8629,7 @@ def prepare_password(password: str) -> bytes:
     wrong = any(is_forbidden(char) for char in text for is_forbidden in forbidden)
     if any(map(stringprep.in_table_d1, text)):  # written from right to left: wholly
         wrong = wrong or any(map(stringprep.in_table_d2, text)) or not all(map(stringprep.in_table_d1, (text[0], text[-1])))
-    return (password if wrong or not text else text).encode()
+    return (password if wrong or not text else unicodedata.normalize("NFKC", text)).encode()
 
 
 def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:

@@ -9260,8 +9260,9 @@ def interrupted(row: UsageRow) -> UsageRow:
 
 
 def lock_of(owner: str, number: int) -> int:
-    """Of a key's or an account's meters, rates and rollups: so many numbers are apart before two share a lock."""
-    return 1 + 2 * (number % 2**29) + (owner == "account")
+    """Of a key's or an account's meters, rates and rollups. A thousand in all: a server has room for some thousand locks, and a
+    batch may be of 10,000 keys."""
+    return 1 + 2 * (number % 2**9) + (owner == "account")
 
 
 def locks_of(rows: Iterable[UsageRow]) -> set[int]:

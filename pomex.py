@@ -8781,10 +8781,8 @@ class PostgresConnection:
                 answer = scram.send(body[4:])
                 if (asked == 11) != bool(answer):
                     raise ValueError
-                if answer:
-                    self.socket.sendall(postgres_message(b"p", answer))
-                else:
-                    scram = None
+                self.socket.sendall(postgres_message(b"p", answer) * bool(answer))
+                scram = scram if answer else None
             elif asked != 0 or scram is not None:
                 raise PostgresError("28000", "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in "
                                     "the clear (see password_encryption, when the password was set, and pg_hba.conf)")

@@ -289,7 +289,62 @@ PROTOCOL = "cannot be used: it sent what is not PostgreSQL's protocol (SQLSTATE 
 LONGER = "cannot be used: it sent a row that is longer than its columns (SQLSTATE 08P01)."
 CLOSED = "cannot be reached: it closed the connection."
 SCRAM = message(b"R", struct.pack("!i", 10) + b"SCRAM-SHA-256\0\0")
+PATIENCE = "cannot be reached: no answer in time."
+STRANGER = "refuses this user or password: it does not know the password itself: is it the right server? (SQLSTATE 28P01)."
+FULL = message(b"E", b"SFATAL\0C53300\0Msorry, too many clients already\0\0")
+
+
+def asking(code, form):
+    """An answer of SCRAM to what came, with the client's nonce for %s."""
+    return lambda said: message(b"R", struct.pack("!i", code) + form.replace(b"%s", said.rpartition(b"r=")[2].partition(b",")[0]))
+
+
+FIRST_OF_SCRAM = asking(11, b"r=%stheirs,s=c2FsdA==,i=1")
+
+
+def proving(code):
+    """As who knows the password, which is secret-word."""
+    def answer(said):
+        without = said[5:].rpartition(b",p=")[0]
+        nonce = without.rpartition(b"r=")[2]
+        messages = b",".join((b"n=,r=" + nonce.removesuffix(b"theirs"), b"r=" + nonce + b",s=c2FsdA==,i=1", without))
+        key = hmac.digest(hashlib.pbkdf2_hmac("sha256", b"secret-word", b"salt", 1), b"Server Key", "sha256")
+        return message(b"R", struct.pack("!i", code) + b"v=" + base64.b64encode(hmac.digest(key, messages, "sha256"))) + READY
+    return answer
+
+
+def checked(*rows):
+    """The answer to what a new connection asks."""
+    return (message(b"T", columns(*[25] * len(rows[0] if rows else ()))) + b"".join(message(b"D", data_row(*row)) for row in rows)
+            + message(b"C", b"SELECT 1\0") + message(b"Z", b"I"))
+
+
 HOSTILE = {  # what is sent for each thing that the client sends; None: the connection is closed, ...: silence -> the sentence
+    "the right proof": ([SCRAM, FIRST_OF_SCRAM, proving(12), FULL + message(b"Z", b"I")],
+                        "has no connection left: sorry, too many clients already (SQLSTATE 53300)."),
+    "the right proof, as if it were a question": ([SCRAM, FIRST_OF_SCRAM, proving(11)], PROTOCOL),
+    "a wrong proof": ([SCRAM, FIRST_OF_SCRAM, message(b"R", struct.pack("!i", 12) + LAST) + READY], STRANGER),
+    "an error instead of the proof": ([SCRAM, FIRST_OF_SCRAM, message(b"R", struct.pack("!i", 12) + b"e=other-error") + READY], STRANGER),
+    "no proof": ([SCRAM, FIRST_OF_SCRAM, READY], "refuses this user or password: " + AUTH),
+    "no proof and no welcome": ([SCRAM, FIRST_OF_SCRAM, message(b"Z", b"I")], PROTOCOL),
+    "ready in the middle of SCRAM": ([SCRAM, message(b"Z", b"I")], PROTOCOL),
+    "a question as if it were the proof": ([SCRAM, lambda said: asking(12, b"r=%stheirs,s=c2FsdA==,i=1")(said) + READY], PROTOCOL),
+    "a question before SCRAM": ([message(b"R", struct.pack("!i", 11) + b"r=x,s=c2FsdA==,i=1")], "refuses this user or password: " + AUTH),
+    "authentication without a kind": ([message(b"R")], PROTOCOL),
+    "notices without end": ([itertools.repeat(message(b"N") * 100)], PATIENCE),
+    "another version of the protocol": ([message(b"v", bytes(8))], PROTOCOL),
+    "ready without a result": ([READY, message(b"Z", b"I")], PROTOCOL),
+    "a result without its row": ([READY, checked()], PROTOCOL),
+    "a row too many": ([READY, checked((b"off", b"UTF8"), (b"off", b"UTF8"))], PROTOCOL),
+    "a column too few": ([READY, checked((b"off",))], PROTOCOL),
+    "a row that is not UTF-8": ([READY, checked((b"off", b"\xff"))], PROTOCOL),
+    "an encoding that clears the screen": ([READY, checked((b"off", b"\x1b[2J\nUTF8" * 9_000))],
+                                           "cannot be used: its encoding is " + ("?[2J?UTF8" * 12)[:100] + ", not UTF8 (SQLSTATE 22P05)."),
+    "results without end": ([READY, itertools.repeat(message(b"1") * 100)], PATIENCE),
+    "a giant row, a byte at a time": ([READY, itertools.chain([b"D\x03\xff\xff\xff"], itertools.repeat(b"x"))], PATIENCE),
+    "results, then silence": ([READY, CHECKED[:-6], ...], PATIENCE),
+    "an error that writes into the log": ([message(b"E", b"C\x1b[2J\n\0Msorry\n12:00 all is \x9bwell \xff" + b"!" * 10_000 + b"\0\0")],
+                                          "cannot be used: sorry?12:00 all is \ufffdwell \ufffd" + "!" * 174 + " (SQLSTATE XX000)."),
     "nobody speaks": ([...], "cannot be reached: no answer in time."),
     "it closes": ([None], CLOSED),
     "half a message, then closed": ([b"R\0\0\0\x08\0", None], CLOSED),
@@ -307,7 +362,7 @@ HOSTILE = {  # what is sent for each thing that the client sends; None: the conn
     "SCRAM without words": ([SCRAM, message(b"R", struct.pack("!i", 11) + b"hello")], PROTOCOL),
     "a refusal": ([message(b"E", b"SFATAL\0C53300\0Msorry, too many clients already\0\0")],
                   "has no connection left: sorry, too many clients already (SQLSTATE 53300)."),
-    "an error without fields": ([message(b"E", b"\0")], "cannot be used:  (SQLSTATE XX000)."),
+    "an error without fields": ([message(b"E", b"\0")], "cannot be used: it does not say why (SQLSTATE XX000)."),
     "no database of that name": ([message(b"E", b'C3D000\0Mdatabase "db" does not exist\0\0')],
                                  'is not there: database "db" does not exist (SQLSTATE 3D000).'),
     "a standby": ([READY, message(b"T", columns(25, 25)) + message(b"D", data_row(b"on", b"UTF8")) + message(b"C", b"SELECT 1\0")
@@ -344,13 +399,14 @@ def playing(script, context=None, greeting=None):
                     client = context.wrap_socket(client, server_side=True)
                 for number, step in enumerate(script):
                     if number == 0 or step is not None:
-                        client.recv(65536)
+                        said = client.recv(65536)
                     if step is None:
                         break
                     if step is ...:
                         ended.wait(10)
                         break
-                    client.sendall(step)
+                    for piece in [step] if isinstance(step, bytes) else [step(said)] if callable(step) else step:
+                        client.sendall(piece)
                 else:
                     ended.wait(10)
                 client.close()
@@ -413,13 +469,22 @@ def test_a_server_that_trickles_does_not_hold_anybody(monkeypatch):
         thread.join(20)
 
 
-def test_a_lost_commit_is_said_to_be_in_doubt(monkeypatch):
+DOUBT = ("was lost: the connection was lost while it committed, so that it is not known whether the change was made "
+         "(SQLSTATE 08007).")
+COMMITS = {"it closes": (None, DOUBT), "half an answer": (message(b"C", b"COMMIT\0")[:-1], DOUBT), "silence": (..., DOUBT),
+           "garbage": (b"\0\0\0\0\x08garbage!", DOUBT), "no result": (message(b"Z", b"I"), DOUBT),
+           "it is shut down": (message(b"E", b"C57P01\0Mterminating\0\0"), DOUBT),
+           "it rolled back": (message(b"C", b"ROLLBACK\0") + message(b"Z", b"I"), "cannot be used: it rolled back (SQLSTATE 25P02)."),
+           "a refusal": (message(b"E", b"C23505\0Mtwice\0\0") + message(b"Z", b"I"), "cannot be used: twice (SQLSTATE 23505).")}
+
+
+@pytest.mark.parametrize("answer, sentence", COMMITS.values(), ids=COMMITS)
+def test_a_lost_commit_is_said_to_be_in_doubt(answer, sentence, monkeypatch):
+    monkeypatch.setattr(pomex, "ROUND_TRIP_S", 1.0)
     one = message(b"C", b"SELECT 1\0")
-    script = [READY, CHECKED, message(b"C", b"BEGIN\0") + one * 2 + message(b"Z", b"T"), None]
-    with playing(script) as port:
-        sentence = refused_by(HERE % port)
-    assert sentence == ("was lost: the connection was lost while it committed, so that it is not known whether the change was made "
-                        "(SQLSTATE 08007).")
+    script = [READY, CHECKED, message(b"C", b"BEGIN\0") + one * 2 + message(b"Z", b"T"), answer]
+    with playing(script if answer is None or answer is ... else [*script, message(b"C", b"ROLLBACK\0") + message(b"Z", b"I")]) as port:
+        assert refused_by(HERE % port + "?connect_timeout=1") == sentence
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +501,7 @@ def certificates(tmp_path_factory):
     for authority in ("ours", "other"):
         openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key",
                 "-out", f"{authority}.pem")
+    shutil.copy(folder / "ours.pem", folder / "system-ours.pem")           # a word of its own in sslrootcert
     for name, authority, host, days in (("right", "ours", "127.0.0.1", 2), ("wrong-name", "ours", "127.0.0.2", 2),
                                         ("expired", "ours", "127.0.0.1", 0), ("foreign", "other", "127.0.0.1", 2)):
         openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=db", "-keyout", f"{name}.key", "-out", f"{name}.csr")
@@ -459,7 +525,7 @@ def test_a_certificate_is_checked_as_far_as_sslmode_says(certificates, name, mod
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
     with playing([message(b"E", b"C53300\0Mreached\0\0")], context, b"S") as port:
-        sentence = refused_by(HERE % port + f"?sslmode={mode}&sslrootcert={certificates}/ours.pem&connect_timeout=2")
+        sentence = refused_by(HERE % port + f"?sslmode={mode}&sslrootcert={certificates}/system-ours.pem&connect_timeout=2")
     if TLS[name, mode]:
         assert sentence.startswith("cannot be reached: ") and (TLS[name, mode] in sentence or mode == "require")
     else:
@@ -471,6 +537,25 @@ def test_without_tls_nothing_is_sent_where_sslmode_asks_for_it(greeting):
     with playing([...], None, greeting) as port:
         assert refused_by(HERE % port + "?sslmode=require") == (
             "cannot be used: it offers no TLS, and sslmode is require (SQLSTATE 08P01).")
+
+
+TLS_TALK = {  # what follows the S -> the sentence's beginning
+    "garbage": (b"S", [b"garbage " * 99], "cannot be reached: [SSL"), "silence": (b"S", [...], PATIENCE),
+    "it closes": (b"S", [None], "cannot be reached: "), "a welcome without TLS": (b"S" + READY, [READY], "cannot be reached: [SSL"),
+    "nothing": (b"", [...], PATIENCE),
+}
+
+
+@pytest.mark.parametrize("greeting, script, sentence", TLS_TALK.values(), ids=TLS_TALK)
+def test_a_handshake_that_fails_is_over_in_time(greeting, script, sentence):
+    begun = time.monotonic()
+    with playing(script, None, greeting) as port:
+        assert refused_by(HERE % port + "?sslmode=require&connect_timeout=1").startswith(sentence)
+    assert time.monotonic() - begun < 4
+
+
+def test_a_socket_that_is_not_there_is_said():
+    assert refused_by("postgresql://u:secret-word@/n?host=/nowhere") == "cannot be reached: No such file or directory."
 
 
 def test_a_root_certificate_that_is_not_there_is_said():

@@ -7,11 +7,16 @@ import hashlib
 import hmac
 import itertools
 import os
+import pathlib
+import shutil
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.parse
 import warnings
 
 import pomex
@@ -492,8 +497,6 @@ def test_a_lost_commit_is_said_to_be_in_doubt(answer, sentence, monkeypatch):
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     """By name: (certificate, key) of one authority and of another."""
-    import shutil
-    import subprocess
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("certificates")
@@ -637,6 +640,113 @@ def test_a_transaction_that_loses_against_another_runs_again(url, db):
     assert sorted(ran) == [1, 2] and db.fetch("SELECT value FROM counters ORDER BY name", ()) == [(2,), (2,)]
 
 
+def fail_with(tx, sqlstate):
+    tx.read(f"DO 'BEGIN RAISE ''lost'' USING ERRCODE = ''{sqlstate}''; END'")
+
+
+@pytest.mark.parametrize("sqlstate, runs", [("40001", 6), ("40P01", 6), ("55P03", 1), ("57014", 1), ("23505", 1), ("XX000", 1)])
+def test_what_loses_against_another_runs_again_and_what_fails_does_not(db, sqlstate, runs):
+    ran = []
+
+    def run(tx, losses):
+        ran.append(tx.execute("INSERT INTO settings VALUES (?, '')", (f"n{len(ran)}",)))
+        if len(ran) <= losses:
+            fail_with(tx, sqlstate)
+    with pytest.raises(pomex.LedgerError, match=rf"lost \(SQLSTATE {sqlstate}\)\."):
+        db.commit(lambda tx: run(tx, 99))
+    assert len(ran) == runs and db.fetch("SELECT name FROM settings WHERE name LIKE 'n%'", ()) == []
+    if runs > 1:
+        ran.clear()
+        db.commit(lambda tx: run(tx, 2))
+        assert db.fetch("SELECT name FROM settings WHERE name LIKE 'n%'", ()) == [("n2",)]
+
+
+def test_a_commit_that_is_lost_is_not_run_again(cluster, db):
+    cluster.psql("CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); "
+                 "RETURN NULL; END'; CREATE CONSTRAINT TRIGGER die AFTER INSERT ON counters DEFERRABLE INITIALLY DEFERRED "
+                 "FOR EACH ROW EXECUTE FUNCTION die(); ALTER FUNCTION die() SECURITY DEFINER", db.address.database)
+    ran = []
+    for _ in range(2):                  # on a new connection, and on a kept one
+        ran.clear()
+        with pytest.raises(pomex.LedgerError) as lost:
+            db.commit(lambda tx: ran.append(tx.execute("INSERT INTO counters VALUES ('a', 1)")))
+        assert ran == [1] and str(lost.value) == f"The database {db.name} {DOUBT}"
+        db.commit(lambda tx: tx.read("SELECT 1"))
+    assert db.fetch("SELECT * FROM counters", ()) == []
+
+
+def test_a_member_that_fails_is_undone_alone_with_what_it_had_not_sent(db):
+    insert = "INSERT INTO settings VALUES (?, '')"
+
+    def fails_at_once(tx):
+        tx.execute_many(insert, [("never",)])
+        raise ValueError("no")
+
+    def fails_by_its_values(tx):
+        tx.execute_many(insert, [("never",), ("a",), ("never too",)])           # noticed by its end
+
+    def fails_twice(tx):
+        tx.execute_many(insert, [("a",)])               # not noticed before
+        raise ValueError("no")
+
+    def fails_in_the_middle(tx):
+        tx.read("SELECT 1 / (count(*) - count(*)) FROM settings")
+
+    def fails_within(tx):
+        tx.execute_many(insert, [("outer",)])
+        assert isinstance(tx.attempt(fails_by_its_values)[1], pomex.PostgresError)
+        assert tx.attempt(lambda tx: tx.execute(insert, ("inner",))) == (1, None)
+
+    def cannot_be_sent(tx):
+        tx.execute(insert, ("never",))
+        tx.execute(insert, ("\udc80",))
+    members = [lambda tx: tx.execute(insert, ("a",)), fails_at_once, lambda tx: tx.execute_many(insert, [("b",)]), fails_by_its_values,
+               fails_twice, lambda tx: tx.execute(insert, ("c",)), fails_in_the_middle, fails_within, cannot_be_sent,
+               lambda tx: tx.read("SELECT 7")]
+    attempted = db.commit(lambda tx: [tx.attempt(member) for member in members])
+    assert [type(error) for _, error in attempted] == [
+        type(None), ValueError, type(None), pomex.PostgresError, ValueError, type(None), pomex.PostgresError, type(None),
+        UnicodeEncodeError, type(None)]
+    assert [attempted[3][1].sqlstate, attempted[6][1].sqlstate, attempted[9][0]] == ["23505", "22012", [(7,)]]
+    assert db.fetch("SELECT name FROM settings WHERE name <> 'secret' ORDER BY name", ()) == [("a",), ("b",), ("c",), ("inner",), ("outer",)]
+
+
+def test_a_request_that_cannot_be_written_does_not_keep_others_from_it(url):
+    async def check():
+        async with started(url) as (ledger,):
+            row = pomex.UsageRow("r", "q", 1, 1, "responses", "demo/echo", price="1 1 - - - -", input=5, cost_nanos=5000)
+            good = [[row._replace(response_id=f"r{number}")] for number in range(4)]
+            twice = [row._replace(response_id="twice", final=0), row._replace(response_id="twice")]        # of one attempt
+            await asyncio.gather(*map(ledger.settle, [*good[:2], twice, *good[2:]]))
+            assert read(ledger, "SELECT response_id FROM usage ORDER BY response_id") == [("r0",), ("r1",), ("r2",), ("r3",)]
+            assert read(ledger, "SELECT sum(requests), sum(cost_nanos) FROM usage_rollups") == [(4, 20_000)]
+            assert await pomex.verify(ledger.db) == (4, []) and ledger.available()
+    asyncio.run(check())
+
+
+def test_two_gateways_settle_the_same_keys_in_opposite_order_without_a_deadlock(cluster, url):
+    keys = range(1, 9)
+
+    async def settle_all(ledger, name, order):
+        for number in range(15):
+            await asyncio.gather(*(ledger.settle([pomex.UsageRow(
+                f"{name}{number}-{key}", "q", 1, key, "responses", f"demo/m{key % 3}", account_id=key % 3, price="1 1 - - - -", input=5,
+                cost_nanos=5000)]) for key in order))
+
+    async def check():
+        async with started(url, 2) as ledgers:
+            await asyncio.gather(settle_all(ledgers[0], "a", keys), settle_all(ledgers[1], "b", keys[::-1]))
+            assert await pomex.verify(ledgers[0].db) == (240, [])
+    asyncio.run(check())
+    assert cluster.psql(f"SELECT deadlocks FROM pg_stat_database WHERE datname = '{pomex.read_postgres_url(url).database}'") == "0"
+
+
+def test_a_batch_of_ten_thousand_keys_finds_room_for_its_locks(db):
+    locks = {pomex.lock_of(owner, number) for owner in ("key", "account") for number in range(20_000)}
+    assert pomex.CHANGES not in locks and pomex.MIGRATION not in locks and len(locks) < 2_000
+    assert db.commit(lambda tx: (tx.lock(locks), tx.read("SELECT 1"))[1]) == [(1,)]
+
+
 def test_locks_of_two_gateways_are_taken_in_one_order(url, db):
     def both(database, names):
         for _ in range(40):
@@ -666,6 +776,31 @@ def test_five_processes_open_a_new_database_at_once(cluster):
     assert read(ledgers[0], "SELECT name FROM accounts") == [("default",)]
     for ledger in ledgers:
         ledger.close()
+
+
+def test_five_programs_make_the_tables_of_a_new_database_at_once(cluster):
+    url = cluster.create()
+    program = "import os, pomex; ledger = pomex.Ledger.open(os.environ['DB']); print(ledger.secret.hex()); ledger.close()"
+    running = [subprocess.Popen([sys.executable, "-W", "error", "-c", program], env={**os.environ, "DB": url}, text=True,
+                                cwd=pathlib.Path(pomex.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    said = [each.communicate(timeout=60) for each in running]
+    assert len({secret for secret, _ in said}) == 1 and [errors for _, errors in said] == [""] * 5 and len(said[0][0]) == 65
+
+
+def test_tables_that_cannot_be_made_leave_nothing(cluster, monkeypatch):
+    url = cluster.create()
+    name = pomex.read_postgres_url(url).database
+    with monkeypatch.context() as patch:
+        patch.setattr(pomex, "SCHEMA", (*pomex.SCHEMA, "CREATE TABLE half ("))
+        with pytest.raises(pomex.LedgerError, match=r"cannot be used: syntax error .*\(SQLSTATE 42601\)"):
+            pomex.Ledger.open(url)
+    assert cluster.psql("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace", name) == "0"
+    pomex.Ledger.open(url).close()
+    for _ in range(100):                # a process of the server ends a moment later
+        left = cluster.psql(f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'")
+        if left == "0":
+            break
+    assert left == "0"
 
 
 def test_another_programs_tables_are_left_alone(cluster):
@@ -759,6 +894,11 @@ def test_a_password_that_is_not_ascii_and_a_socket_work(cluster):
     login = url[len("postgresql://"):].partition("@")[0]
     with contextlib.closing(pomex.open_database(f"postgresql://{login}@/{address.database}?host={cluster.folder}&port={cluster.port}")) as db:
         assert db.commit(lambda tx: tx.read("SELECT current_user")) == [("pomex",)]
+    cluster.psql("CREATE ROLE odd LOGIN")
+    for password in PASSWORDS:          # as this server prepares them
+        cluster.psql(f"ALTER ROLE odd PASSWORD '{password}'")
+        with contextlib.closing(pomex.open_database(url.replace(login, f"odd:{urllib.parse.quote(password)}"))) as db:
+            assert db.commit(lambda tx: tx.read("SELECT current_user")) == [("odd",)], ascii(password)
     wrong = url.replace(login, "pomex:wrong")
     assert refused_by(wrong).startswith("refuses this user or password: password authentication failed")
 

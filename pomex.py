@@ -8219,6 +8219,7 @@ class Database:
     def __init__(self, place: str, name: str) -> None:
         self.place, self.name = place, name
         self.reading = concurrent.futures.ThreadPoolExecutor(self.readers, "reader")
+        self.looking = self.reading
         self.writing = concurrent.futures.ThreadPoolExecutor(1, "writer")
 
     def trouble(self, error: Exception) -> LedgerError:
@@ -8241,6 +8242,11 @@ class Database:
         with self.errors():
             return await asyncio.get_running_loop().run_in_executor(self.reading, self.fetch, sql, values)
 
+    async def look(self, sql: str, *values: Any) -> list[Row]:
+        """What all requests wait for, before any report."""
+        with self.errors():
+            return await asyncio.get_running_loop().run_in_executor(self.looking, self.fetch, sql, values)
+
     async def write(self, run: Callable[[Transaction], Written]) -> Written:
         """Rolls back if it raises. A transaction that loses against another one, or its connection, runs again."""
         with self.errors():
@@ -8262,8 +8268,8 @@ class Database:
 
     def stop(self) -> None:
         """Then only `commit` and `close` may be called."""
-        self.writing.shutdown()
-        self.reading.shutdown()
+        for each in (self.writing, self.reading, self.looking):
+            each.shutdown()
 
     def close(self) -> None:
         raise NotImplementedError
@@ -8904,7 +8910,7 @@ class PostgresTransaction(Transaction):
 
 class PostgreSQL(Database):
     """One for all gateways. Each thread has a connection of its own."""
-    readers = 3  # the sums of a year must not hold up a look for revoked keys
+    readers = 2
     patience_s = 2.0
     on_this_host = False
     own_check = "SELECT 'ok'"
@@ -8913,6 +8919,7 @@ class PostgreSQL(Database):
         self.address = read_postgres_url(url)
         self.connections: dict[int, PostgresConnection] = {}  # by thread
         super().__init__(url, self.address.name)
+        self.looking = concurrent.futures.ThreadPoolExecutor(1, "looker")
 
     def trouble(self, error: Exception) -> LedgerError:
         state, reason = getattr(error, "sqlstate", ""), str(error)
@@ -9433,6 +9440,7 @@ class Ledger:
     failed_s = 0.0  # since when it has not been
     trouble = ""  # why the keys could not be read last time
     skew_s = 0.0  # of the database's clock, which all share
+    looked_s = -math.inf  # when the newest look at the keys began
     beaten = steady_since = -math.inf  # the newest beat; since when they had no gap
     secret = b""  # authenticates what clients carry for us
     disabled: frozenset[str] = frozenset()  # providers, by an administrator
@@ -9445,6 +9453,7 @@ class Ledger:
 
     def __init__(self, db: Database, max_unsaved: int) -> None:
         self.db, self.max_unsaved = db, max_unsaved
+        self.look = asyncio.Lock()
         self.keys: dict[int, Key] = {}  # by id, revoked ones too
         self.by_digest: dict[str, Key] = {}
         self.process, self.host, self.began = secrets.token_hex(6), host_name(), start_of(os.getpid())
@@ -9478,13 +9487,20 @@ class Ledger:
             self.keys[key.id] = self.by_digest[key.digest] = key
 
     async def refresh(self) -> None:
-        """What any process changed of keys, and which providers are disabled."""
+        """What any process changed of keys, and which providers are disabled. Of all who ask meanwhile, one looks."""
+        asked = time.monotonic()
+        async with self.look:
+            if self.looked_s <= asked:
+                self.looked_s = time.monotonic()
+                await self.look_at_keys()
+
+    async def look_at_keys(self) -> None:
         try:
             self.db.check()
             with self.db.errors():
                 async with asyncio.timeout(self.db.patience_s):
-                    rows = await self.db.read(SELECT_KEYS, self.revision)
-                    self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
+                    rows = await self.db.look(SELECT_KEYS, self.revision)
+                    self.disabled = frozenset(name for name, in await self.db.look(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
                 self.apply_keys(rows[start:start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -9767,7 +9783,7 @@ class Ledger:
         if now - self.beaten > 2 * BEAT_S:
             self.steady_since = now
         self.beaten, self.beats = now, {}
-        for process, host, pid, start, beats in await self.db.read(SELECT_PROCESSES):
+        for process, host, pid, start, beats in await self.db.look(SELECT_PROCESSES):
             since = self.beats[process, beats] = seen.get((process, beats), now)
             silent = min(now - since, now - self.steady_since) > DEAD_S
             if has_ended(pid, start) if self.db.on_this_host and host == self.host else silent:

@@ -837,6 +837,50 @@ def test_the_clock_is_the_databases(url, monkeypatch):
     asyncio.run(check())
 
 
+def test_reports_that_take_long_hold_up_no_requests(url):
+    async def check():
+        async with started(url, 2) as (ledger, other):
+            token = await other.create_key("k", 1)
+            slow = [asyncio.ensure_future(ledger.db.read("SELECT pg_sleep(3)")) for _ in range(8)]
+            await asyncio.sleep(0.1)
+            begun = time.monotonic()
+            key = await ledger.authorise(f"Bearer {token}", 2)
+            await ledger.beat()
+            await other.revoke_key("k", 3)
+            await until(lambda: ledger.keys[key.id].revoked_s, 1.5)
+            assert time.monotonic() - begun < 2.5 and not slow[0].done()
+            await asyncio.sleep(2.0)
+            assert ledger.available() and not slow[-1].done()
+            for each in slow[2:]:
+                each.cancel()
+            await asyncio.wait(slow)
+    asyncio.run(check())
+
+
+def test_strangers_with_keys_of_the_right_form_hold_up_no_requests(url, monkeypatch):
+    looks, fetch = [], pomex.PostgreSQL.fetch
+
+    def far_away(db, sql, values):
+        looks.append(sql)
+        time.sleep(0.02)
+        return fetch(db, sql, values)
+
+    async def ask(ledger, token):
+        with pytest.raises(pomex.GatewayError) as refused:
+            await ledger.authorise(f"Bearer {token}", 2)
+        return refused.value.status
+
+    async def check():
+        async with started(url, 2) as (ledger, other):
+            monkeypatch.setattr(pomex.PostgreSQL, "fetch", far_away)
+            strangers = [asyncio.ensure_future(ask(ledger, pomex.new_key())) for _ in range(500)]
+            await asyncio.sleep(0.01)
+            assert (await ledger.authorise(f"Bearer {await other.create_key('k', 1)}", 2)).name == "k"
+            assert {await each for each in strangers} == {401} and ledger.available()
+            assert len(looks) < 40
+    asyncio.run(check())
+
+
 def test_a_gateway_that_had_a_gap_itself_calls_nobody_dead(url, monkeypatch):
     monkeypatch.setattr(pomex, "DEAD_S", 0.3)
     monkeypatch.setattr(pomex, "BEAT_S", 0.1)

@@ -8540,10 +8540,10 @@ def startup_message(address: PostgresAddress) -> bytes:
 
 
 def encode_value(value: Any) -> bytes:
-    """In text form, behind its length."""
+    """In text form, behind its length. No text of PostgreSQL has a NUL."""
     if value is None:
         return struct.pack("!i", -1)
-    data = str(int(value) if isinstance(value, bool) else value).encode()
+    data = str(int(value) if isinstance(value, bool) else value).replace("\0", "?").encode()
     return struct.pack("!i", len(data)) + data
 
 

@@ -404,6 +404,7 @@ def test_a_balance_is_the_sum_of_credits_less_what_was_spent(ledger):
     account = run(pomex.list_accounts(ledger.db, NOW))[1]
     assert tuple(account[name] for name in ("name", "credit_nanos", "spent_nanos", "month_nanos")) == ("acme", 4 * NANO, NANO + 7, NANO)
     for made, words in ((pomex.add_credit(ledger, "nobody", 1, "", NOW), "no account named nobody"),
+                        (pomex.add_credit(ledger, "no\0body", 1, "", NOW), "no account named no"),
                         (pomex.add_credit(ledger, "acme", 0, "", NOW), "must not be 0"),
                         (pomex.add_credit(ledger, "acme", -1, "", NOW), "needs its reason"),
                         (account_made(ledger, "acme", False, None, pomex.ONE, NOW), "already")):

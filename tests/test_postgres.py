@@ -112,7 +112,7 @@ def test_a_statement_numbers_its_values_and_leaves_texts_alone():
 
 
 VALUES = {"none": (None, b"\xff\xff\xff\xff"), "true": (True, b"\0\0\0\x011"), "number": (-12, b"\0\0\0\x03-12"),
-          "text": ("ü?", b"\0\0\0\x03\xc3\xbc?"), "empty": ("", b"\0\0\0\0")}
+          "text": ("ü?", b"\0\0\0\x03\xc3\xbc?"), "NUL": ("a\0b", b"\0\0\0\x03a?b"), "empty": ("", b"\0\0\0\0")}
 
 
 @pytest.mark.parametrize("value, sent", VALUES.values(), ids=VALUES)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import itertools
 import os
+import random
 import socket
 import ssl
 import struct
@@ -17,7 +18,7 @@ import warnings
 import pomex
 import pytest
 from conftest import need_postgres
-from ledgers import read, started, until
+from ledgers import change, key_made, read, started, until
 
 HERE = "postgresql://u:secret-word@127.0.0.1:%d/db"
 
@@ -584,6 +585,50 @@ def test_a_gateway_that_had_a_gap_itself_calls_nobody_dead(url, monkeypatch):
             await other.settle([row])
             assert read(ledger, "SELECT error_code, result FROM usage") == [("", "")] and (await pomex.verify(ledger.db))[1] == []
     asyncio.run(check())
+
+
+FILTERED = {"key": "ana", "account": "default", "model": "openai/m1", "provider": "ü", "session": "S-1", "client": "coDEX",
+            "result": "failed", "min_cost": "100000", "from": "1762000000000", "to": "1763000001234", "text": "R2", "endpoint": "/v1/responses"}
+
+
+async def all_that_is_shown(db):
+    """By reports, statements, the dashboard and exports, at one time."""
+    now_s, first_ms = 1_763_629_920, 1_763_000_000_000
+    shown = {by: await pomex.usage_report(db, by, 0, 30_000) for by in pomex.REPORT_BY}
+    for name, text in FILTERED.items():
+        where, values, table = pomex.usage_where({name: text}, 0)
+        rows = await pomex.usage_rows(db, where, values, 500)
+        assert 0 < len(rows) <= 250, name
+        shown[name, "rows"], shown[name, "sums"] = rows, await pomex.usage_sums(db, (), 0, 2**60, where, values, table)
+    for key_id in (0, 2):
+        shown["overview", key_id] = await pomex.overview(db, first_ms, 86_400_000, 9, now_s, key_id)
+    return {**shown, "accounts": await pomex.list_accounts(db, now_s), "export": [row async for row in pomex.rows_in_pages(db)],
+            "statement": await pomex.statement_rows(db, 1, *pomex.month_bounds("2025-11")), "audit": await pomex.audit_rows(db),
+            "verify": await pomex.verify(db)}
+
+
+def test_all_that_is_shown_is_the_same_of_both_engines(url, tmp_path):
+    chosen, requests = random.Random(1), []
+    for number in range(250):
+        one = pomex.UsageRow(f"r{number}", f"q{number}", 1_763_629_920_000 - chosen.randrange(40 * 86_400_000), 1 + number % 2,
+                             "/v1/responses", f"openai/m{number % 3}", attempt=number % 2, provider=chosen.choice(["openai", "Z", "ü"]),
+                             session=chosen.choice(["S-1", "s-1", "%_"]), client=chosen.choice(["codex Ä", "Codex ÄÖ", "x"]), price="1 1 - - - -",
+                             error_code=chosen.choice(["", "x"]), result=chosen.choice(["completed", "failed"]), input=7, output=number,
+                             cost_nanos=1000 * (7 + number), first_ms=chosen.randrange(900), total_ms=chosen.randrange(9000))
+        given_up = one._replace(attempt=0, final=0, status="lost", provider="azure", result="", output=1, cost_nanos=8000)
+        requests.append([given_up, one] if number % 2 else [one])
+    place, shown = str(tmp_path / "p.db"), []
+    for each in (place, url):
+        with contextlib.closing(pomex.Ledger.open(each)) as ledger:
+            for name in ("ana", "Bo"):
+                key_made(ledger, name, 1)
+            ledger.db.commit(lambda tx: pomex.settle_requests(tx, requests))
+            change(ledger, "UPDATE audit SET time_ms = 5")
+            change(ledger, "UPDATE accounts SET created_s = 5")
+            shown.append(asyncio.run(all_that_is_shown(ledger.db)))
+    for name, theirs in shown[0].items():
+        assert shown[1][name] == theirs, name
+    assert shown[0]["verify"] == (375, [])
 
 
 def test_everything_is_copied_there_and_back(cluster, tmp_path):

@@ -8212,6 +8212,7 @@ class Database:
     """What all processes share: one thread writes, others read. Values stand for `?` in SQL."""
     readers = 1
     patience_s: float | None = None  # how long answers wait for a commit; None: a busy one is waited for
+    look_s: float | None = None  # and how long a look for revoked keys may take
     on_this_host = True  # so that its processes can be asked whether they live
     own_check = "PRAGMA integrity_check"
 
@@ -8896,7 +8897,7 @@ class PostgresTransaction(Transaction):
 class PostgreSQL(Database):
     """One for all gateways. Each thread has a connection of its own."""
     readers = 3  # the sums of a year must not hold up a look for revoked keys
-    patience_s = 2.0
+    patience_s, look_s = 2.0, 5.0
     on_this_host = False
     own_check = "SELECT 'ok'"
 
@@ -9472,7 +9473,7 @@ class Ledger:
         try:
             self.db.check()
             with self.db.errors():
-                async with asyncio.timeout(self.db.patience_s):
+                async with asyncio.timeout(self.db.look_s):
                     rows = await self.db.read(SELECT_KEYS, self.revision)
                     self.disabled = frozenset(name for name, in await self.db.read(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
@@ -9489,9 +9490,10 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
-            if not self.available():
+            if self.available():
+                await self.refresh()  # another process may have made it just now
+            if digest not in self.by_digest and not self.available():
                 raise self.unavailable()
-            await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)

@@ -115,6 +115,7 @@ import tomllib
 import traceback
 import unicodedata
 import urllib.parse
+import urllib.request
 import weakref
 import zlib
 from collections.abc import (
@@ -10323,6 +10324,10 @@ class TransportTimeout(TransportError, UpstreamTimeout):
 
 # --- 9.1 endpoints and proxies ---
 
+def host_and_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Proxy(NamedTuple):
     host: str
     port: int
@@ -10339,7 +10344,7 @@ class Origin(NamedTuple):
 
     @property
     def authority(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_and_port(self.host, self.port)
 
 
 class Endpoint(NamedTuple):
@@ -10349,18 +10354,11 @@ class Endpoint(NamedTuple):
     fields: list[tuple[str, str]]  # headers
 
 
-def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). A name in NO_PROXY
-    matches what lies below it, too, and a port may follow."""
-    for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
-        name, wanted = entry, ""
-        if entry.count(":") == 1 or "]:" in entry:  # more colons without brackets: an IPv6 address
-            name, _, wanted = entry.rpartition(":")
-        name = name.strip("[]").lstrip(".")
-        if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
-            return ""
-    names = ["http_proxy"] if scheme == "http" else ["https_proxy", "HTTPS_PROXY"]
-    return next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
+def environment_proxy(scheme: str, authority: str) -> str:
+    """As Python's own clients read HTTPS_PROXY, ALL_PROXY and NO_PROXY: lower case wins; a name matches what lies below it."""
+    proxies = urllib.request.getproxies_environment()
+    skipped = urllib.request.proxy_bypass(authority)
+    return "" if skipped else proxies.get(scheme) or proxies.get("all", "")
 
 
 def parse_proxy(proxy: str) -> Proxy:
@@ -10375,14 +10373,14 @@ def parse_proxy(proxy: str) -> Proxy:
     return Proxy(url.hostname, port, (("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode()),))
 
 
-def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
+def endpoint_of(provider: ProviderConfig) -> Endpoint:
     """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
     usual = 443 if url.scheme == "https" else 80
     host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
-        address = environment_proxy(url.scheme, host, port, environ)
+        address = environment_proxy(url.scheme, host_and_port(host, port))
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
     name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
@@ -10638,8 +10636,7 @@ class ConnectionPool:
     closed = False
     secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] = {}) -> None:
-        self.environ = environ
+    def __init__(self) -> None:
         self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
@@ -10672,7 +10669,7 @@ class ConnectionPool:
         key = provider.base_url, provider.ca_file, provider.proxy
         if key not in self.endpoints:
             try:
-                self.endpoints[key] = endpoint_of(provider, self.environ)
+                self.endpoints[key] = endpoint_of(provider)
             except ValueError as error:  # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
                 raise TransportError(message, "connect", sent=False) from None
@@ -13924,7 +13921,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))
         ledger.start()
-        upstream = ConnectionPool(os.environ)
+        upstream = ConnectionPool()
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
         server = GatewayServer(gateway)
@@ -14068,8 +14065,7 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     """The gateway's own address, as a client on this machine would write it."""
     host, port = address
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
+    return f"{'https' if server.tls_cert else 'http'}://{host_and_port(host, port)}"
 
 
 def own_url(server: ServerConfig) -> str:
@@ -14444,7 +14440,7 @@ ANSWERS = ", it answers"
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> whether it answers, else what is wrong."""
-    upstream = ConnectionPool(os.environ)
+    upstream = ConnectionPool()
     providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
     errors = await asyncio.gather(*(contact(upstream, provider) for provider in providers), return_exceptions=True)
     await upstream.close()

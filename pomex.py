@@ -7914,6 +7914,7 @@ HALF_HOUR_MS = 1_800_000
 class LedgerError(GatewayError):
     """Nothing is sent that could not be billed."""
     status, code = 503, "ledger_unavailable"
+    in_doubt = False  # it may have been written all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -8663,7 +8664,7 @@ def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
 ROUND_TRIP_S = 10.0  # then what a writer asked is cancelled
 READ_S = 20.0  # the sums of a year
 SETTINGS_OF_A_TRANSACTION = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-TIMEOUTS_MS = 8000, 5000, 3000  # the last: a process that stands still lets the others go on
+TIMEOUTS_MS = 8000, 5000, 1500  # the last: a process that stands still lets the others go on
 BEGIN_VALUES = (f"SELECT {', '.join(f'set_config({name!r}, ?, true)' for name in SETTINGS_OF_A_TRANSACTION)}, "
                 "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT) * 1000")
 LOCK_SPACE = APPLICATION_ID << 32  # of ours, among the database's advisory locks
@@ -8740,7 +8741,10 @@ class PostgresConnection:
     def use_tls(self, made: socket.socket) -> socket.socket:
         words, mode = self.address.parameters, self.address.sslmode
         made.sendall(struct.pack("!ii", 8, SSL_REQUEST))
-        if made.recv(1) != b"S":
+        answer = made.recv(1)
+        if not answer:
+            raise ConnectionError(errno.ECONNRESET, "it closed the connection")
+        if answer != b"S":
             raise PostgresError("08P01", f"it offers no TLS, and sslmode is {mode}")
         try:
             context = ssl.create_default_context(cafile=words.get("sslrootcert", "system").replace("system", "") or None)
@@ -8915,7 +8919,9 @@ class PostgreSQL(Database):
             reason = "no answer in time"
         words = next((words for start, words in SQLSTATES.items() if state.startswith(start)),
                      "cannot be used" if state else "cannot be reached")
-        return LedgerError(f"The database {self.name} {words}: {reason}{f' (SQLSTATE {state})' if state else ''}.")
+        trouble = LedgerError(f"The database {self.name} {words}: {reason}{f' (SQLSTATE {state})' if state else ''}.")
+        trouble.in_doubt = state == "08007"
+        return trouble
 
     def connect(self) -> PostgresConnection:
         """To the first host that takes writes."""
@@ -9555,22 +9561,28 @@ class Ledger:
 
         def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = tx.now_ns(), [each for each in held.items() if each[0].kind != "rate"]
-            known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+            known = tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,))
+            tx.execute_many("DELETE FROM open_requests WHERE response_id = ?", [(response_id,)])
             # unknown: this process was taken for dead and what it held was released
-            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
-            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
-            self.insert_open(tx, [row()], dumps(reserved))
+            taken = (*(() if known else meters), *needs)
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in taken}
+            before = json.loads(known[0][0] or "[]") if known else []  # more than is held, if a caller did not wait for it
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in taken if limit.kind != "rate"]
+            self.insert_open(tx, [row()], dumps([*before, *reserved]))
             return states
         self.pending[response_id] = row
         try:
-            return await self.commit(run, locks_of([row()]))
+            async with asyncio.timeout(self.db.look_s):
+                return await self.commit(run, locks_of([row()]))
         except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
             raise
-        except BaseException:  # it may have been written
+        except BaseException as error:  # it may have been written
             if not held:
                 self.abandon(response_id)
+            if isinstance(error, LedgerError | TimeoutError):
+                raise self.unavailable() from error
             raise
 
     def insert_open(self, tx: Transaction, rows: Sequence[UsageRow], reserved: str = "") -> None:
@@ -9790,8 +9802,10 @@ class Ledger:
             each.clear()
         try:
             await self.commit(functools.partial(self.write_counts, *counts))
-        except LedgerError:
-            self.counters.update(counts[0])
+        except LedgerError as error:
+            if not error.in_doubt:
+                self.counters.update(counts[0])
+                self.refusals, self.notes = {**counts[1], **self.refusals}, {**counts[2], **self.notes}
             raise
 
     def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
@@ -9975,17 +9989,20 @@ class Reservation:
 
     async def extend(self, written: int) -> bool:
         """False: the reservation is used up. Thinking can exceed max_output_tokens, and some servers ignore it."""
-        while not self.covers(written):
+        while not self.covers(written) and self.ledger.available():
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             enough = self.reserved_output + step
             try:
-                await self._acquire(0, step, charged)
+                async with asyncio.timeout(self.ledger.db.patience_s):
+                    await self._acquire(0, step, charged)
                 self.exhausted = self.reserved_output < enough
-            except (LedgerError, LimitExceeded):
+            except LimitExceeded:
                 self.exhausted = True
+            except (LedgerError, TimeoutError):  # it is away: answers that run finish
+                return True
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:

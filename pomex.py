@@ -7742,7 +7742,7 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 # --- 7.3 PostgreSQL's address ---
 
 POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:([^/?]*)@)?([^@/?]*)(?:/([^?]*))?(?:\?(.*))?")
-POSTGRES_HOST = re.compile(r"(/.*|\[[^\]]+\]|[^:\[]+)(?::([0-9]{1,5}))?")
+POSTGRES_HOST = re.compile(r"(/[^\0]*|\[[^\]\0]+\]|[\w-]{1,63}(?:\.[\w-]{1,63})*\.?)(?::([0-9]{1,5}))?")
 POSTGRES_PARAMETERS = (
     "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey",
     "connect_timeout", "application_name", "target_session_attrs")
@@ -7780,7 +7780,8 @@ def read_postgres_url(url: str) -> PostgresAddress:
     words = {name: value for name, _, value in (word.partition("=") for word in query.split("&") if word)}
     for name in words.keys() - {*POSTGRES_PARAMETERS}:
         hint = did_you_mean(name, POSTGRES_PARAMETERS)
-        raise ValueError(f"the parameter {name[:40]} is not known here.{hint} Known: "
+        shown = "(hidden)" if "@" in query else name[:40]  # of a password with a question mark
+        raise ValueError(f"the parameter {shown} is not known here.{hint} Known: "
                          f"{', '.join(POSTGRES_PARAMETERS)}.")
     given = {name: urllib.parse.unquote(value)
              for name, value in (words | {name: value for name, value in given.items() if value}).items()}
@@ -8582,13 +8583,14 @@ def take_message(data: bytearray) -> tuple[bytes, bytes] | None:
 
 def read_error(body: bytes) -> PostgresError:
     fields = {part[:1]: part[1:].decode("utf-8", "replace") for part in body.split(b"\0")}
-    return PostgresError(fields.get(b"C", "XX000"), sanitize(fields.get(b"M", ""), 200))
+    state = fields.get(b"C", "")
+    return PostgresError(state if re.fullmatch("[0-9A-Z]{5}", state) else "XX000",
+                         sanitize(fields.get(b"M", "it does not say why"), 200))
 
 
 def read_number(data: bytes) -> float:
     """A sum is numeric, and whole."""
-    number = decimal.Decimal(data.decode())
-    return int(number) if number == int(number) else float(number)
+    return float(data) if b"." in data else int(data)
 
 
 VALUE_READERS: dict[int, Callable[[bytes], Any]] = {  # by the OID of a type; all others are text
@@ -8621,8 +8623,8 @@ def read_row(body: bytes, readers: Sequence[Callable[[bytes], Any]]) -> Row:
 
 def prepare_password(password: str) -> bytes:
     """SASLprep (RFC 4013), or as it is where that forbids it, as PostgreSQL does."""
-    kept = (" " if stringprep.in_table_c12(char) else char for char in password if not stringprep.in_table_b1(char))
-    text = unicodedata.normalize("NFKC", "".join(kept))
+    spaced = (" " if stringprep.in_table_c12(char) else char for char in password)
+    text = "".join(char for char in spaced if not stringprep.in_table_b1(char))
     forbidden = (
         stringprep.in_table_a1, stringprep.in_table_c12, stringprep.in_table_c21_c22, stringprep.in_table_c3,
         stringprep.in_table_c4, stringprep.in_table_c5, stringprep.in_table_c6, stringprep.in_table_c7,
@@ -8630,11 +8632,11 @@ def prepare_password(password: str) -> bytes:
     wrong = any(is_forbidden(char) for char in text for is_forbidden in forbidden)
     if any(map(stringprep.in_table_d1, text)):  # written from right to left: wholly
         wrong = wrong or any(map(stringprep.in_table_d2, text)) or not all(map(stringprep.in_table_d1, (text[0], text[-1])))
-    return (password if wrong or not text else text).encode()
+    return (password if wrong or not text else unicodedata.normalize("NFKC", text)).encode()
 
 
 def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
-    """Yields the client's messages for the server's (RFC 5802, RFC 7677), and ends when the server has proved that it knows the
+    """Yields the client's messages for the server's (RFC 5802, RFC 7677), and b"" when the server has proved that it knows the
     password, too. PostgresError: it does not."""
     def fields(data: bytes) -> dict[str, str]:
         return dict(part.split("=", 1) for part in data.decode("ascii").split(","))
@@ -8657,6 +8659,7 @@ def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
     expected = sign(sign(salted, b"Server Key"), messages)
     if not hmac.compare_digest(base64.b64decode(last.get("v", "")), expected):
         raise PostgresError("28P01", "it does not know the password itself: is it the right server?")
+    yield b""
 
 
 # --- 8.6 PostgreSQL ---
@@ -8706,12 +8709,12 @@ class PostgresConnection:
         try:
             with self.protocol_errors():
                 self.log_in()
-            read_only, encoding = self.execute(
-                "SELECT current_setting('transaction_read_only'), current_setting('server_encoding')").fetchall()[0]
+                (read_only, encoding), = self.execute(
+                    "SELECT current_setting('transaction_read_only'), current_setting('server_encoding')").fetchall()
             if read_only == "on":
                 raise PostgresError("25006", "it takes no writes")
             if encoding != "UTF8":
-                raise PostgresError("22P05", f"its encoding is {encoding}, not UTF8")
+                raise PostgresError("22P05", f"its encoding is {sanitize(str(encoding))}, not UTF8")
         except BaseException:
             self.close()
             raise
@@ -8725,13 +8728,13 @@ class PostgresConnection:
 
     def open_socket(self) -> socket.socket:
         host, port = self.place
-        if host.startswith("/"):
-            made = socket.socket(socket.AF_UNIX)
-            made.settimeout(self.connect_s)
-            made.connect(f"{host}/.s.PGSQL.{port}")
-            return made
-        made = socket.create_connection((host, port), self.connect_s)
+        is_file = host.startswith("/")
+        made = socket.socket(socket.AF_UNIX) if is_file else socket.create_connection((host, port), self.connect_s)
         try:
+            if is_file:
+                made.settimeout(self.connect_s)
+                made.connect(f"{host}/.s.PGSQL.{port}")
+                return made
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return made if self.address.sslmode == "disable" else self.use_tls(made)
         except BaseException:
@@ -8747,7 +8750,8 @@ class PostgresConnection:
         if answer != b"S":
             raise PostgresError("08P01", f"it offers no TLS, and sslmode is {mode}")
         try:
-            context = ssl.create_default_context(cafile=words.get("sslrootcert", "system").replace("system", "") or None)
+            authority = words.get("sslrootcert", "system")
+            context = ssl.create_default_context(cafile=None if authority == "system" else authority)
             if "sslcert" in words:
                 context.load_cert_chain(words["sslcert"], words.get("sslkey"))
         except OSError as error:
@@ -8766,7 +8770,7 @@ class PostgresConnection:
                 raise read_error(body)
             if kind == b"K":
                 self.key = body
-            if kind == b"Z":
+            if kind == b"Z" and scram is None:
                 return
             if kind not in b"RKNS":
                 raise ValueError
@@ -8779,19 +8783,22 @@ class PostgresConnection:
                 scram = scram_sha_256(self.address.password, secrets.token_urlsafe(18))
                 first = next(scram)
                 self.socket.sendall(postgres_message(b"p", b"SCRAM-SHA-256\0", struct.pack("!i", len(first)), first))
-            elif asked == 11 and scram is not None:
-                self.socket.sendall(postgres_message(b"p", scram.send(body[4:])))
-            elif asked == 12 and scram is not None:
-                with contextlib.suppress(StopIteration):
-                    scram.send(body[4:])
-                scram = None
+            elif asked in (11, 12) and scram is not None:
+                answer = scram.send(body[4:])
+                if (asked == 11) != bool(answer):
+                    raise ValueError
+                self.socket.sendall(postgres_message(b"p", answer) if answer else b"")
+                scram = scram if answer else None
             elif asked != 0 or scram is not None:
                 raise PostgresError("28000", "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in "
                                     "the clear (see password_encryption, when the password was set, and pg_hba.conf)")
 
     def receive(self) -> tuple[bytes, bytes]:
         while (message := take_message(self.data)) is None:
-            self.socket.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            left_s = self.deadline - time.monotonic()
+            if left_s <= 0:  # however busily it sends
+                raise TimeoutError
+            self.socket.settimeout(left_s)
             data = self.socket.recv(1 << 16)
             if not data:
                 raise ConnectionError(errno.ECONNRESET, "it closed the connection")
@@ -8855,6 +8862,8 @@ class PostgresConnection:
             elif kind == b"E":
                 error = error or read_error(body)
             elif kind == b"Z":
+                if error is None and next(statements, None) is not None:
+                    raise ValueError
                 return error
             elif kind not in b"12nNSA":
                 raise ValueError
@@ -9257,8 +9266,9 @@ def interrupted(row: UsageRow) -> UsageRow:
 
 
 def lock_of(owner: str, number: int) -> int:
-    """Of a key's or an account's meters, rates and rollups: so many numbers are apart before two share a lock."""
-    return 1 + 2 * (number % 2**29) + (owner == "account")
+    """Of a key's or an account's meters, rates and rollups. A thousand in all: a server has room for some thousand locks, and a
+    batch may be of 10,000 keys."""
+    return 1 + 2 * (number % 2**9) + (owner == "account")
 
 
 def locks_of(rows: Iterable[UsageRow]) -> set[int]:

@@ -9004,9 +9004,13 @@ class PostgreSQL(Database):
         raise BadRequest(f"PostgreSQL makes its own backups: pg_dump --format=custom --file={shlex.quote(path)} "
                          f"{shlex.quote(self.name)}. (A copy in SQLite: python pomex.py db copy FROM TO)", param="file")
 
+    def stop(self) -> None:
+        super().stop()
+        self.close()  # the last commit gets a new one: this thread's has been idle ever since, and may have fallen silent
+
     def close(self) -> None:
-        for connection in self.connections.values():
-            connection.close()
+        while self.connections:
+            self.connections.popitem()[1].close()
 
 
 # --- 8.7 prices ---

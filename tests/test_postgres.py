@@ -8,6 +8,7 @@ import hmac
 import itertools
 import os
 import random
+import signal
 import socket
 import ssl
 import struct
@@ -682,6 +683,55 @@ def test_all_that_is_shown_is_the_same_of_both_engines(url, tmp_path):
     for name, theirs in shown[0].items():
         assert shown[1][name] == theirs, name
     assert shown[0]["verify"] == (375, [])
+
+
+def test_a_slow_report_delays_neither_a_revocation_nor_a_beat(url, monkeypatch):
+    monkeypatch.setattr(pomex, "BEAT_S", pomex.KEYS_POLL_S)
+
+    async def check():
+        async with started(url, 2) as (ledger, other):
+            await other.create_key("k", 1)
+            await until(lambda: ledger.keys)
+            await until(lambda: read(ledger, "SELECT 1 FROM processes WHERE process = ?", ledger.process))
+            report = asyncio.create_task(ledger.db.read("SELECT pg_sleep(4)"))
+            await asyncio.sleep(0.1)
+            before, = read(ledger, "SELECT beats FROM processes WHERE process = ?", ledger.process)
+            await other.revoke_key("k", 2)
+            await until(lambda: ledger.keys[1].revoked_s, 1.0)
+            await until(lambda: read(ledger, "SELECT beats FROM processes WHERE process = ?", ledger.process) > [before], 2.0)
+            assert not report.done()
+            await report
+    asyncio.run(check())
+
+
+def test_connections_that_have_fallen_silent_are_given_up_and_nothing_is_lost_at_the_end(cluster, url, monkeypatch):
+    """As after a failover that the old host could not tell anybody of, or a firewall that forgets."""
+    monkeypatch.setattr(pomex, "ROUND_TRIP_S", 1.0)
+    monkeypatch.setattr(pomex, "READ_S", 2.0)
+    rows = [pomex.UsageRow(name, "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0") for name in "ab"]
+
+    async def check():
+        ledger = pomex.Ledger.open(url)
+        ledger.start()
+        await ledger.db.write(lambda tx: None)
+        await ledger.refresh()
+        name = pomex.read_postgres_url(url).database
+        silent = [*map(int, cluster.psql(f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}'").split())]
+        cluster.signal(silent, signal.SIGSTOP)
+        try:
+            for row in rows:
+                await until(ledger.available, 10.0)
+                ledger.begin(row.response_id, lambda row=row: row)
+                await ledger.settle(rows[:1])
+            await until(lambda: ledger.available() and not ledger.unsaved, 10.0)
+            ledger.close()
+            assert len(silent) >= 3
+        finally:
+            cluster.signal(silent, signal.SIGCONT)
+    asyncio.run(check())
+    with contextlib.closing(pomex.open_database(url)) as db:
+        assert db.commit(lambda tx: tx.read("SELECT response_id, error_code FROM usage ORDER BY id")) == [("a", ""), ("b", "interrupted")]
+        assert db.commit(lambda tx: tx.read("SELECT count(*) FROM processes")) == [(0,)]
 
 
 def test_everything_is_copied_there_and_back(cluster, tmp_path):

@@ -8325,7 +8325,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
 def is_database_failure(error: Exception) -> bool:
     """False for a fault of the values it was given."""
     if isinstance(error, PostgresError):
-        return not error.sqlstate.startswith(("22", "23"))
+        return not error.sqlstate.startswith(("22", "23", "54"))
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -8506,7 +8506,7 @@ MAX_RESULT_BYTES = 1 << 28
 MAX_UNANSWERED = 500  # statements sent before their answers are read: neither side may wait until the other reads
 SCRAM_ROUNDS = range(1, 1_000_001)  # PostgreSQL's own are 4096; a million take a second
 PROTOCOL_3, SSL_REQUEST, CANCEL_REQUEST = 196608, 80877103, 80877102
-STATEMENT_ERRORS = ("22", "23", "42")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
+STATEMENT_ERRORS = ("22", "23", "42", "54")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
 RESTARTED = ("40001", "40P01")  # lost against another transaction
 LOST = ("08", "250", "25P", "57P")  # beginnings of what a kept connection is told when its server goes
 SQLSTATES = {  # beginning -> for the operator

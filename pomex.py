@@ -115,6 +115,7 @@ import tomllib
 import traceback
 import unicodedata
 import urllib.parse
+import urllib.request
 import weakref
 import zlib
 from collections.abc import (
@@ -7914,6 +7915,7 @@ HALF_HOUR_MS = 1_800_000
 class LedgerError(GatewayError):
     """Nothing is sent that could not be billed."""
     status, code = 503, "ledger_unavailable"
+    in_doubt = False  # it may have been written all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -8213,6 +8215,7 @@ class Database:
     """What all processes share: one thread writes, others read. Values stand for `?` in SQL."""
     readers = 1
     patience_s: float | None = None  # how long answers wait for a commit; None: a busy one is waited for
+    look_s: float | None = None  # and how long a look for revoked keys may take
     on_this_host = True  # so that its processes can be asked whether they live
     own_check = "PRAGMA integrity_check"
 
@@ -8328,7 +8331,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
 def is_database_failure(error: Exception) -> bool:
     """False for a fault of the values it was given."""
     if isinstance(error, PostgresError):
-        return not error.sqlstate.startswith(("22", "23"))
+        return not error.sqlstate.startswith(("22", "23", "54"))
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -8509,7 +8512,7 @@ MAX_RESULT_BYTES = 1 << 28
 MAX_UNANSWERED = 500  # statements sent before their answers are read: neither side may wait until the other reads
 SCRAM_ROUNDS = range(1, 1_000_001)  # PostgreSQL's own are 4096; a million take a second
 PROTOCOL_3, SSL_REQUEST, CANCEL_REQUEST = 196608, 80877103, 80877102
-STATEMENT_ERRORS = ("22", "23", "42")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
+STATEMENT_ERRORS = ("22", "23", "42", "54")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
 RESTARTED = ("40001", "40P01")  # lost against another transaction
 LOST = ("08", "250", "25P", "57P")  # beginnings of what a kept connection is told when its server goes
 SQLSTATES = {  # beginning -> for the operator
@@ -8547,10 +8550,10 @@ def startup_message(address: PostgresAddress) -> bytes:
 
 
 def encode_value(value: Any) -> bytes:
-    """In text form, behind its length."""
+    """In text form, behind its length. No text of PostgreSQL has a NUL."""
     if value is None:
         return struct.pack("!i", -1)
-    data = str(int(value) if isinstance(value, bool) else value).encode()
+    data = str(int(value) if isinstance(value, bool) else value).replace("\0", "?").encode()
     return struct.pack("!i", len(data)) + data
 
 
@@ -8670,7 +8673,7 @@ def scram_sha_256(password: str, nonce: str) -> Generator[bytes, bytes, None]:
 ROUND_TRIP_S = 10.0  # then what a writer asked is cancelled
 READ_S = 20.0  # the sums of a year
 SETTINGS_OF_A_TRANSACTION = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-TIMEOUTS_MS = 8000, 5000, 3000  # the last: a process that stands still lets the others go on
+TIMEOUTS_MS = 8000, 5000, 1500  # the last: a process that stands still lets the others go on
 BEGIN_VALUES = (f"SELECT {', '.join(f'set_config({name!r}, ?, true)' for name in SETTINGS_OF_A_TRANSACTION)}, "
                 "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT) * 1000")
 LOCK_SPACE = APPLICATION_ID << 32  # of ours, among the database's advisory locks
@@ -8747,7 +8750,10 @@ class PostgresConnection:
     def use_tls(self, made: socket.socket) -> socket.socket:
         words, mode = self.address.parameters, self.address.sslmode
         made.sendall(struct.pack("!ii", 8, SSL_REQUEST))
-        if made.recv(1) != b"S":
+        answer = made.recv(1)
+        if not answer:
+            raise ConnectionError(errno.ECONNRESET, "it closed the connection")
+        if answer != b"S":
             raise PostgresError("08P01", f"it offers no TLS, and sslmode is {mode}")
         try:
             authority = words.get("sslrootcert", "system")
@@ -8787,7 +8793,7 @@ class PostgresConnection:
                 answer = scram.send(body[4:])
                 if (asked == 11) != bool(answer):
                     raise ValueError
-                self.socket.sendall(postgres_message(b"p", answer) * bool(answer))
+                self.socket.sendall(postgres_message(b"p", answer) if answer else b"")
                 scram = scram if answer else None
             elif asked != 0 or scram is not None:
                 raise PostgresError("28000", "it asks for another authentication than SCRAM-SHA-256, like md5 or a password in "
@@ -8911,7 +8917,7 @@ class PostgresTransaction(Transaction):
 class PostgreSQL(Database):
     """One for all gateways. Each thread has a connection of its own."""
     readers = 2
-    patience_s = 2.0
+    patience_s, look_s = 2.0, 5.0
     on_this_host = False
     own_check = "SELECT 'ok'"
 
@@ -8929,7 +8935,9 @@ class PostgreSQL(Database):
             reason = "no answer in time"
         words = next((words for start, words in SQLSTATES.items() if state.startswith(start)),
                      "cannot be used" if state else "cannot be reached")
-        return LedgerError(f"The database {self.name} {words}: {reason}{f' (SQLSTATE {state})' if state else ''}.")
+        trouble = LedgerError(f"The database {self.name} {words}: {reason}{f' (SQLSTATE {state})' if state else ''}.")
+        trouble.in_doubt = state == "08007"
+        return trouble
 
     def connect(self) -> PostgresConnection:
         """To the first host that takes writes."""
@@ -9003,9 +9011,13 @@ class PostgreSQL(Database):
         raise BadRequest(f"PostgreSQL makes its own backups: pg_dump --format=custom --file={shlex.quote(path)} "
                          f"{shlex.quote(self.name)}. (A copy in SQLite: python pomex.py db copy FROM TO)", param="file")
 
+    def stop(self) -> None:
+        super().stop()
+        self.close()  # the last commit gets a new one: this thread's has been idle ever since, and may have fallen silent
+
     def close(self) -> None:
-        for connection in self.connections.values():
-            connection.close()
+        while self.connections:
+            self.connections.popitem()[1].close()
 
 
 # --- 8.7 prices ---
@@ -9498,7 +9510,7 @@ class Ledger:
         try:
             self.db.check()
             with self.db.errors():
-                async with asyncio.timeout(self.db.patience_s):
+                async with asyncio.timeout(self.db.look_s):
                     rows = await self.db.look(SELECT_KEYS, self.revision)
                     self.disabled = frozenset(name for name, in await self.db.look(SELECT_DISABLED))
             for start in range(0, len(rows), KEYS_AT_ONCE):
@@ -9515,9 +9527,10 @@ class Ledger:
         token = header[7:].strip(" \t")
         digest = key_digest(token)
         if digest not in self.by_digest and has_checksum(token):
-            if not self.available():
+            if self.available():
+                await self.refresh()  # another process may have made it just now
+            if digest not in self.by_digest and not self.available():
                 raise self.unavailable()
-            await self.refresh()  # another process may have made it just now
         key = self.by_digest.get(digest)
         if key is None or header[:7].lower() != "bearer ":
             reason = explain_bad_key(header)
@@ -9578,22 +9591,28 @@ class Ledger:
 
         def run(tx: Transaction) -> dict[Limit, tuple[int, float]]:
             now_ns, meters = tx.now_ns(), [each for each in held.items() if each[0].kind != "rate"]
-            known = tx.execute("DELETE FROM open_requests WHERE response_id = ?", (response_id,))
+            known = tx.read("SELECT reserved FROM open_requests WHERE response_id = ?", (response_id,))
+            tx.execute_many("DELETE FROM open_requests WHERE response_id = ?", [(response_id,)])
             # unknown: this process was taken for dead and what it held was released
-            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in (*(() if known else meters), *needs)}
-            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in (*meters, *needs) if limit.kind != "rate"]
-            self.insert_open(tx, [row()], dumps(reserved))
+            taken = (*(() if known else meters), *needs)
+            states = {limit: acquire(tx, limit, amount, now_ns) for limit, amount in taken}
+            before = json.loads(known[0][0] or "[]") if known else []  # more than is held, if a caller did not wait for it
+            reserved = [(amount, limit.owner, limit.since_day) for limit, amount in taken if limit.kind != "rate"]
+            self.insert_open(tx, [row()], dumps([*before, *reserved]))
             return states
         self.pending[response_id] = row
         try:
-            return await self.commit(run, locks_of([row()]))
+            async with asyncio.timeout(self.db.look_s):
+                return await self.commit(run, locks_of([row()]))
         except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
             raise
-        except BaseException:  # it may have been written
+        except BaseException as error:  # it may have been written
             if not held:
                 self.abandon(response_id)
+            if isinstance(error, LedgerError | TimeoutError):
+                raise self.unavailable() from error
             raise
 
     def insert_open(self, tx: Transaction, rows: Sequence[UsageRow], reserved: str = "") -> None:
@@ -9813,8 +9832,10 @@ class Ledger:
             each.clear()
         try:
             await self.commit(functools.partial(self.write_counts, *counts))
-        except LedgerError:
-            self.counters.update(counts[0])
+        except LedgerError as error:
+            if not error.in_doubt:
+                self.counters.update(counts[0])
+                self.refusals, self.notes = {**counts[1], **self.refusals}, {**counts[2], **self.notes}
             raise
 
     def write_counts(self, counters: Mapping[Row, int], refusals: Mapping[Row, JSON], notes: Mapping[str, str],
@@ -9998,17 +10019,20 @@ class Reservation:
 
     async def extend(self, written: int) -> bool:
         """False: the reservation is used up. Thinking can exceed max_output_tokens, and some servers ignore it."""
-        while not self.covers(written):
+        while not self.covers(written) and self.ledger.available():
             if self.exhausted:
                 return written // 4 < min(self.reserved_output, self.charged_output)
             ahead = self._tokens_ahead(written)
             step, charged = (RESERVED_STEP * (ahead > each) for each in (self.reserved_output, self.charged_output))
             enough = self.reserved_output + step
             try:
-                await self._acquire(0, step, charged)
+                async with asyncio.timeout(self.ledger.db.patience_s):
+                    await self._acquire(0, step, charged)
                 self.exhausted = self.reserved_output < enough
-            except (LedgerError, LimitExceeded):
+            except LimitExceeded:
                 self.exhausted = True
+            except (LedgerError, TimeoutError):  # it is away: answers that run finish
+                return True
         return True
 
     def add_failed_attempt(self, attempt: int, provider: str, model: str, usage: Usage, error_code: str) -> None:
@@ -10343,6 +10367,10 @@ class TransportTimeout(TransportError, UpstreamTimeout):
 
 # --- 9.1 endpoints and proxies ---
 
+def host_and_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Proxy(NamedTuple):
     host: str
     port: int
@@ -10359,7 +10387,7 @@ class Origin(NamedTuple):
 
     @property
     def authority(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_and_port(self.host, self.port)
 
 
 class Endpoint(NamedTuple):
@@ -10369,18 +10397,11 @@ class Endpoint(NamedTuple):
     fields: list[tuple[str, str]]  # headers
 
 
-def environment_proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> str:
-    """By curl's rules: lower case wins; HTTP_PROXY does not count (in CGI that is a client's Proxy header). A name in NO_PROXY
-    matches what lies below it, too, and a port may follow."""
-    for entry in re.split(r"[,\s]+", (environ.get("no_proxy") or environ.get("NO_PROXY") or "").lower()):
-        name, wanted = entry, ""
-        if entry.count(":") == 1 or "]:" in entry:  # more colons without brackets: an IPv6 address
-            name, _, wanted = entry.rpartition(":")
-        name = name.strip("[]").lstrip(".")
-        if wanted in ("", str(port)) and name and (name in ("*", host) or host.endswith("." + name)):
-            return ""
-    names = ["http_proxy"] if scheme == "http" else ["https_proxy", "HTTPS_PROXY"]
-    return next((environ[name] for name in (*names, "all_proxy", "ALL_PROXY") if environ.get(name)), "")
+def environment_proxy(scheme: str, authority: str) -> str:
+    """As Python's own clients read HTTPS_PROXY, ALL_PROXY and NO_PROXY: lower case wins; a name matches what lies below it."""
+    proxies = urllib.request.getproxies_environment()
+    skipped = urllib.request.proxy_bypass(authority)
+    return "" if skipped else proxies.get(scheme) or proxies.get("all", "")
 
 
 def parse_proxy(proxy: str) -> Proxy:
@@ -10395,14 +10416,14 @@ def parse_proxy(proxy: str) -> Proxy:
     return Proxy(url.hostname, port, (("proxy-authorization", "Basic " + base64.b64encode(pair.encode()).decode()),))
 
 
-def endpoint_of(provider: ProviderConfig, environ: Mapping[str, str]) -> Endpoint:
+def endpoint_of(provider: ProviderConfig) -> Endpoint:
     """ValueError: the environment's proxy cannot be used."""
     url = urllib.parse.urlsplit(provider.base_url)
     usual = 443 if url.scheme == "https" else 80
     host, port = url.hostname or "", url.port or usual
     address = "" if provider.proxy == "off" or is_loopback(host) else provider.proxy
     if address == "env":
-        address = environment_proxy(url.scheme, host, port, environ)
+        address = environment_proxy(url.scheme, host_and_port(host, port))
     proxy = parse_proxy(address) if address else None
     origin = Origin(url.scheme, host, port, proxy, provider.ca_file)
     name, path = origin.authority.removesuffix(f":{usual}"), url.path.rstrip("/")
@@ -10658,8 +10679,7 @@ class ConnectionPool:
     closed = False
     secrets = re.compile(r"(?!)")  # never repeated from a provider's answer
 
-    def __init__(self, environ: Mapping[str, str] = {}) -> None:
-        self.environ = environ
+    def __init__(self) -> None:
         self.idle: dict[Origin, list[UpstreamConnection]] = {}  # the newest is last, and used first
         self.endpoints: dict[tuple[str, str, str], Endpoint] = {}
         self.contexts: dict[str, ssl.SSLContext] = {}  # by ca_file
@@ -10692,7 +10712,7 @@ class ConnectionPool:
         key = provider.base_url, provider.ca_file, provider.proxy
         if key not in self.endpoints:
             try:
-                self.endpoints[key] = endpoint_of(provider, self.environ)
+                self.endpoints[key] = endpoint_of(provider)
             except ValueError as error:  # of a proxy in the environment
                 message = f"Provider {provider.name} cannot be reached: {error}."
                 raise TransportError(message, "connect", sent=False) from None
@@ -11192,16 +11212,11 @@ def failed_attempt(provider: str, error: GatewayError, at_ms: int) -> FailedAtte
     return FailedAttempt(provider, brief, error.where, fault, error, at_ms)
 
 
-def merge_attempts(failures: Sequence[FailedAttempt]) -> Iterator[tuple[FailedAttempt, str]]:
-    """The last of each run of attempts that failed alike, and their number: "2 tries", "" for one."""
-    for _, alike in itertools.groupby(failures, key=lambda failure: failure[:3]):
-        *others, last = alike
-        yield last, f"{len(others) + 1} tries" if others else ""
-
-
 def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
     """`openai: connection refused (api.openai.com:443, 2 tries)`, `anthropic: 529 overloaded`"""
-    for failure, tries in merge_attempts(failures):
+    for _, alike in itertools.groupby(failures, key=lambda failure: failure[:3]):
+        *others, failure = alike
+        tries = f"{len(others) + 1} tries" if others else ""
         notes = ", ".join(filter(None, (failure.where, tries)))
         reason = str(failure.error).rstrip(".")
         words = "" if failure.where or failure.fault == "auth" or reason.endswith("without a reason") else f": {reason}"
@@ -11211,8 +11226,10 @@ def describe_attempts(failures: Sequence[FailedAttempt]) -> Iterator[str]:
 class ClientStream:
     """One answer on its way to the client: its head, its blocks, and the heartbeats between them."""
 
-    def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation) -> None:
-        self.client, self.answer, self.server, self.reservation = client, answer, server, reservation
+    def __init__(self, client: Client, answer: ClientAnswer, server: ServerConfig, reservation: Reservation,
+                 envelope: Envelope) -> None:
+        self.client, self.answer, self.server = client, answer, server
+        self.reservation, self.envelope = reservation, envelope
         self.streaming: bool = answer.request.stream
         self.attempt = Attempt(answer)  # the newest
         self.loop = asyncio.get_running_loop()
@@ -11323,7 +11340,7 @@ class Router:
         return {("pomex_circuit_state", id): ("closed", "half-open", "open").index(state)
                 for id, state, _, _ in self.health.rows(now)}
 
-    async def route(self, candidates: Sequence[Candidate], envelope: Envelope, down: ClientStream) -> None:
+    async def route(self, candidates: Sequence[Candidate], down: ClientStream) -> None:
         """Tries `candidates` in their order. Afterwards down.attempt is finished, unless the client left."""
         tries = collections.Counter[str]()  # by Candidate.id
         target = self.health.choose(candidates, down.loop.time())
@@ -11331,8 +11348,8 @@ class Router:
             while target is not None:
                 tries[target.id] += 1
                 if len(candidates) > 1 and down.answer.profile is CODEX:
-                    down.client.turn_state = turn_state(envelope, target)
-                await self.attempt(target, envelope, down)
+                    down.client.turn_state = turn_state(down.envelope, target)
+                await self.attempt(target, down)
                 target = await self.next_target(target, candidates, tries, down)
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -11391,7 +11408,7 @@ class Router:
         if self.health.record_success(target.id, whole):
             log.warning("circuit of %s is closed again", target.id)
 
-    async def attempt(self, target: Candidate, envelope: Envelope, down: ClientStream) -> None:
+    async def attempt(self, target: Candidate, down: ClientStream) -> None:
         """One try of one target, from encoding to its end. Afterwards down.attempt is finished, unless cancelled."""
         client = down.client
         provider, failure = target.provider, None
@@ -11399,7 +11416,7 @@ class Router:
         client.provider, client.model, client.tries = provider.name, target.model, client.tries + 1
         down.attempt, client.dropped = Attempt(down.answer), []
         try:
-            call = await off_loop(len(down.answer.request.raw), encode_call, target, envelope, down)
+            call = await off_loop(len(down.answer.request.raw), encode_call, target, down)
             down.attempt, client.dropped = call.attempt, call.dropped
             async with asyncio.timeout_at(down.due):
                 await self.exchanges(target, call, down)
@@ -11550,12 +11567,12 @@ async def read_error_body(exchange: Exchange) -> bytes:
     return body
 
 
-def encode_call(target: Candidate, envelope: Envelope, down: ClientStream) -> UpstreamCall:
+def encode_call(target: Candidate, down: ClientStream) -> UpstreamCall:
     """Encodes the request for a target. An encoder's exception is caused by the client's input, so it is no target's fault."""
     provider = target.provider
     passes = provider.relay == "bytes" or provider.wire_api != "responses"
-    ctx = EncodeContext(down.answer, envelope, target.origin, target.model, passes, provider.dialect, provider.prompt_cache,
-                        provider.overrides, down.client.attempts + 1)
+    ctx = EncodeContext(down.answer, down.envelope, target.origin, target.model, passes, provider.dialect,
+                        provider.prompt_cache, provider.overrides, down.client.attempts + 1)
     request, limit = down.answer.request, known_models(provider.name).get(target.model, ModelFacts()).max_output
     # Messages requires a limit, so it is no wish: Claude Code sends 64,000, whatever the model
     is_over = 0 < limit < request.get("max_output_tokens", 0) and request.api == "messages" != provider.wire_api
@@ -11812,10 +11829,9 @@ def conversation_hint(headers: Headers, raw: bytes) -> str:
     return named or (found[1].decode("latin-1") if found else "")
 
 
-async def planned(
-    api: str, gateway: Gateway, client: Client, key: Key | None = None
-) -> tuple[Key, ResponsesRequest, ClientProfile, str, Envelope, list[Candidate]]:
-    """The key, the request, its session, and the targets in their order."""
+async def read_request(
+        api: str, gateway: Gateway, client: Client, key: Key | None = None) -> tuple[ClientStream, list[Candidate]]:
+    """The answer of a request, with nothing reserved yet, and the targets in their order."""
     key, headers = key or await gateway.key(client), client.head.headers
     raw = await client.body(key=f"key {key.id}")
     session = conversation_hint(headers, raw)
@@ -11829,22 +11845,32 @@ async def planned(
     check_model_access(key, request.model, profile)
     envelope = Envelope(gateway.ledger.secret, key.account)
     candidates = order_candidates(tiers, gateway.ledger.disabled, request, headers, envelope)
-    return key, request, profile, session, envelope, candidates
+    config, client_api = gateway.config.server, CLIENT_APIS[api]
+    named = {"request_id": client.request_id, "endpoint": client_api.endpoint,
+             "client": header_value(headers.get("user-agent"), 200),
+             "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
+    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
+    reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
+                              int(client.started_s * 1000), named, tier)
+    answer = client_api.answer(request, reservation.response_id, int(client.started_s), profile)
+    answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
+    answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
+    return ClientStream(client, answer, config, reservation, envelope), candidates
 
 
 async def generate(api: str, gateway: Gateway, client: Client, key: Key | None = None) -> None:
     """One request of an API in CLIENT_APIS, from its body to its end. `key`: used instead of the one in its headers."""
-    key, request, profile, session, envelope, candidates = await planned(api, gateway, client, key)
-    if api == "messages" and "max_output_tokens" not in request.body:
-        raise type_error(None, TEXT, "max_tokens")
-    if api == "responses" and request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
-        raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
+    down, candidates = await read_request(api, gateway, client, key)
+    answer, key = down.answer, down.reservation.key
+    request, refused = answer.request, None
     unpriced = not key.money_limited or key.allow_unpriced or gateway.config.server.allow_unpriced
     payable = [each for each in candidates
                if unpriced or gateway.prices.schedule(each.provider.name, each.model, request.model)]
-    down = client_stream(gateway, client, key, request, profile, session)
-    answer, refused = down.answer, None
     try:
+        if api == "messages" and "max_output_tokens" not in request.body:
+            raise type_error(None, TEXT, "max_tokens")
+        if api == "responses" and request.input[-1]["type"] == "compaction_trigger" and candidates[0].provider.relay != "bytes":
+            raise BadRequest(NO_COMPACTION, param="input", code="unsupported_parameter")        # any answer breaks Codex
         if not payable:
             raise price_unknown(key, candidates[0])
         choices = request.get("n", 1) if api == "chat" else 1
@@ -11854,9 +11880,9 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
             # as many as the money is enough for
             limit = max(1, cap // choices)
             answer.request = dataclasses.replace(request, body={**request.body, "max_output_tokens": limit})
-        await gateway.router.route(payable, envelope, down)
+        await gateway.router.route(payable, down)
     except LimitExceeded as no:
-        refused = limit_error(key, no, client.started_s, profile.errors_as_events and request.stream)
+        refused = limit_error(key, no, client.started_s, answer.profile.errors_as_events and request.stream)
         refused.headers += tuple(down.reservation.headers())
     except BadRequest as error:         # not of the router: it raises none
         refused = error
@@ -11870,22 +11896,6 @@ async def generate(api: str, gateway: Gateway, client: Client, key: Key | None =
     finally:
         down.stop()
     await finish(gateway, down, refused)
-
-
-def client_stream(gateway: Gateway, client: Client, key: Key, request: ResponsesRequest, profile: ClientProfile,
-                  session: str) -> ClientStream:
-    """The answer, and its reservation: nothing is reserved yet."""
-    config, user_agent = gateway.config.server, client.head.headers.get("user-agent")
-    api = CLIENT_APIS[request.api]
-    named = {"request_id": client.request_id, "endpoint": api.endpoint, "client": header_value(user_agent, 200),
-             "session": sanitize(session or request.get("prompt_cache_key", ""), 128)}
-    tier = f"speed {request.get('speed')}" if request.get("speed") else request.get("service_tier", "")
-    reservation = Reservation(gateway.prices, gateway.ledger, key, new_response_id(client.started_s), request.model,
-                              int(client.started_s * 1000), named, tier)
-    answer = api.answer(request, reservation.response_id, int(client.started_s), profile)
-    answer.estimated_input, answer.secrets = request.estimated_input, gateway.upstream.secrets
-    answer.max_chars, answer.max_items = config.max_answer_chars, config.max_answer_items
-    return ClientStream(client, answer, config, reservation)
 
 
 async def finish(gateway: Gateway, down: ClientStream, refused: GatewayError | None) -> None:
@@ -12009,30 +12019,30 @@ async def settle(gateway: Gateway, down: ClientStream) -> None:
         gateway.ledger.notes["error/" + each.provider] = dumps(
             {"time_ms": row.started_ms, "message": sanitize(str(each.error), 500)})
     rows = [*reservation.failed_attempts, row]
-    client.note = access_note(reservation.key.name, down, rows)
+    client.note = request_line(reservation.key.name, row, sum(each.cost_nanos for each in rows))
     count_request(gateway.ledger.counters, gateway.known_models, rows)
     await reservation.settle(row)
 
 
-def access_note(key: str, down: ClientStream, rows: Sequence[UsageRow]) -> str:
+def request_line(key: str, row: UsageRow, cost_nanos: int) -> str:
     """`laptop openai/gpt-5.3-codex via openai  48.2k in (41.9k cached) 1.1k out  first 0.7s total 9.4s  $0.0412`; the cost is
     that of all attempts together."""
-    failed, row = "", rows[-1]
-    for failure, tries in merge_attempts(down.client.failures[:down.client.tries - 1]):      # ` anthropic x 529 (2 tries),`
-        status = failure.brief.partition(" ")[0]
-        brief = status if status.isdecimal() else failure.brief
-        failed += f" {failure.provider} x {brief}" + (f" ({tries})," if tries else ",")
+    failed = ""
+    before = read_detail(row.detail)["tried"][:row.attempt - 1] if row.detail else ()
+    for text, alike in itertools.groupby(before):       # ` anthropic x 529 (2 tries),`
+        provider, _, brief = text.partition(": ")
+        status, tries = brief.partition(" ")[0], len([*alike])
+        failed += f" {provider} x {status if status.isdecimal() else brief}" + f" ({tries} tries)" * (tries > 1) + ","
     cached = f" ({short_count(row.cached)} cached)" if row.cached else ""
-    about = "~" if down.attempt.usage and down.attempt.usage.estimated else ""
+    about = "~" if row.estimated else ""
     first = f"first {row.first_ms / 1000:.1f}s " if row.first_ms else ""
-    end = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left"}.get(
-        row.status, f"  failed: {sanitize(str(down.attempt.error), 400)}")
+    ends = {"completed": "", "incomplete": "  incomplete", "cancelled": "  client left", "failed": f"  failed: {row.error}"}
     cost = "  no price" if row.input + row.output else ""
     if row.price:
-        cost = f"  ${format_usd(sum(each.cost_nanos for each in rows), 4)}"
+        cost = f"  ${format_usd(cost_nanos, 4)}"
     return (f"{key} {sanitize(row.model)} via{failed} {row.provider or 'nobody'}  "
             f"{about}{short_count(row.input)} in{cached} {short_count(row.output)} out  "
-            f"{first}total {row.total_ms / 1000:.1f}s{end}{cost}")
+            f"{first}total {row.total_ms / 1000:.1f}s{ends[row.status]}{cost}")
 
 
 async def note_refusal(gateway: Gateway, client: Client, error: GatewayError, key: Key | None = None) -> None:
@@ -12059,13 +12069,12 @@ def short_count(count: int) -> str:
 
 async def count_tokens(gateway: Gateway, client: Client) -> None:
     """The size of a Messages request: the provider's own count, or an estimate, which a header admits."""
-    key, request, profile, session, envelope, (target, *_) = await planned("messages", gateway, client)
-    down = client_stream(gateway, client, key, request, profile, session)
+    down, (target, *_) = await read_request("messages", gateway, client)
     reservation, counted = down.reservation, 0
     try:
         await reservation.reserve([target[:2]], 0, 0, 0)        # it costs nothing, and counts as a request
         if target.provider.wire_api == "messages":
-            call, router = encode_call(target, envelope, down), gateway.router
+            call, router = encode_call(target, down), gateway.router
             async with asyncio.timeout(COUNT_S):
                 exchange = await router.upstream.exchange(
                     target.provider, "POST", f"{call.path}/count_tokens", router.headers(target, call, client), call.body)
@@ -12073,13 +12082,14 @@ async def count_tokens(gateway: Gateway, client: Client) -> None:
                 await exchange.close()
             counted = count(provider_json(told), "input_tokens")
     except LimitExceeded as no:
-        raise limit_error(key, no, client.started_s, to_codex=False) from None
+        raise limit_error(reservation.key, no, client.started_s, to_codex=False) from None
     except (UpstreamError, TimeoutError):       # an estimate will do
         pass
     finally:
+        down.stop()
         gateway.ledger.abandon(reservation.response_id)
     own = [] if counted else [("x-pomex-estimated", "true")]
-    body = dumps({"input_tokens": counted or request.estimated_input}).encode()
+    body = dumps({"input_tokens": counted or down.answer.estimated_input}).encode()
     await client.answer(200, [*JSON_HEADERS, *own, *reservation.headers()], body)
 
 
@@ -12443,13 +12453,13 @@ async def open_requests(db: Database, key_id: int) -> list[JSON]:
     return [dict(zip((*OPEN_COLUMNS, "key"), row)) for row in rows]
 
 
-def row_detail(row: JSON) -> JSON:
-    return {"tried": [], "tried_ms": [], "dropped": [], **json.loads(row["detail"] or "{}")}
+def read_detail(detail: str) -> JSON:
+    return {"tried": [], "tried_ms": [], "dropped": [], **json.loads(detail or "{}")}
 
 
 def row_view(row: JSON) -> JSON:
     """A request for the page: with the cost of all its attempts, and the providers that failed."""
-    tried = dict.fromkeys(text.partition(":")[0] for text in row_detail(row)["tried"])
+    tried = dict.fromkeys(text.partition(":")[0] for text in read_detail(row["detail"])["tried"])
     return {**row, "cost_nanos": row["cost_nanos"] + row["lost_nanos"], "tried": [*tried]}
 
 
@@ -12973,7 +12983,8 @@ async def export_usage(gateway: Gateway, request: AdminRequest) -> None:
 
 async def show_request(gateway: Gateway, request: AdminRequest) -> JSON:
     *_, row = lines = await one_request(gateway.ledger.db, request.name, request.key_id)
-    return {"row": row_view(row), "trace": row_detail(row), "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
+    return {"row": row_view(row), "trace": read_detail(row["detail"]),
+            "lines": [{**line, "parts": cost_parts(line)} for line in lines]}
 
 
 COST_PARTS = {"input": "input", "cache_read": "cached input", "cache_write": "written to cache",
@@ -13945,7 +13956,7 @@ async def running(config: Config, ledger: Ledger | None = None, models: Mapping[
         if ledger is None:
             ledger = stack.enter_context(open_ledger(config))
         ledger.start()
-        upstream = ConnectionPool(os.environ)
+        upstream = ConnectionPool()
         stack.push_async_callback(upstream.close)
         gateway = Gateway(config, ledger, upstream, models or {})
         server = GatewayServer(gateway)
@@ -14089,8 +14100,7 @@ def public_url(server: ServerConfig, address: tuple[str, int]) -> str:
     """The gateway's own address, as a client on this machine would write it."""
     host, port = address
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if server.tls_cert else 'http'}://{host}:{port}"
+    return f"{'https' if server.tls_cert else 'http'}://{host_and_port(host, port)}"
 
 
 def own_url(server: ServerConfig) -> str:
@@ -14465,7 +14475,7 @@ ANSWERS = ", it answers"
 
 async def contact_all(config: Config) -> dict[str, str]:
     """provider -> whether it answers, else what is wrong."""
-    upstream = ConnectionPool(os.environ)
+    upstream = ConnectionPool()
     providers = [provider for provider in config.providers.values() if provider.wire_api != "demo"]
     errors = await asyncio.gather(*(contact(upstream, provider) for provider in providers), return_exceptions=True)
     await upstream.close()
@@ -15152,16 +15162,12 @@ async def ask_model(config: Config, key: str, model: str | None, question: str) 
 
 
 def describe_request(row: JSON) -> str:
-    """`11-30 14:52:07 completed laptop openai/gpt-5.5 via openai  48.2k in (41.9k cached) 1.1k out  total 9.4s  $0.0412`"""
+    """`11-30 14:52:07 completed laptop openai/gpt-5.5 via openai  48.2k in 1.1k out  total 9.4s  $0.0412`"""
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_ms"] / 1000))
     if row["result"] == "refused":
         return sanitize(f"{when} {row['status']} {row['key'] or '-'} {row['method']} {row['path']}  {row['message']}", 400)
-    cached = f" ({short_count(row['cached'])} cached)" if row["cached"] else ""
-    cost = f"${format_usd(row['cost_nanos'], 4)}" if row["price"] else "no price"
-    return sanitize(
-        f"{when} {row['result']} {row['key']} {row['model']} via {row['provider'] or '-'}  "
-        f"{short_count(row['input'])} in{cached}"
-        f" {short_count(row['output'])} out  total {row['total_ms'] / 1000:.1f}s  {cost}  {row['error']}", 400).rstrip()
+    line = request_line(row["key"], UsageRow(*(row[name] for name in USAGE_COLUMNS)), row["cost_nanos"])
+    return f"{when} {row['result']} {line}"
 
 
 @of_ledger

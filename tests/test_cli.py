@@ -810,8 +810,9 @@ def test_logs_show_the_newest_requests_and_follow(up):
     while len(lines := typed("logs").stdout.splitlines()) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     moment = r"\d\d-\d\d \d\d:\d\d:\d\d"
-    for line, said in zip(lines, (r"completed first demo/echo via demo  \d+ in \d+ out  total 0.0s  \$0.0000",
-                                  r"failed first openai/gpt-6-sol via openai  0 in 0 out  total .*connection refused.*",
+    for line, said in zip(lines, (r"completed first demo/echo via demo  \d+ in \d+ out  first 0.0s total 0.0s  \$0.0000",
+                                  r"failed first openai/gpt-6-sol via openai x connection refused \(2 tries\), openai  "
+                                  r"0 in 0 out  total .*connection refused.*",
                                   r'400 first POST /v1/responses  Model "demo/ecko" not found.*'), strict=True):
         assert re.fullmatch(f"{moment} {said}", line), line
     assert typed("logs", "-n", "1").stdout.splitlines() == lines[-1:]

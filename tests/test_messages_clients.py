@@ -845,6 +845,23 @@ def test_errors_are_in_anthropics_form(tmp_path):
     run(tmp_path, scenario, {"r": ("responses", "bytes", [limit, sse(*native()[:5])])})
 
 
+def test_counting_tokens_never_begins_a_stream(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(pomex.ClientStream, "_tick", lambda self: begun.append(self))
+
+    async def scenario(world):
+        world.server.reload(pomex.dataclasses.replace(world.server.gateway.config, server=pomex.dataclasses.replace(
+            world.server.gateway.config.server, early_200_after_s=0.05)))
+        given = {"model": "a/claude-up", "messages": HI, "stream": True}
+        for counted in (True, False):
+            status, _, raw = await post(world, {**given, **({} if counted else {"max_tokens": 1})}, "/v1/messages/count_tokens")
+            assert status == 200 and json.loads(raw)["input_tokens"]
+        assert (await post(world, given))[0] == 400       # nor does a request without max_tokens
+        await asyncio.sleep(0.1)
+        assert not begun
+    run(tmp_path, scenario, {"a": ("messages", "normalise", [http_answer(200, {"input_tokens": 77})] * 2)})
+
+
 def test_tokens_are_counted_by_the_provider_or_estimated(tmp_path):
     async def scenario(world):
         given = {"model": "a/claude-up", "messages": HI, "system": "S"}

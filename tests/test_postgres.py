@@ -8,7 +8,9 @@ import hmac
 import itertools
 import os
 import pathlib
+import random
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -22,7 +24,7 @@ import warnings
 import pomex
 import pytest
 from conftest import need_postgres
-from ledgers import read, started, until
+from ledgers import change, key_made, read, started, until
 
 HERE = "postgresql://u:secret-word@127.0.0.1:%d/db"
 
@@ -138,7 +140,8 @@ def test_a_statement_numbers_its_values_and_leaves_texts_alone():
 
 
 VALUES = {"none": (None, b"\xff\xff\xff\xff"), "true": (True, b"\0\0\0\x011"), "number": (-12, b"\0\0\0\x03-12"),
-          "text": ("ü?", b"\0\0\0\x03\xc3\xbc?"), "no": (False, b"\0\0\0\x010"), "empty": ("", b"\0\0\0\0")}
+          "text": ("ü?", b"\0\0\0\x03\xc3\xbc?"), "NUL": ("a\0b", b"\0\0\0\x03a?b"), "no": (False, b"\0\0\0\x010"),
+          "empty": ("", b"\0\0\0\0")}
 
 
 @pytest.mark.parametrize("value, sent", VALUES.values(), ids=VALUES)
@@ -902,6 +905,99 @@ def test_a_gateway_that_had_a_gap_itself_calls_nobody_dead(url, monkeypatch):
             await other.settle([row])
             assert read(ledger, "SELECT error_code, result FROM usage") == [("", "")] and (await pomex.verify(ledger.db))[1] == []
     asyncio.run(check())
+
+
+FILTERED = {"key": "ana", "account": "default", "model": "openai/m1", "provider": "ü", "session": "S-1", "client": "coDEX",
+            "result": "failed", "min_cost": "100000", "from": "1762000000000", "to": "1763000001234", "text": "R2", "endpoint": "/v1/responses"}
+
+
+async def all_that_is_shown(db):
+    """By reports, statements, the dashboard and exports, at one time."""
+    now_s, first_ms = 1_763_629_920, 1_763_000_000_000
+    shown = {by: await pomex.usage_report(db, by, 0, 30_000) for by in pomex.REPORT_BY}
+    for name, text in FILTERED.items():
+        where, values, table = pomex.usage_where({name: text}, 0)
+        rows = await pomex.usage_rows(db, where, values, 500)
+        assert 0 < len(rows) <= 250, name
+        shown[name, "rows"], shown[name, "sums"] = rows, await pomex.usage_sums(db, (), 0, 2**60, where, values, table)
+    for key_id in (0, 2):
+        shown["overview", key_id] = await pomex.overview(db, first_ms, 86_400_000, 9, now_s, key_id)
+    return {**shown, "accounts": await pomex.list_accounts(db, now_s), "export": [row async for row in pomex.rows_in_pages(db)],
+            "statement": await pomex.statement_rows(db, 1, *pomex.month_bounds("2025-11")), "audit": await pomex.audit_rows(db),
+            "verify": await pomex.verify(db)}
+
+
+def test_all_that_is_shown_is_the_same_of_both_engines(url, tmp_path):
+    chosen, requests = random.Random(1), []
+    for number in range(250):
+        one = pomex.UsageRow(f"r{number}", f"q{number}", 1_763_629_920_000 - chosen.randrange(40 * 86_400_000), 1 + number % 2,
+                             "/v1/responses", f"openai/m{number % 3}", attempt=number % 2, provider=chosen.choice(["openai", "Z", "ü"]),
+                             session=chosen.choice(["S-1", "s-1", "%_"]), client=chosen.choice(["codex Ä", "Codex ÄÖ", "x"]), price="1 1 - - - -",
+                             error_code=chosen.choice(["", "x"]), result=chosen.choice(["completed", "failed"]), input=7, output=number,
+                             cost_nanos=1000 * (7 + number), first_ms=chosen.randrange(900), total_ms=chosen.randrange(9000))
+        given_up = one._replace(attempt=0, final=0, status="lost", provider="azure", result="", output=1, cost_nanos=8000)
+        requests.append([given_up, one] if number % 2 else [one])
+    place, shown = str(tmp_path / "p.db"), []
+    for each in (place, url):
+        with contextlib.closing(pomex.Ledger.open(each)) as ledger:
+            for name in ("ana", "Bo"):
+                key_made(ledger, name, 1)
+            ledger.db.commit(lambda tx: pomex.settle_requests(tx, requests))
+            change(ledger, "UPDATE audit SET time_ms = 5")
+            change(ledger, "UPDATE accounts SET created_s = 5")
+            shown.append(asyncio.run(all_that_is_shown(ledger.db)))
+    for name, theirs in shown[0].items():
+        assert shown[1][name] == theirs, name
+    assert shown[0]["verify"] == (375, [])
+
+
+def test_a_slow_report_delays_neither_a_revocation_nor_a_beat(url, monkeypatch):
+    monkeypatch.setattr(pomex, "BEAT_S", pomex.KEYS_POLL_S)
+
+    async def check():
+        async with started(url, 2) as (ledger, other):
+            await other.create_key("k", 1)
+            await until(lambda: ledger.keys)
+            await until(lambda: read(ledger, "SELECT 1 FROM processes WHERE process = ?", ledger.process))
+            report = asyncio.create_task(ledger.db.read("SELECT pg_sleep(4)"))
+            await asyncio.sleep(0.1)
+            before, = read(ledger, "SELECT beats FROM processes WHERE process = ?", ledger.process)
+            await other.revoke_key("k", 2)
+            await until(lambda: ledger.keys[1].revoked_s, 1.0)
+            await until(lambda: read(ledger, "SELECT beats FROM processes WHERE process = ?", ledger.process) > [before], 2.0)
+            assert not report.done()
+            await report
+    asyncio.run(check())
+
+
+def test_connections_that_have_fallen_silent_are_given_up_and_nothing_is_lost_at_the_end(cluster, url, monkeypatch):
+    """As after a failover that the old host could not tell anybody of, or a firewall that forgets."""
+    monkeypatch.setattr(pomex, "ROUND_TRIP_S", 1.0)
+    monkeypatch.setattr(pomex, "READ_S", 2.0)
+    rows = [pomex.UsageRow(name, "q", 1, 1, "responses", "demo/echo", price="0 0 0 0 0") for name in "ab"]
+
+    async def check():
+        ledger = pomex.Ledger.open(url)
+        ledger.start()
+        await ledger.db.write(lambda tx: None)
+        await ledger.refresh()
+        name = pomex.read_postgres_url(url).database
+        silent = [*map(int, cluster.psql(f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}'").split())]
+        cluster.signal(silent, signal.SIGSTOP)
+        try:
+            for row in rows:
+                await until(ledger.available, 10.0)
+                ledger.begin(row.response_id, lambda row=row: row)
+                await ledger.settle(rows[:1])
+            await until(lambda: ledger.available() and not ledger.unsaved, 10.0)
+            ledger.close()
+            assert len(silent) >= 3
+        finally:
+            cluster.signal(silent, signal.SIGCONT)
+    asyncio.run(check())
+    with contextlib.closing(pomex.open_database(url)) as db:
+        assert db.commit(lambda tx: tx.read("SELECT response_id, error_code FROM usage ORDER BY id")) == [("a", ""), ("b", "interrupted")]
+        assert db.commit(lambda tx: tx.read("SELECT count(*) FROM processes")) == [(0,)]
 
 
 def test_everything_is_copied_there_and_back(cluster, tmp_path):

@@ -107,8 +107,8 @@ def sockets():
 
 
 @contextlib.asynccontextmanager
-async def upstream_of(environ=None):
-    upstream = pomex.ConnectionPool(environ or {})
+async def upstream_of():
+    upstream = pomex.ConnectionPool()
     try:
         yield upstream
     finally:
@@ -770,8 +770,20 @@ def test_a_provider_without_tls_fails_in_the_handshake():
 
 # --- proxies --------------------------------------------------------------------------------------
 
-ENVIRON = {"http_proxy": "http://p1:1", "HTTP_PROXY": "http://p2:2", "HTTPS_PROXY": "http://p3:3", "https_proxy": "",
-           "no_proxy": "example.com, .internal,10.0.0.1:8443 [2001:db8::1]:443,2001:db8::2"}
+@pytest.fixture
+def proxies_of(monkeypatch):
+    """Makes these the proxies of the environment, and no others."""
+    def use(environ):
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+    return use
+
+
+ENVIRON = {"http_proxy": "http://p1:1", "HTTP_PROXY": "http://p2:2", "HTTPS_PROXY": "http://p3:3",
+           "no_proxy": "example.com, .internal,10.0.0.1:8443,[2001:db8::1]:443,[2001:db8::2]"}
 PROXIES = [
     ("http", "a.net", 80, "http://p1:1"), ("https", "a.net", 443, "http://p3:3"), ("https", "example.com", 443, ""),
     ("https", "api.example.com", 443, ""), ("https", "notexample.com", 443, "http://p3:3"), ("http", "x.internal", 80, ""),
@@ -781,21 +793,25 @@ PROXIES = [
 
 
 @pytest.mark.parametrize("scheme, host, port, proxy", PROXIES)
-def test_the_environment_names_the_proxy_by_curls_rules(scheme, host, port, proxy):
-    assert pomex.environment_proxy(scheme, host, port, ENVIRON) == proxy
+def test_the_environment_names_the_proxy(scheme, host, port, proxy, proxies_of):
+    proxies_of(ENVIRON)
+    assert pomex.environment_proxy(scheme, pomex.host_and_port(host, port)) == proxy
 
 
 @pytest.mark.parametrize("environ, proxy", [
-    ({"HTTP_PROXY": "http://p:1"}, ""), ({"all_proxy": "p:1"}, "p:1"), ({"http_proxy": "p:1", "NO_PROXY": "*"}, ""),
+    ({"HTTP_PROXY": "http://p:1"}, "http://p:1"), ({"HTTP_PROXY": "http://p:1", "REQUEST_METHOD": "GET"}, ""),
+    ({"HTTP_PROXY": "http://p:1", "http_proxy": ""}, ""), ({"all_proxy": "p:1"}, "p:1"), ({"http_proxy": "p:1", "NO_PROXY": "*"}, ""),
     ({"http_proxy": "p:1", "NO_PROXY": "a.net", "no_proxy": "b.net"}, "p:1")])
-def test_more_of_curls_rules(environ, proxy):
-    assert pomex.environment_proxy("http", "a.net", 80, environ) == proxy
+def test_more_rules_of_the_environment(environ, proxy, proxies_of):
+    proxies_of(environ)
+    assert pomex.environment_proxy("http", "a.net:80") == proxy
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "[::1]"])
-def test_loopback_never_goes_through_a_proxy(host):
+def test_loopback_never_goes_through_a_proxy(host, proxies_of):
+    proxies_of({"http_proxy": "http://p:1"})
     to = provider(80, host=host, proxy="http://p:1")
-    assert pomex.endpoint_of(to, {"http_proxy": "http://p:1"}).origin.proxy is None
+    assert pomex.endpoint_of(to).origin.proxy is None
 
 
 def test_plain_http_goes_to_the_proxy_in_absolute_form():
@@ -809,7 +825,7 @@ def test_plain_http_goes_to_the_proxy_in_absolute_form():
     run(main)
 
 
-def test_https_goes_through_a_tunnel_and_only_the_proxy_sees_its_password(certificates):
+def test_https_goes_through_a_tunnel_and_only_the_proxy_sees_its_password(certificates, proxies_of):
     async def main():
         async def tunnel(self, reader, writer, n):
             await self.request(reader)
@@ -824,7 +840,8 @@ def test_https_goes_through_a_tunnel_and_only_the_proxy_sees_its_password(certif
             await asyncio.gather(pump(reader, out), pump(there, writer))
 
         async with Scripted(says(ANSWER), ssl=server_context(certificates)) as server, Scripted(tunnel) as proxy:
-            async with upstream_of({"https_proxy": f"me:pw@127.0.0.1:{proxy.port}"}) as upstream:
+            proxies_of({"https_proxy": f"me:pw@127.0.0.1:{proxy.port}"})
+            async with upstream_of() as upstream:
                 to = provider(443, "https", "provider.example", proxy="env", ca_file=str(certificates / "ca.pem"))
                 assert await ask(upstream, to) == (200, b"hello")
             assert proxy.requests[0][0] == (b"CONNECT provider.example:443 HTTP/1.1\r\nhost: provider.example:443\r\n"
@@ -847,9 +864,11 @@ def test_a_proxy_that_gives_no_tunnel_is_named(answer, words):
     run(main)
 
 
-def test_other_kinds_of_proxy_are_refused():
+def test_other_kinds_of_proxy_are_refused(proxies_of):
+    proxies_of({"https_proxy": "socks5://p:1"})
+
     async def main():
-        async with upstream_of({"https_proxy": "socks5://p:1"}) as upstream:
+        async with upstream_of() as upstream:
             with pytest.raises(pomex.TransportError, match="only proxies like http://host:port"):
                 await ask(upstream, provider(443, "https", "provider.example", proxy="env"))
     run(main)

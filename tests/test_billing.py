@@ -1231,8 +1231,9 @@ def test_a_prepaid_request_is_judged_without_reading_what_was_used_before(path):
             await account_made(ledger, "paid", True, None, pomex.ONE, NOW)
             for _ in range(2):
                 await pomex.add_credit(ledger, "paid", NANO, "", NOW)
-            await ledger.create_key("k", NOW, account_id=2, concurrent=9)
-            insert(ledger, [used(f"r{n}", account_id=2, started_ms=NOW_MS - n * pomex.DAY_MS, price="provider 0.01",
+            paid = await pomex.account_named(ledger.db, "paid")         # PostgreSQL leaves ids out after it was killed
+            await ledger.create_key("k", NOW, account_id=paid, concurrent=9)
+            insert(ledger, [used(f"r{n}", account_id=paid, started_ms=NOW_MS - n * pomex.DAY_MS, price="provider 0.01",
                                  cost_nanos=10_000_000) for n in range(100)])
             for number in range(3):
                 reservation = reservation_for(ledger, "k", f"new{number}")
@@ -1410,7 +1411,8 @@ def test_a_limit_of_money_is_never_served_what_has_no_price(path):
             await account_made(ledger, "paid", True, None, pomex.ONE, NOW)
             await pomex.add_credit(ledger, "paid", NANO, "", NOW)
             await account_made(ledger, "limit", False, NANO, pomex.ONE, NOW)
-            settings = {"budget": {"budget_nanos": NANO}, "paid": {"account_id": 2}, "limit": {"account_id": 3}}
+            paid, limit = [await pomex.account_named(ledger.db, name) for name in ("paid", "limit")]
+            settings = {"budget": {"budget_nanos": NANO}, "paid": {"account_id": paid}, "limit": {"account_id": limit}}
             for name, given in settings.items():
                 token = await ledger.create_key(name, NOW, **given)
                 status, _, text = await ask(server, token, {**ASKED, "model": "p/other"})

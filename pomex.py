@@ -7743,10 +7743,17 @@ def read_prices(source: ConfigFile, name: str) -> PriceConfig:
 
 POSTGRES_URL = re.compile(r"postgres(?:ql)?://(?:([^/?]*)@)?([^@/?]*)(?:/([^?]*))?(?:\?(.*))?")
 POSTGRES_HOST = re.compile(r"(/[^\0]*|\[[^\]\0]+\]|[\w-]{1,63}(?:\.[\w-]{1,63})*\.?)(?::([0-9]{1,5}))?")
-POSTGRES_PARAMETERS = (
-    "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey",
-    "connect_timeout", "application_name", "target_session_attrs")
-SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
+POSTGRES_PARAMETERS = {  # name -> its values, and the sentence for others
+    **dict.fromkeys(("host", "port", "user", "password", "dbname"), (".*", "")),
+    "sslmode": (
+        "disable|require|verify-ca|verify-full",
+        "sslmode must be verify-full, verify-ca, require or disable. (allow and prefer would go on in the "
+        "clear without a word.)"),
+    **dict.fromkeys(("sslrootcert", "sslcert", "sslkey"), (".*", "")),
+    "connect_timeout": ("[1-9][0-9]{0,2}", "connect_timeout is in seconds, from 1 to 999."),
+    "application_name": (".*", ""),
+    "target_session_attrs": (
+        "any|read-write|primary", "target_session_attrs must be read-write: Pomex writes.")}
 
 
 class PostgresAddress(NamedTuple):
@@ -7755,7 +7762,7 @@ class PostgresAddress(NamedTuple):
     user: str
     password: str
     database: str
-    sslmode: str  # one of SSL_MODES
+    sslmode: str  # disable | require | verify-ca | verify-full
     parameters: Mapping[str, str]
 
     @property
@@ -7776,36 +7783,39 @@ def read_postgres_url(url: str) -> PostgresAddress:
         raise ValueError('must be like "postgresql://user@host:5432/name?sslmode=verify-full".')
     login, netloc, path, query = (text or "" for text in found.groups())
     user, _, password = login.partition(":")
-    given = {"user": user, "password": password, "host": netloc, "dbname": path}
-    words = {name: value for name, _, value in (word.partition("=") for word in query.split("&") if word)}
-    for name in words.keys() - {*POSTGRES_PARAMETERS}:
-        hint = did_you_mean(name, POSTGRES_PARAMETERS)
-        shown = "(hidden)" if "@" in query else name[:40]  # of a password with a question mark
-        raise ValueError(f"the parameter {shown} is not known here.{hint} Known: "
-                         f"{', '.join(POSTGRES_PARAMETERS)}.")
-    given = {name: urllib.parse.unquote(value)
-             for name, value in (words | {name: value for name, value in given.items() if value}).items()}
+    pairs = [word.partition("=")[::2] for word in query.split("&") if word]
+    for name, _ in pairs:
+        if name not in POSTGRES_PARAMETERS:
+            hint = did_you_mean(name, POSTGRES_PARAMETERS)
+            shown = "(hidden)" if "@" in query else name[:40]  # of a password with a question mark
+            raise ValueError(f"the parameter {shown} is not known here.{hint} Known: "
+                             f"{', '.join(POSTGRES_PARAMETERS)}.")
+    parts = ("user", user), ("password", password), ("host", netloc), ("dbname", path)
+    pairs += [part for part in parts if part[1]]
+    given = {name: urllib.parse.unquote(value) for name, value in pairs}
+    hosts = read_hosts(given.get("host", ""), given.get("port", "5432"))
+    for name, value in given.items():
+        pattern, sentence = POSTGRES_PARAMETERS[name]
+        if sentence and not re.fullmatch(pattern, value):
+            raise ValueError(sentence)
+    if "user" not in given:
+        raise ValueError("it names no user, like postgresql://user@host/name.")
+    local = all(host.startswith("/") or is_loopback(host) for host, _ in hosts)
+    return PostgresAddress(
+        hosts, given["user"], given.get("password", ""), given.get("dbname") or given["user"],
+        given.get("sslmode", "disable" if local else "verify-full"), given)
+
+
+def read_hosts(texts: str, usual_port: str) -> tuple[tuple[str, int], ...]:
     hosts = []
-    for text in given.get("host", "").split(","):
+    for text in texts.split(","):
         at = POSTGRES_HOST.fullmatch(text)
-        port = (at and at[2]) or given.get("port", "5432")
+        port = (at and at[2]) or usual_port
         if at is None or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError("it names no host, or a port that is none. (The folder of a socket is "
                              "?host=/run/postgresql; in a password @ : / ? # % are %40 %3A %2F %3F %23 %25.)")
         hosts.append((at[1].strip("[]"), int(port)))
-    if "user" not in given:
-        raise ValueError("it names no user, like postgresql://user@host/name.")
-    local = all(host.startswith("/") or is_loopback(host) for host, _ in hosts)
-    sslmode = given.get("sslmode", "disable" if local else "verify-full")
-    if sslmode not in SSL_MODES:
-        raise ValueError("sslmode must be verify-full, verify-ca, require or disable. (allow and prefer "
-                         "would go on in the clear without a word.)")
-    if given.get("target_session_attrs", "read-write") not in ("any", "read-write", "primary"):
-        raise ValueError("target_session_attrs must be read-write: Pomex writes.")
-    if not re.fullmatch("[1-9][0-9]{0,2}", given.get("connect_timeout", "5")):
-        raise ValueError("connect_timeout is in seconds, from 1 to 999.")
-    return PostgresAddress(tuple(hosts), given["user"], given.get("password", ""),
-                           given.get("dbname") or given["user"], sslmode, given)
+    return tuple(hosts)
 
 
 def database_url(source: ConfigFile, url: str) -> str:
@@ -8156,6 +8166,7 @@ TABLE_KEYS = {  # in whose order rows are copied
 Written = TypeVar("Written")
 Row: TypeAlias = tuple[Any, ...]
 Attempted: TypeAlias = tuple[Any, Exception | None]  # returned, or raised
+SETTLE_WAIT_S = 2.0  # how long an answer waits for a failing ledger
 CHANGES = 0  # the lock of keys and settings; those of keys and accounts are lock_of()
 
 
@@ -8180,7 +8191,7 @@ class Transaction:
         self.execute(insertion(table, row), [*row.values()])
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Of PostgreSQL, an error is raised by a later statement, at the latest by the end of `attempt`."""
+        """With PostgreSQL a later statement raises the error, at the latest the end of `attempt`."""
         self.connection.executemany(sql, rows)
 
     def read(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -8331,7 +8342,7 @@ FILE_TROUBLE = {  # SQLite's primary result code -> for the operator
 def is_database_failure(error: Exception) -> bool:
     """False for a fault of the values it was given."""
     if isinstance(error, PostgresError):
-        return not error.sqlstate.startswith(("22", "23", "54"))
+        return not error.sqlstate.startswith(VALUE_ERRORS)
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -8512,7 +8523,8 @@ MAX_RESULT_BYTES = 1 << 28
 MAX_UNANSWERED = 500  # statements sent before their answers are read: neither side may wait until the other reads
 SCRAM_ROUNDS = range(1, 1_000_001)  # PostgreSQL's own are 4096; a million take a second
 PROTOCOL_3, SSL_REQUEST, CANCEL_REQUEST = 196608, 80877103, 80877102
-STATEMENT_ERRORS = ("22", "23", "42", "54")  # SQLSTATE classes of a statement's own fault: a savepoint undoes it
+VALUE_ERRORS = ("22", "23", "54")  # SQLSTATE classes of a value's own fault
+STATEMENT_ERRORS = (*VALUE_ERRORS, "42")  # and of a statement's: a savepoint undoes it
 RESTARTED = ("40001", "40P01")  # lost against another transaction
 LOST = ("08", "250", "25P", "57P")  # beginnings of what a kept connection is told when its server goes
 SQLSTATES = {  # beginning -> for the operator
@@ -8530,7 +8542,7 @@ SQLSTATES = {  # beginning -> for the operator
 
 
 class PostgresError(Exception):
-    """An error that the server reports, or that it is none."""
+    """An error that the server reports, or its breach of the protocol."""
 
     def __init__(self, sqlstate: str, message: str) -> None:
         super().__init__(message)
@@ -8917,7 +8929,7 @@ class PostgresTransaction(Transaction):
 class PostgreSQL(Database):
     """One for all gateways. Each thread has a connection of its own."""
     readers = 2
-    patience_s, look_s = 2.0, 5.0
+    patience_s, look_s = SETTLE_WAIT_S, 5.0
     on_this_host = False
     own_check = "SELECT 'ok'"
 
@@ -9276,10 +9288,10 @@ def interrupted(row: UsageRow) -> UsageRow:
                         error="The gateway ended before the answer did.", estimated="the gateway ended before the answer did")
 
 
-def lock_of(owner: str, number: int) -> int:
+def lock_of(owner: str, number: int | str) -> int:
     """Of a key's or an account's meters, rates and rollups. A thousand in all: a server has room for some thousand locks, and a
     batch may be of 10,000 keys."""
-    return 1 + 2 * (number % 2**9) + (owner == "account")
+    return 1 + 2 * (int(number) % 2**9) + (owner == "account")
 
 
 def locks_of(rows: Iterable[UsageRow]) -> set[int]:
@@ -9407,7 +9419,6 @@ KEYS_POLL_S = 0.5  # a revocation in another process holds within a second
 OPEN_AFTER_S = 0.05  # an open request is recorded with the next settlement, or after so long
 GATHER_S = 0.005  # between two commits, while requests are open: more join
 RETRY_S = 0.25  # between two attempts of a failing ledger to write
-SETTLE_WAIT_S = 2.0  # how long an answer waits for it
 BEAT_S = 4.0  # how often a process says that it lives
 KEYS_AT_ONCE = 100  # per step of the loop: half a millisecond
 DEAD_S = 16.0  # without a beat a process is dead: its requests are settled within half a minute
@@ -9603,7 +9614,7 @@ class Ledger:
         self.pending[response_id] = row
         try:
             async with asyncio.timeout(self.db.look_s):
-                return await self.commit(run, locks_of([row()]))
+                return await self.commit(run, {lock_of(*limit.owner.split()[:2]) for limit in (*dict(needs), *held)})
         except LimitExceeded:
             if not held:
                 self.pending.pop(response_id, None)
@@ -9764,7 +9775,7 @@ class Ledger:
         self.secret = bytes.fromhex(tx.read("SELECT value FROM settings WHERE name = 'secret'")[0][0])
         self.apply_keys(tx.read(SELECT_KEYS, (0,)))
         self.disabled = frozenset(name for name, in tx.read(SELECT_DISABLED))
-        self.skew_s = tx.now_ns() / 10**9 - time.time()
+        self.read_clock(tx)
         if self.db.on_this_host:
             recover_open_requests(tx, [(process, beats) for process, host, pid, start, beats in tx.read(SELECT_PROCESSES)
                                        if host == self.host and has_ended(pid, start)])
@@ -9794,7 +9805,7 @@ class Ledger:
         """Says that this process lives, and settles the open requests of dead ones. Whoever had a gap himself judges nobody by
         silence: perhaps the database was away from all."""
         def run(tx: Transaction) -> None:
-            self.skew_s = tx.now_ns() / 10**9 - time.time()
+            self.read_clock(tx)
             self.register(tx)
         if self.pending or not self.db.on_this_host:
             await self.db.write(run)
@@ -9809,6 +9820,9 @@ class Ledger:
                 dead.append((process, beats))
         if dead:
             await self.db.write(lambda tx: recover_open_requests(tx, dead))
+
+    def read_clock(self, tx: Transaction) -> None:
+        self.skew_s = tx.now_ns() / 10**9 - time.time()
 
     def register(self, tx: Transaction) -> None:
         tx.execute_many("INSERT INTO processes VALUES (?, ?, ?, ?, 0) "
@@ -10140,8 +10154,13 @@ async def usage_sums(db: Database, group: Sequence[str], since_ms: int, until_ms
     return [(row[:len(group)], dict(zip(SUMS, row[len(group):]))) for row in rows]
 
 
+def id_condition(column: str, number: int) -> str:
+    """SQL; 0 is any."""
+    return f"{column} = {int(number)}" if number else "1 = 1"
+
+
 def key_condition(key_id: int) -> str:
-    return f"key_id = {int(key_id)}" if key_id else "1 = 1"
+    return id_condition("key_id", key_id)
 
 
 async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = MAX_NUMBER // DAY_MS, where: str = "1 = 1"
@@ -10154,8 +10173,8 @@ async def spent_nanos(db: Database, column: str, first_day: int, end_day: int = 
 
 async def usage_report(db: Database, by: str, first_day: int, last_day: int, account_id: int = 0) -> list[JSON]:
     """The sums by one column, the dearest first (days in order)."""
-    where = f"account_id = {account_id}" if account_id else "1 = 1"
-    found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS, where)
+    found = await usage_sums(db, [REPORT_BY[by]], first_day * DAY_MS, (last_day + 1) * DAY_MS,
+                             id_condition("account_id", account_id))
     rows = [{by: day_text(name) if by == "day" else name, **sums} for (name,), sums in found]
     return sorted(rows, key=lambda row: (row[by],) if by == "day" else (-row["cost_nanos"], -row["requests"], row[by]))
 
@@ -14686,10 +14705,10 @@ async def run_backup(ledger: Ledger, args: Args) -> None:
 def run_db_copy(args: Args) -> None:
     """With the gateways stopped: what they write meanwhile stays behind."""
     source = ConfigFile("", "db copy", os.environ, read_text)
-    places = [database_url(source, url).removeprefix("sqlite:") for url in (args.source, args.target)]
-    if not POSTGRES_URL.fullmatch(places[0]):
-        os.stat(places[0])
-    with contextlib.closing(open_database(places[0])) as old, contextlib.closing(open_database(places[1])) as new:
+    ours, theirs = (DatabaseConfig(database_url(source, url)) for url in (args.source, args.target))
+    if ours.postgres is None:
+        os.stat(ours.place)         # opening would make it
+    with contextlib.closing(open_database(ours.place)) as old, contextlib.closing(open_database(theirs.place)) as new:
         for db in (old, new):
             db.migrate()
         counts = copy_database(old, new)

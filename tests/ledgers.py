@@ -214,6 +214,22 @@ class Outage:
         self.ledger = None
 
 
+async def kill_under_load(cluster, ledgers, client, times, done, enough, refused):
+    """Kills and starts the server so many times, each after so many more are done, while 16 clients ask; then ends these."""
+    clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
+    for _ in range(times):
+        count = len(done)
+        await until(lambda count=count: len(done) > count + enough)
+        await asyncio.to_thread(cluster.kill)
+        count = len(refused)
+        await until(lambda count=count: len(refused) > count)
+        await asyncio.to_thread(cluster.start)
+        await until(lambda: all(ledger.available() for ledger in ledgers))
+    for each in clients:
+        each.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+
+
 async def beats(ledger):
     """As a running server beats, until it must have noticed who is dead."""
     dead_s, pomex.DEAD_S = pomex.DEAD_S, 0.25

@@ -21,6 +21,7 @@ from ledgers import (
     insert,
     key_made,
     key_of,
+    kill_under_load,
     locked,
     lost,
     read,
@@ -1006,18 +1007,7 @@ def test_a_server_that_is_killed_while_requests_reserve_and_settle_leaves_nothin
         async with started(path, 2) as ledgers:
             await ledgers[0].create_key("k", NOW, budget_nanos=1000 * NANO, concurrent=100)
             await everywhere(ledgers)
-            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
-            for _ in range(3):
-                count = len(served)
-                await until(lambda count=count: len(served) > count + 50)
-                await asyncio.to_thread(cluster.kill)
-                count = len(refused)
-                await until(lambda count=count: len(refused) > count)
-                await asyncio.to_thread(cluster.start)
-                await until(lambda: all(ledger.available() for ledger in ledgers))
-            for each in clients:
-                each.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+            await kill_under_load(cluster, ledgers, client, 3, served, 50, refused)
             begun = [name for ledger in ledgers for name in ledger.pending]
             await until(lambda: under_way(ledgers[0]) == sorted(begun))
             costs = {row["response_id"]: row["cost_nanos"] for row in recent(ledgers[0], 10**6)}
@@ -1591,7 +1581,8 @@ def test_an_answer_that_outgrows_the_money_ends_incomplete(path):
             status, _, text = await ask(server, token, ASKED)
             assert status == 200 and "event: response.incomplete\n" in text and '"reason":"max_output_tokens"' in text
             row = row_of(ledger)
-            assert row["status"] == "incomplete" and row["estimated"] and 160_000_000 < row["cost_nanos"] < 191_000_000    # a chunk of 1,000 tokens may be on its way
+            assert row["status"] == "incomplete" and row["estimated"] and 160_000_000 < row["cost_nanos"] < (
+                180_000_000 if ledger.db.on_this_host else 191_000_000)         # a chunk of 1,000 tokens may be on its way
             provider.answers += [(200, ["hi"], COUNTED)]
             status, _, text = await ask(server, await ledger.create_key("less", time.time(), budget_nanos=10_000_000), ASKED)
             assert status == 200 and 0 < provider.bodies[-1]["max_tokens"] < 1001

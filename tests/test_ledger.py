@@ -24,6 +24,7 @@ from ledgers import (
     dumped,
     key_made,
     key_of,
+    kill_under_load,
     locked,
     read,
     recent,
@@ -1067,29 +1068,36 @@ def test_a_guess_replaces_nothing(path):
 
 # --- a file that goes wrong while it is in use ----------------------------------------------------
 
-@of_a_file
-def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(path, caplog):
+def seen_and_said_once(path, caplog, remove, missing, replace, replaced, restore):
+    """What a running ledger does when its database is not there, then another one is, then its own again."""
     async def check():
         async with started(path) as (ledger,):
             token = await ledger.create_key("laptop", NOW)
             assert ledger.available() and not caplog.records
-            os.rename(path, path + "-away")
+            remove()
             await until(lambda: not ledger.available(), 1.0)
             await ledger.refresh()
-            assert caplog.text.count("cannot be used: No such file or directory. The keys stay as they were") == 1
+            assert caplog.text.count(f"The database {ledger.db.name} {missing} The keys stay as they were") == 1
             assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop"
             with pytest.raises(pomex.LedgerError):
                 begin(ledger, "r1")
-            open(path, "w").close()
+            replace()
             await ledger.refresh()
-            assert not ledger.available() and "the file was replaced" in caplog.text
-            os.replace(path + "-away", path)
+            assert not ledger.available() and replaced in caplog.text
+            restore()
             await ledger.refresh()
             assert ledger.available()
             begin(ledger, "r1")
             await ledger.settle([row("r1")])
     asyncio.run(check())
     assert rows(path) == [("r1", "completed", "")]
+
+
+@of_a_file
+def test_a_file_that_is_removed_or_replaced_while_in_use_is_seen_and_said_once(path, caplog):
+    seen_and_said_once(
+        path, caplog, lambda: os.rename(path, path + "-away"), "cannot be used: No such file or directory.",
+        lambda: open(path, "w").close(), "the file was replaced", lambda: os.replace(path + "-away", path))
 
 
 @of_a_server
@@ -1101,29 +1109,14 @@ def test_a_database_that_is_renamed_or_replaced_while_in_use_is_seen_and_said_on
         cluster.disconnect(old)
         cluster.psql(f"ALTER DATABASE {old} RENAME TO {new}; ALTER DATABASE {new} ALLOW_CONNECTIONS true")
 
-    async def check():
-        async with started(path) as (ledger,):
-            token = await ledger.create_key("laptop", NOW)
-            assert ledger.available() and not caplog.records
-            rename(name, name + "_away")
-            await until(lambda: not ledger.available(), 1.0)
-            await ledger.refresh()
-            missing = f'The database {ledger.db.name} is not there: database "{name}" does not exist (SQLSTATE 3D000). The keys stay as they were'
-            assert caplog.text.count(missing) == 1
-            assert (await ledger.authorise(f"Bearer {token}", NOW)).name == "laptop"
-            with pytest.raises(pomex.LedgerError):
-                begin(ledger, "r1")
-            cluster.psql(f"CREATE DATABASE {name} OWNER {postgres.USER}")
-            await ledger.refresh()
-            assert not ledger.available() and 'cannot be used: relation "keys" does not exist (SQLSTATE 42P01)' in caplog.text
-            cluster.psql(f"DROP DATABASE {name} WITH (FORCE)")
-            rename(name + "_away", name)
-            await ledger.refresh()
-            assert ledger.available()
-            begin(ledger, "r1")
-            await ledger.settle([row("r1")])
-    asyncio.run(check())
-    assert rows(path) == [("r1", "completed", "")]
+    def restore():
+        cluster.psql(f"DROP DATABASE {name} WITH (FORCE)")
+        rename(name + "_away", name)
+    seen_and_said_once(
+        path, caplog, lambda: rename(name, name + "_away"),
+        f'is not there: database "{name}" does not exist (SQLSTATE 3D000).',
+        lambda: cluster.psql(f"CREATE DATABASE {name} OWNER {postgres.USER}"),
+        'cannot be used: relation "keys" does not exist (SQLSTATE 42P01)', restore)
 
 
 @of_a_server
@@ -1149,18 +1142,7 @@ def test_a_server_that_is_killed_under_load_and_started_again_has_every_row_once
 
     async def check():
         async with started(path, 2) as ledgers:
-            clients = [asyncio.create_task(client(ledgers[number % 2], number)) for number in range(16)]
-            for _ in range(2):
-                count = len(names)
-                await until(lambda count=count: len(names) > count + 100)
-                await asyncio.to_thread(cluster.kill)
-                count = len(refused)
-                await until(lambda count=count: len(refused) > count)
-                await asyncio.to_thread(cluster.start)
-                await until(lambda: all(ledger.available() for ledger in ledgers))
-            for each in clients:
-                each.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+            await kill_under_load(cluster, ledgers, client, 2, names, 100, refused)
     asyncio.run(check())
     ends = rows(path)
     assert len({name for name, *_ in ends}) == len(ends) and set(names) <= {name for name, status, _ in ends if status == "completed"}
